@@ -1,0 +1,109 @@
+"""The command line, end to end in a small project, and its exit codes."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normflow_vi import cli, report
+from normflow_vi.records import Record, Store
+from normflow_vi.runner import Manifest, execute
+from test_runner import NOTEBOOK, PRODUCTS, make_project, project, read, snapshot, trial
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*arguments, cwd=None): return subprocess.run([sys.executable, "-m", "normflow_vi.cli", *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+USAGE = [[], ["dance"], ["reproduce", "--profile", "huge"], ["reproduce", "--device", "tpu"], ["reproduce", "--data", "../x"], ["reproduce", "--engine", "slurm"],
+         ["reproduce", "--prof", "smoke"], ["reproduce", "extra"], ["run"], ["merge"], ["status", "--yaml"], ["reproduce", "--only"]]
+
+
+@pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as left: cli.main(arguments)
+    assert left.value.code == 2 and "normflow-vi" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, code, words", [(["reproduce", "--only", "77_none"], 2, "--only 77_none.*99_trial"), (["plan", "--only", "none"], 2, "99_trial"),
+                                                    (["merge", "nowhere"], 2, "nowhere"), (["run", "nowhere.json"], 1, "nowhere.json"), (["notebook", "nowhere.ipynb"], 1, "nowhere")])
+def test_errors_are_one_line(project, capsys, arguments, code, words):
+    assert cli.main(arguments) == code
+    last = capsys.readouterr().err.strip().splitlines()
+    assert re.search(words, last[-1]) and (arguments[0] == "run" or len(last) == 1)
+
+
+def test_absent_data_is_one_error(project, monkeypatch, capsys):
+    """`--data mnist` where MNIST cannot be had: said once, before anything starts."""
+    import normflow_vi.data
+    def absent(*args, **more): raise FileNotFoundError("mnist: not in data/, and it could not be downloaded")
+    monkeypatch.setattr(normflow_vi.data, "load_data", absent)
+    module = project/"trial_experiment.py"
+    module.write_text(module.read_text().replace('"none", "", "planar"', '"mnist", "ab" * 32, "planar"'))
+    assert cli.main(["reproduce", "--data", "mnist", "--profile", "smoke"]) == 1
+    assert capsys.readouterr().err.strip() == "normflow-vi: FileNotFoundError: mnist: not in data/, and it could not be downloaded"
+    assert not (project/"runs").exists()
+
+
+def test_plan_prints_commands_that_make_the_records(project, capsys):
+    assert cli.main(["plan", "--profile", "smoke"]) == 0
+    lines = capsys.readouterr().out.split("\n")[:-1]
+    assert len(lines) == 2 and all(line.startswith("normflow-vi run runs/plan/") for line in lines)
+    for line in lines: assert cli.main(line.split()[1:]) == 0
+    assert len(Store().best("trial")) == 2
+    assert cli.main(["plan", "--profile", "smoke"]) == 0 and not capsys.readouterr().out.strip()
+
+
+def test_merge(project, tmp_path_factory, capsys):
+    """Records are verified, taken over if they are new, and left where they differ."""
+    other = tmp_path_factory.mktemp("other")
+    Record(trial(0), {"F": 1.}).save(project/"results")
+    for seed, F in ((0, 2.), (1, 3.), (2, 4.)): Record(trial(seed), {"F": F}).save(other/"results")
+    Record(trial(3, "smoke"), {"F": 5.}).save(other/"deep/down")
+    damaged = Record(trial(4), {"F": 6.}).save(other/"results")
+    (damaged/"arrays.npz").write_bytes(b"")
+    assert cli.main(["merge", str(other)]) == 1
+    seen = capsys.readouterr()
+    assert "3 records" in seen.out and len(seen.err.splitlines()) == 2 and "seed0" in seen.err and "differs" in seen.err and "seed4" in seen.err
+    assert [r.value("F") for r in Store([project/"results"]).best("trial")] == [1, 3, 4] and Store().find(trial(3, "smoke")).value("F") == 5
+    (shutil.rmtree(damaged), shutil.rmtree(other/"results/trial"/trial(0).slug))
+    assert cli.main(["merge", str(other)]) == 0 and "0 records" in capsys.readouterr().out
+
+
+def test_reproduce(project, monkeypatch):
+    """One command: runs are trained, the notebook is executed, the site and the one-file report are built; a failing experiment does not stop the others."""
+    shutil.copytree(ROOT/"site", project/"site")
+    broken = (project/"trial_experiment.py").read_text().replace('"trial"', '"broken"').replace("for seed in (0, 1)", "for seed in (13,)").replace("10_trial", "20_broken")
+    (project/"broken_experiment.py").write_text(broken)
+    (project/"nbs/99_trial/20_broken.ipynb").write_text((project/NOTEBOOK).read_text().replace("# A trial", "# Broken"))
+    monkeypatch.setenv("NORMFLOW_VI_EXPERIMENTS", "broken_experiment,trial_experiment")
+    done = call("reproduce", "--profile", "quick")
+    assert done.returncode == 1 and "20_broken.ipynb: RunsFailed" in done.stderr and "seed13" in done.stderr and "10_trial.ipynb" not in done.stderr.splitlines()[-1]
+    assert f"report: {project}/reports/site/index.html" in done.stdout and "rows" in done.stdout
+    assert len(Store([project/"results"]).best("trial")) == 2 and read(project/"figures/figure.txt") == "a figure"
+    page, other = (read(project/f"reports/site/99_trial/{name}.html") for name in ("10_trial", "20_broken"))
+    assert "the end" in page and 'class="math' in page and "tex-svg-full.js" in page and "fault.txt" in page
+    assert "no result" in other and "the end" not in other
+    whole = read(project/"figures/report.html")
+    assert "the end" in whole and "MathJax" in whole and report.fetched(whole) == [] and len(whole) < 20e6
+    for path in (project/"reports/site").rglob("*.html"):                                      # the site needs no network either
+        assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["'](https?:)?//""", read(path)), path
+    (project/"fault.txt").write_text("raises")                                                 # a later failure: the page stays, with a warning
+    before = snapshot(project)
+    assert not execute(NOTEBOOK, {"profile": "quick"}, PRODUCTS, profile="quick").good
+    report.write_page(Path(NOTEBOOK), "quick", project/"pages")
+    assert "last attempt to execute it failed: code cell" in read(project/"pages/99_trial/10_trial.ipynb") and snapshot(project) == before
+
+
+def test_report_draws_from_records_without_training(project, monkeypatch, capsys):
+    shutil.copytree(ROOT/"site", project/"site")
+    monkeypatch.setattr(report, "build", lambda profile, failures: project/"index.html")
+    assert cli.main(["report"]) == 1
+    assert "records are missing" in capsys.readouterr().err and not (project/"runs/quick").exists()
+    for seed in (0, 1): Record(trial(seed), {"F": 1.}).save(project/"results")
+    assert cli.main(["report"]) == 0
+    assert Manifest.load(project/"figures/manifests/99_trial-10_trial.json").parameters["profile"] == "quick"

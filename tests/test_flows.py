@@ -1,0 +1,85 @@
+"""Flows as distributions: mass, agreement of the two directions, shapes, bases."""
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal, Uniform
+
+from normflow_vi import Chain, Flow, Inverse
+from normflow_vi.transforms import Affine, Planar
+
+
+def flow(dim, context_dim=None):
+    q = Flow(Chain(Affine(dim, context_dim=context_dim), Planar(dim, 6, context_dim))).double()
+    with torch.no_grad():
+        for p in q.parameters(): p.add_(.3 * torch.randn_like(p))
+    return q
+
+
+@pytest.mark.parametrize("context_dim", [None, 3], ids=["owned", "amortised"])
+@pytest.mark.parametrize("dim, points, width", [(1, 4001, 60.), (2, 501, 25.)])
+def test_density_integrates_to_one(dim, points, width, context_dim):
+    q, context = flow(dim, context_dim), None if context_dim is None else torch.randn(1, context_dim, dtype=torch.float64)
+    axis = torch.linspace(-width, width, points, dtype=torch.float64)
+    grid = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
+    with torch.no_grad(): log_q = q(*([context] if context_dim else [])).log_prob(grid[:, None] if context_dim else grid)
+    assert abs(log_q.exp().sum() * (axis[1] - axis[0]) ** dim - 1) < 1e-3
+
+
+@pytest.mark.parametrize("context_dim", [None, 3], ids=["owned", "amortised"])
+def test_one_pass_agrees_with_the_inverse(context_dim):
+    q = flow(3, context_dim)
+    posterior = q() if context_dim is None else q(torch.randn(5, context_dim, dtype=torch.float64))
+    z, log_q = posterior.rsample_and_log_prob((50,))
+    assert z.shape == (50, *posterior.batch_shape, 3) and log_q.shape == z.shape[:-1]
+    assert torch.allclose(posterior.log_prob(z), log_q, atol=1e-7)
+
+
+def test_is_a_torch_distribution():
+    q = flow(2)
+    assert isinstance(q(), torch.distributions.Distribution) and q().event_shape == (2,) and q().has_rsample
+    assert not q.sample((4,)).requires_grad and q.rsample((4,)).requires_grad
+    assert q.sample().shape == (2,) and q.sample((4, 3)).shape == (4, 3, 2)
+
+
+def test_a_generator_makes_draws_repeatable_and_leaves_the_global_one_alone():
+    q = flow(2)
+    draw = lambda: q.rsample_and_log_prob((10,), generator=torch.Generator().manual_seed(3))[0]
+    before = torch.random.get_rng_state()
+    assert torch.equal(draw(), draw()) and torch.equal(before, torch.random.get_rng_state())
+
+
+def test_other_bases():
+    base = Independent(Uniform(-torch.ones(2), torch.ones(2)), 1)
+    z, log_q = Flow(Affine(2), base=base).rsample_and_log_prob((100,))
+    assert z.abs().max() <= 1 and torch.allclose(log_q, torch.full((100,), -2 * math.log(2)))
+
+
+def test_moves_to_another_precision():
+    q = Flow(Planar(2, 3)).double()
+    z, log_q = q.rsample_and_log_prob((5,))
+    assert z.dtype == log_q.dtype == torch.float64
+
+
+def test_inverse_exchanges_costs():
+    planar = Planar(2, 3)
+    assert (planar.forward_kind, planar.inverse_kind) == ("closed form", "iterative")
+    assert (Inverse(planar).forward_kind, Inverse(planar).inverse_kind) == ("iterative", "closed form")
+    assert Chain(Affine(2), Inverse(planar)).forward_kind == "iterative"
+
+
+class OneWay(Affine):
+    inverse_kind = "none"
+
+
+def test_a_direction_that_does_not_exist_says_so():
+    with pytest.raises(NotImplementedError, match="OneWay has no inverse"): Flow(OneWay(2)).log_prob(torch.zeros(2))
+    with pytest.raises(ValueError, match="forward"): Flow(Inverse(OneWay(2)))
+    with pytest.raises(NotImplementedError, match="OneWay has no inverse"): Inverse(OneWay(2)).forward(torch.zeros(2))
+
+
+def test_log_density_of_a_known_case():
+    q = Flow(Affine(2))
+    with torch.no_grad(): q.transform.source.shift.fill_(1.); q.transform.source.log_scale.fill_(math.log(3))
+    x = torch.randn(10, 2)
+    assert torch.allclose(q.log_prob(x), Normal(1., 3.).log_prob(x).sum(-1))

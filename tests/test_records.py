@@ -1,0 +1,215 @@
+"""Records: what is written is what is read; what is damaged is refused; the best wins; verdicts follow their definition."""
+import io
+import json
+import os
+import random
+import signal
+import time
+import zipfile
+
+import numpy as np
+import pytest
+
+from normflow_vi.files import sha256
+from normflow_vi.records import (ARRAYS_LIMIT, VERDICTS, DamagedRecord, Record, Run, Store, code_sha256, code_sources, lower_is_better,
+                                 measured, note_failure, verdict)
+
+
+def run(seed=0, profile="quick", **more):
+    fields = dict(experiment="trial", recipe=1, model="DLGM", data="mnist-static", data_sha256="ab" * 32, flow="planar", length=10, seed=seed,
+                  profile=profile, budget={"updates": 100, "widths": [400, 400], "rate": 1e-3})
+    return Run(**(fields | more))
+
+
+def record(F=90., **more):
+    return Record(run(**more), {"F": {"value": F, "std_error": 0.2}}, {"loss": np.arange(50.), "image": np.zeros((4, 4), np.uint8)}, {"device": "cpu"})
+
+
+def test_round_trip(tmp_path):
+    before = record()
+    after = Record.load(before.save(tmp_path))
+    assert (after.run, after.values, after.info) == (before.run, before.values, before.info)
+    assert all((after.arrays[k] == v).all() and after.arrays[k].dtype == v.dtype for k, v in before.arrays.items())
+    assert Run.from_json(run().to_json()) == run() and Run.from_json(run().to_json()).key == run().key
+
+
+@pytest.mark.parametrize("change", [dict(recipe=2), dict(model="x"), dict(data="digits"), dict(data_sha256="cd" * 32), dict(flow="nice"), dict(length=11),
+                                    dict(seed=1), dict(profile="paper"), dict(experiment="other"), dict(budget={"updates": 101})])
+def test_every_field_makes_another_run(change):
+    assert run(**change).key != run().key and (run(**change).shape == run().shape) == (list(change) == ["seed"])
+
+
+WRONG = [dict(seed=v) for v in (-1, 1.0, True, "0", None)] + [dict(length=v) for v in (-1, 2.5, "8")] + [dict(recipe=v) for v in (0, -1, "1")] + \
+        [dict(flow=v) for v in ("", "../x", "a b", "a/b", "-a", "x" * 65, 3)] + [dict(experiment=v) for v in ("", "..", "a/b")] + \
+        [dict(profile=v) for v in ("huge", "", None, 3)] + [dict(data_sha256=v) for v in ("xyz", "AB" * 32, None)] + \
+        [dict(budget={"rate": v}) for v in (float("nan"), float("inf"), b"x", [1, float("nan")], {"a": 1})] + [dict(model=v) for v in ("", "a\nb", "x" * 201, 3)]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_bad_run_is_refused_by_name(wrong):
+    with pytest.raises((ValueError, TypeError), match=list(wrong)[0]): run(**wrong)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"experiment": "a"}', '{"a": 1' + "0" * 10 + "}"])
+def test_a_run_with_other_fields_is_refused(text):
+    with pytest.raises(ValueError): Run.from_json(text)
+
+
+@pytest.mark.parametrize("values, arrays", [({"F": float("nan")}, {}), ({"F": float("inf")}, {}), ({"F": {"value": 1., "std_error": -1.}}, {}),
+                                            ({"F": {"value": 1., "sd": 1.}}, {}), ({}, {"a": np.array([{}])}), ({}, {"a": np.random.rand(300, 300)})])
+def test_bad_content_is_refused(tmp_path, values, arrays):
+    with pytest.raises(ValueError): Record(run(), values, arrays).save(tmp_path)
+    assert not list(tmp_path.rglob("record.json"))
+
+
+@pytest.mark.parametrize("name", ["record.json", "arrays.npz"])
+def test_damage_is_refused_naming_the_file(tmp_path, name):
+    """Flipped bits, truncations and zeroed blocks at 120 random places: never another content, always the file's name."""
+    folder = record().save(tmp_path)
+    good, chance, silent = (folder/name).read_bytes(), random.Random(0), 0
+    for trial in range(120):
+        at, bad = chance.randrange(len(good)), bytearray(good)
+        if trial % 3 == 0: bad[at] ^= 1 << chance.randrange(8)
+        elif trial % 3 == 1: bad = bad[:at]
+        else: bad[at:at + 64] = bytes(len(bad[at:at + 64]))
+        (folder/name).write_bytes(bad)
+        try:
+            again = Record.load(folder)                                  # only damage without meaning (a space in the JSON) may pass
+            assert again.values == record().values and again.run == run() and (again.arrays["loss"] == np.arange(50.)).all()
+            silent += 1
+        except DamagedRecord as error: assert name in str(error)
+    assert silent <= 12
+
+
+def forged(folder, data, **more):
+    """A record whose hashes are right and whose arrays are `data`."""
+    d = json.loads((folder/"record.json").read_text()) | {"arrays_sha256": sha256(data)} | more
+    d.pop("sha256")
+    (folder/"arrays.npz").write_bytes(data)
+    (folder/"record.json").write_text(json.dumps(d | {"sha256": sha256(json.dumps(d, sort_keys=True).encode())}))
+
+
+def test_hostile_arrays_are_refused(tmp_path):
+    class Payload:
+        def __reduce__(self): return os.system, (f"touch {tmp_path}/executed",)
+    folder = record().save(tmp_path)
+    pickled, bomb = io.BytesIO(), io.BytesIO()
+    np.savez(pickled, a=np.array([Payload()], dtype=object))
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("a.npy", bytes(200_000_000))
+    assert len(bomb.getvalue()) < ARRAYS_LIMIT
+    for data in (pickled.getvalue(), bomb.getvalue(), b"<html>not found</html>"):
+        forged(folder, data)
+        start = time.monotonic()
+        with pytest.raises(DamagedRecord, match="arrays.npz"): Record.load(folder)
+        assert time.monotonic() - start < 2
+    assert not (tmp_path/"executed").exists()
+
+
+def test_a_record_under_another_runs_name_is_refused(tmp_path):
+    folder = record().save(tmp_path)
+    folder.rename(folder.with_name(run(seed=1).slug))
+    with pytest.raises(DamagedRecord, match="record.json"): Store([tmp_path]).find(run(seed=1))
+
+
+def test_killed_while_saving(tmp_path):
+    """30 processes are killed while they replace a record: it is there, whole, every time."""
+    record(0.).save(tmp_path)
+    chance, values = random.Random(1), set()
+    for trial in range(30):
+        child = os.fork()
+        if child == 0:
+            try:
+                while True: record(float(trial)).save(tmp_path)
+            finally: os._exit(1)
+        time.sleep(chance.uniform(0.01, 0.12))
+        os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+        values.add(Store([tmp_path]).find(run()).value("F"))
+        assert len(Store([tmp_path]).best("trial")) == 1
+    assert len(values) > 5                                               # records were really being replaced
+
+
+def test_best_record_wins(tmp_path):
+    store = Store([tmp_path/"a", tmp_path/"b"])
+    assert store.best("trial") == [] and store.find(run()) is None
+    def best(**match): return [(r.run.profile, r.run.seed) for r in store.best("trial", **match)]
+    for seed in (0, 1, 2): record(seed=seed, profile="smoke").save(tmp_path/"b")
+    assert best() == [("smoke", 0), ("smoke", 1), ("smoke", 2)]
+    for seed in (1, 0): record(seed=seed, profile="quick").save(tmp_path/"a")
+    assert best() == [("quick", 0), ("quick", 1)]
+    record(seed=7, profile="paper").save(tmp_path/"a")
+    assert best() == [("paper", 7)] and best(profile="quick") == [("quick", 0), ("quick", 1)]
+    record(seed=8, profile="paper", budget={"updates": 50}).save(tmp_path/"a")
+    assert best() == [("paper", 7)]                                      # budgets are not mixed; more updates win
+    for seed in (0, 1): record(seed=seed, profile="paper", data="digits-static").save(tmp_path/"a")
+    assert best() == [("paper", 7)] and best(data="digits-static") == [("paper", 0), ("paper", 1)]
+    record(seed=3, profile="smoke", recipe=2).save(tmp_path/"b")
+    assert best() == [("smoke", 3)]                                      # an older recipe describes another experiment
+    assert best(length=80) == [] and best(updates=50) == [("paper", 8)]
+
+
+def test_damaged_record_is_not_passed_over(tmp_path):
+    folder = record().save(tmp_path)
+    (folder/"record.json").write_text("{")
+    with pytest.raises(DamagedRecord): Store([tmp_path]).best("trial")
+    with pytest.raises(DamagedRecord): Store([tmp_path]).find(run())
+
+
+def test_measured(tmp_path):
+    store, row = Store([tmp_path]), dict(source="a paper", item="Table 1", row="a model")
+    assert measured(store, [], "F", **row) is None
+    for seed, F in enumerate((90., 92., 94.)): record(F, seed=seed).save(tmp_path)
+    note_failure(tmp_path, run(seed=3), "not finite")
+    note_failure(tmp_path, run(seed=3, length=20), "not finite")
+    m = measured(store, store.best("trial"), "F", shortened=False, **row)
+    assert (m.value, m.seeds, m.failed, m.updates, m.profile, m.device, m.codes) == (92, (0, 1, 2), 1, 100, "quick", "cpu", (None,) * 3)
+    assert m.se == pytest.approx(2 / 3**.5)
+    assert measured(store, store.best("trial", seed=0), "F", **row).se == 0.2      # one seed: the evaluation's own error
+    with pytest.raises(ValueError, match="shapes"): measured(store, [record(), record(length=20)], "F", **row)
+
+
+NLL, LOGP, BITS = "-ln p(x) (nats)", "log p(x) (nats)", "bits/dim"
+TABLE = [
+    # metric, published, its error, ours, our error, more, verdict
+    (NLL, 87.5, 0.3, 88.2, 0.2, {}, "reproduced"), (NLL, 87.5, 0.3, 88.3, 0.2, {}, "worse"), (NLL, 87.5, 0.3, 86.7, 0.2, {}, "better"),
+    (NLL, 87.5, None, 88.0, 0.01, {}, "reproduced"), (NLL, 87.5, None, 88.01, 9., {}, "worse"), (NLL, 87.5, None, 86.99, 9., {}, "better"),
+    (LOGP, -81.1, 0.1, -80.0, 0.1, {}, "better"), (LOGP, -81.1, 0.1, -82.0, 0.1, {}, "worse"), (LOGP, -81.1, 0.1, -81.2, None, {}, "reproduced"),
+    ("VLB (nats)", -84.1, 0.1, -83, 0.1, {}, "better"), ("ELBO (nats)", -85.6, .5, -87, .1, {}, "worse"), ("negative ELBO (nats)", 86.5, .1, 85, .1, {}, "better"),
+    ("KL(q||p(z|x)) (nats)", 6.84, .33, 5., .1, {}, "better"), ("F(x) = -ELBO (nats)", 96.8, None, 97.5, .1, {}, "worse"),
+    (BITS, 3.11, None, 3.114, 0.001, {}, "reproduced"), (BITS, 3.11, None, 3.12, 0.001, {}, "worse"), (BITS, 3.11, None, 3.10, 0.006, {}, "reproduced"),
+    (NLL, 87.5, 0.3, 80., 0.2, dict(shortened=True), "shortened"), (NLL, 87.5, 0.3, 87.5, 0.2, dict(shortened=True, confirmed=False), "shortened"),
+    (NLL, 87.5, 0.3, 80., 0.2, dict(confirmed=False), "unconfirmed source"), (NLL, None, None, 80., 0.2, {}, "no published number"),
+    (NLL, 87.5, 0.3, None, None, {}, "published only"), (NLL, 87.5, 0.3, None, None, dict(affordable=False), "out of budget"),
+]
+
+
+@pytest.mark.parametrize("metric, published, published_se, ours, se, more, expected", TABLE)
+def test_verdict(metric, published, published_se, ours, se, more, expected):
+    assert verdict(metric, published, published_se, ours, se, **more) == expected
+
+
+def test_verdicts_are_complete(): assert {row[-1] for row in TABLE} == set(VERDICTS)
+
+
+def test_every_published_metric_has_a_direction():
+    from normflow_vi.status import published
+    metrics = {n["metric"] for n in published() if n["value"] is not None}
+    assert len(metrics) > 20 and all(lower_is_better(m) in (True, False) for m in metrics)
+    assert {m for m in metrics if not lower_is_better(m)} == {m for m in metrics if m.startswith(("log p", "VLB", "ELBO", "marginal"))}
+    with pytest.raises(ValueError, match="happiness"): lower_is_better("happiness")
+
+
+def test_code_hash_follows_the_imports(tmp_path, monkeypatch):
+    """A change of meaning in what is imported changes the hash; comments, empty lines and other modules do not."""
+    import normflow_vi.records as records
+    top = tmp_path/"normflow_vi"
+    top.mkdir()
+    def write(**files):
+        for name, text in files.items(): (top/f"{name}.py").write_text(text)
+    write(__init__="", a="from .b import f\n", b="def f(): return 1\n", c="x = 1\n", runner="", d="import normflow_vi.a\nfrom . import runner\n")
+    monkeypatch.setattr(records, "find_spec", lambda name: type("Spec", (), {"origin": str(top/"__init__.py")}))
+    assert set(code_sources("normflow_vi.d")) == {"normflow_vi.a", "normflow_vi.b", "normflow_vi.d"}
+    before = code_sha256("normflow_vi.d")
+    write(c="x = 2\n", runner="y = 1\n", b="# %% a comment\n\ndef f(): return 1\n")
+    assert code_sha256("normflow_vi.d") == before
+    write(b="def f(): return 2\n")
+    assert code_sha256("normflow_vi.d") != before

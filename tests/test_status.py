@@ -1,0 +1,106 @@
+"""Status: a row for every published number and figure, joined with what was measured."""
+import json
+from collections import Counter
+
+import pytest
+
+from normflow_vi import cli, experiments, status
+from normflow_vi.records import DamagedRecord, Measured
+from normflow_vi.runner import Manifest, notebook_code
+from normflow_vi.files import sha256
+
+KEYS = ["source", "item", "row", "published", "published_se", "value", "se", "seeds", "failed", "updates", "device", "profile", "state", "verdict"]
+REZENDE = "Rezende & Mohamed 2015 (1505.05770)"
+
+
+def measured(item="Fig 4c", row="NF K=10", value=87.6, metric="", data="", **more):
+    return Measured(REZENDE, item, row, metric, value, 0.1, (0, 1, 2), 0, 500_000, "cpu", "paper", data=data, **({"shortened": False} | more))
+
+
+class Trial:
+    name, notebook = "trial", "nbs/none.ipynb"
+    def __init__(self, *found): self.found = found
+    def rows(self, store):
+        if isinstance(self.found[0], Exception): raise self.found[0]
+        return list(self.found)
+
+
+@pytest.fixture
+def with_experiments(monkeypatch):
+    monkeypatch.setattr(experiments, "module_of", lambda name: "normflow_vi.files")
+    return lambda *found: monkeypatch.setattr(experiments, "all", lambda: list(found))
+
+
+def test_a_row_for_every_published_number_and_figure(with_experiments, capsys):
+    with_experiments()
+    assert cli.main(["status", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    numbers, figures = status.read_csv("published.csv"), status.read_csv("figures.csv")
+    assert all(list(row) == KEYS for row in table) and len(table) == len(numbers) + len(figures)
+    assert len({(r["source"], r["item"], r["row"]) for r in table}) == len(table)
+    have = Counter((r["source"], r["item"], r["published"], r["published_se"]) for r in table)
+    number = lambda text: float(text) if text else None
+    assert not Counter((n["paper"], n["table_or_figure"], number(n["value"]), number(n["error"])) for n in numbers) - have
+    for f in figures: assert (f["source"], f["item"]) in {(r["source"], r["item"]) for r in table if r["row"].startswith("figure: ")}
+    assert all(r["value"] is None and r["seeds"] == [] for r in table) and {r["verdict"] for r in table} == {"published only", "out of budget", "no published number"}
+
+
+def test_measured_rows_are_joined(with_experiments, capsys):
+    with_experiments(Trial(measured(), measured("Table 2", "DLGM+NF planar K=10", 80., shortened=True)), Trial(measured("Fig 4c", "ours K=10", 85.)))
+    table, problems = status.rows()
+    found = {(r["item"], r["row"]): r for r in table if r["value"] is not None}
+    assert not problems and {k: r["verdict"] for k, r in found.items()} == {("Fig 4c", "NF K=10"): "reproduced", ("Table 2", "DLGM+NF planar K=10"): "shortened",
+                                                                           ("Fig 4c", "ours K=10"): "no published number"}
+    row = found["Fig 4c", "NF K=10"]
+    assert (row["published"], row["published_se"], row["value"], row["se"], row["seeds"], row["updates"]) == (87.54, 0.27, 87.6, 0.1, [0, 1, 2], 500_000)
+    assert cli.main(["status"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("\n") == 2 + 3 + 1 and "reproduced" in text and f"{len(table)} rows" in text
+    assert cli.main(["status", "--all"]) == 0 and capsys.readouterr().out.count("\n") == len(table) + 3
+
+
+def test_earlier_code_is_marked(with_experiments):
+    from normflow_vi.records import code_sha256
+    now = code_sha256("normflow_vi.files")
+    with_experiments(Trial(measured(codes=(now, "other")), measured("Fig 4c", "NF K=20", codes=(now, now))))
+    assert {r["row"]: r["state"] for r in status.rows()[0] if r["value"] is not None} == {"NF K=10": "earlier code", "NF K=20": "measured"}
+
+
+def test_names_that_fit_several_numbers_are_refused(with_experiments):
+    with_experiments(Trial(measured("Fig 3d", "PF K=2")))
+    with pytest.raises(ValueError, match="PF K=2.*3 published numbers"): status.rows()
+    with_experiments(Trial(measured("Fig 3d", "PF K=2", data="2-D energy U2")))
+    assert [r["row"] for r in status.rows()[0] if r["value"] is not None] == ["PF K=2 (2-D energy U2)"]
+    with_experiments(Trial(measured(), measured()))
+    with pytest.raises(ValueError, match="twice"): status.rows()
+
+
+def test_damage_is_reported_and_the_rest_shown(with_experiments, capsys):
+    with_experiments(Trial(DamagedRecord("results/x/record.json is missing")), Trial(measured()))
+    assert cli.main(["status"]) == 1
+    seen = capsys.readouterr()
+    assert "NF K=10" in seen.out and "results/x/record.json" in seen.err and seen.err.count("\n") == 1
+
+
+def test_figures_go_out_of_date(tmp_path, monkeypatch):
+    """A figure is up to date only while its notebook, the code behind it and its own file are those of its manifest."""
+    monkeypatch.setenv("NORMFLOW_VI_ROOT", str(tmp_path))
+    (tmp_path/"settings.ini").write_text("[common]\n")
+    notebook, figure = tmp_path/"nbs/01_x/10_y.ipynb", tmp_path/"figures/a.png"
+    def write(text): notebook.write_text(json.dumps({"cells": [{"cell_type": "code", "source": text, "metadata": {}}]})); status._present.cache_clear()
+    def state(): return status.figure_state("nbs/01_x/10_y.ipynb", "a.png")[0]
+    for folder in (notebook.parent, figure.parent): folder.mkdir(parents=True)
+    write("from normflow_vi.files import sha256")
+    assert state() == "not made"
+    figure.write_bytes(b"picture")
+    manifest = Manifest("nbs/01_x/10_y.ipynb", "good", "", {"profile": "quick"}, 1., sha256(notebook), notebook_code(notebook), {"a.png": sha256(figure)}, {})
+    manifest.save(tmp_path/"figures/manifests/01_x-10_y.json")
+    assert state() == "made" and status.figure_state("nbs/01_x/10_y.ipynb", "b.png")[0] == "not made"
+    row = status.figure_row({"source": "s", "item": "i", "shows": "x", "notebook": "nbs/01_x/10_y.ipynb", "product": "a.png"})
+    assert (row["state"], row["profile"], row["verdict"]) == ("made", "quick", "no published number")
+    figure.write_bytes(b"another"); assert state() == "damaged"
+    figure.write_bytes(b"picture"); assert state() == "made"
+    write("from normflow_vi.files import atomic_write"); assert state() == "out of date"
+    write("from normflow_vi.files import sha256"); assert state() == "made"
+    monkeypatch.setattr(status, "notebook_code", lambda path: "another"); status._present.cache_clear()
+    assert state() == "out of date"
