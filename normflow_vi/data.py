@@ -171,7 +171,6 @@ def unpacked(archive, part, shape):
     with archive.open(f"{part}.npy") as stream: rows = read_npy(stream, (shape[0], math.prod(shape[1:]) // 8))
     return np.unpackbits(rows, axis=1).reshape(shape)
 
-# %% ../nbs/90_engine/10_data.ipynb #5e00b59c
 def read_npy(stream, shape):
     "The uint8 array of exactly this shape in an `.npy` stream; nothing is unpickled."
     size = math.prod(shape)
@@ -238,7 +237,6 @@ SOURCES["mnist"] = Source("MNIST", "mnist", (28, 28), held_out=10000, content={
         (4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6")),
         "https://ossci-datasets.s3.amazonaws.com/mnist/"),))
 
-# %% ../nbs/90_engine/10_data.ipynb #0c209d8a
 SOURCES["fashion-mnist"] = Source("Fashion-MNIST", "fashion-mnist", (28, 28), held_out=10000, content={
     "train": "add1583fa1282e41dc1661524d893d7879b03d4c49f0df04b635298bf09d7646",
     "test": "e63ca673c908c3871024e75bfe96d35cd968cc772ea1ec5d64f59b26b92ab235"}, layouts=(idx_layout((
@@ -291,7 +289,6 @@ def cifar_layouts(n=10000):
             Layout(read_batch, tuple(File(f"cifar-10-batches-bin/{name}.bin", part) for name, part in batches)),
             Layout(read_batch, tuple(File(f"cifar-10-batches-py/{name}", part) for name, part in batches)))
 
-# %% ../nbs/90_engine/10_data.ipynb #93575ffc
 SOURCES["cifar10"] = Source("CIFAR-10", "cifar10", (32, 32, 3), layouts=cifar_layouts(), held_out=5000, ordered=False, content={
     "train": "6a3b2c04d0a79ce272dcdacaf0bc440275db5a8cbe3717521a28fada2ea0d2ed",
     "test": "65a6ffe079453e514083f99356b35e02cbfd581b4951e3937fae188974b79f39"})

@@ -188,7 +188,7 @@ def _save(record, final):
     return replace_folder(part, final)
 
 # %% ../nbs/90_engine/40_records.ipynb #f6d3bc29
-_BOOKKEEPING = {f"normflow_vi.{name}" for name in ("records", "runner", "status", "report", "cli", "_modidx")}
+_BOOKKEEPING = {f"normflow_vi.{name}" for name in ("files", "settings", "records", "experiments", "runner", "status", "report", "cli", "_modidx")}
 
 def _imports(tree, package, known):
     "The modules among `known` that the import statements of a syntax tree name; `package` is what relative ones start from."

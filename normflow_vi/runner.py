@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DATA', 'DEVICES', 'RULES', 'ParameterError', 'check_parameter', 'check_names', 'resolve_device', 'Context',
            'check_parameters', 'check_notebook', 'work_folder', 'write_unit', 'read_unit', 'watch_parent',
-           'ProgressFile', 'work', 'Job', 'slots', 'last_line', 'Show', 'run_jobs', 'stop', 'RunsFailed', 'units',
-           'complete', 'run_on_ray', 'Manifest', 'check_executed', 'describe', 'outputs_root', 'place', 'publish',
-           'execute', 'notebook_code']
+           'ProgressFile', 'work', 'Job', 'slots', 'last_line', 'Show', 'run_jobs', 'stop', 'RunsFailed', 'batched',
+           'units', 'complete', 'run_on_ray', 'Manifest', 'check_executed', 'describe', 'outputs_root', 'place',
+           'publish', 'execute', 'notebook_code']
 
 # %% ../nbs/90_engine/50_runner.ipynb #de7aff8c
 import json, os, platform, re, secrets, shutil, signal, subprocess, sys, threading, time
@@ -260,14 +260,23 @@ def stop(processes, grace=30):
 class RunsFailed(RuntimeError):
     "Some runs failed; the message names them. The records of the others are kept."
 
+def batched(experiment, seeds, device):
+    "Whether runs that differ in their seeds train as one program: as the experiment says, as it was begun, or as measures faster here."
+    if experiment.engine != "auto": return experiment.engine == "batched"
+    if len(seeds) == 1 or work_folder(seeds).exists(): return True
+    if any(work_folder([run]).exists() for run in seeds): return False
+    if experiment.trainer is None: return device == "cuda"
+    from normflow_vi.training import choose_engine
+    choice = choose_engine(lambda some: experiment.trainer(seeds[:len(some)], device), [run.seed for run in seeds], slots(device))
+    return choice.name == "batched"
+
 def units(runs, device):
-    "Runs grouped into what one worker trains: all seeds of a shape where the experiment wants them batched, else one run each; long flows first."
-    groups = {}
-    for run in runs:
-        engine = experiments.get(run.experiment).engine
-        batched = engine == "batched" or (engine == "auto" and device == "cuda")
-        groups.setdefault(run.shape if batched else run, []).append(run)
-    return sorted(groups.values(), key=lambda unit: -unit[0].length)
+    "Runs grouped into what one worker trains: all seeds of a shape if they train as one program, else one run each; long flows first."
+    shapes = {}
+    for run in runs: shapes.setdefault(run.shape, []).append(run)
+    together = {shape: batched(experiments.get(seeds[0].experiment), seeds, device) for shape, seeds in shapes.items()}
+    groups = [unit for shape, seeds in shapes.items() for unit in ([seeds] if together[shape] else [[run] for run in seeds])]
+    return sorted(groups, key=lambda unit: -unit[0].length)
 
 # %% ../nbs/90_engine/50_runner.ipynb #8def1d53
 def complete(runs, device="auto", progress=True, retrain=False, engine="local"):
@@ -351,7 +360,8 @@ def _papermill(notebook, path, parameters, timeout):
         try:
             with _environment(OMP_NUM_THREADS="1", NORMFLOW_VI_ROOT=str(project_root())):
                 return execute_notebook(str(notebook), str(path), parameters, kernel_name="python3", cwd=str(project_root()), start_timeout=300,
-                                        execution_timeout=timeout, progress_bar=False, shutdown_kernel="immediate", autosave_cell_every=0)
+                                        execution_timeout=timeout, progress_bar=False, shutdown_kernel="immediate", autosave_cell_every=0,
+                                        extra_arguments=["--IPKernelApp.log_level=ERROR"])
         except Exception:
             cells = read(path, 4).cells if path.exists() else []
             if attempt == 2 or any(c.metadata.get("papermill", {}).get("start_time") for c in cells): raise
@@ -386,15 +396,15 @@ def publish(work, final, manifest, figures):
     final.with_name(f"{final.name}.failed.json").unlink(missing_ok=True)
 
 # %% ../nbs/90_engine/50_runner.ipynb #fd84aa1b
-def execute(notebook, parameters=None, products=(), *, profile="quick", timeout=3600, rules=None):
+def execute(notebook, parameters=None, products=(), *, profile="quick", timeout=3600, rules=None, figures=None):
     """Execute a notebook into a fresh folder and publish it if it is good; returns its `Manifest`, also when it failed.
 
-    `parameters` are checked first (`ParameterError`). Earlier good results stay as they are unless this one is good. `Busy` if another process
-    executes the same notebook.
+    `parameters` are checked first (`ParameterError`). Products go to the folder `figures`, by default the profile's. Earlier good results stay as
+    they are unless this one is good. `Busy` if another process executes the same notebook.
     """
     notebook, parameters = (project_root()/notebook).resolve(), dict(parameters or {})
     check_notebook(notebook, parameters, rules)
-    final, figures = place(notebook, profile), outputs_root(profile)[1]
+    final, figures = place(notebook, profile), figures or outputs_root(profile)[1]
     name = f"{notebook.parent.name}-{notebook.stem}"
     with exclusive(project_root()/"runs/locks"/f"{outputs_root(profile)[0].parent.name}-{name}"):
         for left in (final.parents[2]/".work").glob(f"{name}-*"): shutil.rmtree(left, ignore_errors=True)      # by a killed process
@@ -413,7 +423,7 @@ def _execute(notebook, parameters, products, work, final, figures, timeout):
     try: hashes = check_executed(_papermill(notebook, work/"notebook.ipynb", parameters, timeout), work/"products", products)
     except BaseException as e: error = e
     manifest = Manifest(relative, "failed" if error else "good", describe(error, timeout) if error else "", parameters, round(time.monotonic() - start, 2),
-                        source, notebook_code(notebook), hashes, information())
+                        source, notebook_code(notebook), hashes, information(figures=figures.relative_to(project_root()).as_posix()))
     if error:
         manifest.save(final.with_name(f"{final.name}.failed.json"))
         if not isinstance(error, Exception): raise error

@@ -182,7 +182,6 @@ def seed_of(*parts):
     "One 48-bit seed from whatever identifies a random stream."
     return int(sha256(repr(parts).encode())[:12], 16)
 
-# %% ../nbs/90_engine/30_training.ipynb #7f357b37
 def fix_global_stream(device, seeds, step):
     "Make torch's global random streams, on the CPU and on `device`, a function of seeds and step."
     streams = [torch.default_generator, *([torch.cuda.default_generators[device.index]] if device.type == "cuda" else [])]
@@ -326,8 +325,9 @@ class _Given:
 
 # %% ../nbs/90_engine/30_training.ipynb #a556f5f5
 def decayed(model):
-    "Names of the parameters that weight decay shrinks: matrices, unless marked `no_decay`."
-    return [name for name, p in model.named_parameters() if p.ndim >= 2 and not getattr(p, "no_decay", False)]
+    "Names of the parameters that weight decay shrinks: matrices, unless their module is marked `no_decay`."
+    return [f"{place}.{name}".lstrip(".") for place, module in model.named_modules() if not getattr(module, "no_decay", False)
+            for name, p in module.named_parameters(recurse=False) if p.ndim >= 2]
 
 def check_given(given):
     "One clear error for an argument of a trainer that does not fit."

@@ -22,11 +22,10 @@ def bernoulli_log_prob(x, logits):
 
 # %% ../nbs/02_vae_nf/10_vae.ipynb #e85f3abf
 class VAE(nn.Module):
-    """A latent-variable model `p(z) p(x|z)` with an amortised posterior `q(z|x)`.
+    """A latent-variable model `p(z) p(x|z)` with an amortised posterior `q(z|x)`; Kingma & Welling 2014.
 
-    `encoder`: `(..., D_x) -> (..., context_dim)`; `decoder`: `(..., dim) -> (..., D_x)` Bernoulli logits; `posterior`: a `Flow` with that `context_dim`;
-    `prior`: anything with `log_prob` and `rsample`, `N(0, I)` unless given. Raises `ValueError` where widths do not fit.
-    Source: Kingma & Welling 2014; Rezende & Mohamed 2015, section 4.
+    `encoder`: `(..., D_x) -> (..., context_dim)`; `decoder`: `(..., dim) -> (..., D_x)` Bernoulli logits; `posterior`: a `Flow` of such a context;
+    `prior`: a `Flow`, or `N(0, I)` unless given. Raises `ValueError` if `posterior` takes no context.
     """
     def __init__(self, encoder, decoder, posterior, prior=None):
         super().__init__()
@@ -35,8 +34,6 @@ class VAE(nn.Module):
         self.prior = StandardNormal(posterior.dim) if prior is None else prior
 
     def q(self, x): return self.posterior(self.encoder(x))
-    def forward(self, x): return self.q(x)
-
     def log_joint(self, x, z):
         "`log p(x|z)` and `log p(z)` by name, each `(..., batch)`, for `x` `(batch, D_x)` and `z` `(..., batch, dim)`."
         return {"log_likelihood": bernoulli_log_prob(x, self.decoder(z)), "log_prior": self.prior.log_prob(z)}
@@ -44,7 +41,6 @@ class VAE(nn.Module):
     def sample(self, count, generator=None):
         "Pixel probabilities `(count, D_x)` of `count` images drawn from the model."
         with torch.no_grad(): return self.decoder(self.prior.rsample((check_int("count", count),), generator)).sigmoid()
-
     def reconstruct(self, x, generator=None):
         "Pixel probabilities of `x` after one draw from its posterior."
         with torch.no_grad(): return self.decoder(self.q(x).rsample((), generator)).sigmoid()

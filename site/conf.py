@@ -14,6 +14,7 @@ html_theme_options = {"use_download_button": False, "use_fullscreen_button": Fal
 
 nb_execution_mode = "off"                      # the notebooks were executed, and checked, before
 nb_merge_streams = True
+nb_render_markdown_format = "myst"             # Markdown that a cell displays is read like the prose: tables, equations
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 3

@@ -15,7 +15,7 @@ from normflow_vi import experiments
 from normflow_vi.files import Busy, exclusive
 from normflow_vi.records import Record, Run, Store
 from normflow_vi.runner import (Manifest, ParameterError, RunsFailed, check_notebook, check_parameter, check_parameters, complete, execute, place,
-                                run_jobs, units, work, work_folder, write_unit)
+                                run_jobs, slots, units, work, work_folder, write_unit)
 
 EXPERIMENT = '''
 import os, time
@@ -52,7 +52,7 @@ def make_project(root):
     import nbformat
     from nbformat import v4
     for folder in ("nbs/99_trial", "data"): (root/folder).mkdir(parents=True)
-    (root/"settings.ini").write_text("[common]\ntimeout = 60\n[trial.smoke]\n[trial.quick]\n[trial.paper]\n")
+    (root/"settings.ini").write_text("[limits]\ntimeout = 60\n[trial.smoke]\n[trial.quick]\n[trial.paper]\n")
     (root/"trial_experiment.py").write_text(EXPERIMENT)
     (root/"data/published.csv").write_text("paper,table_or_figure,dataset,model,metric,value,error,notes,confirmed\n")
     (root/"data/figures.csv").write_text("source,item,shows,notebook,product\n")
@@ -193,6 +193,23 @@ def test_units_follow_the_experiments_engine(project, monkeypatch):
         monkeypatch.setattr(module, "experiment", experiments.Experiment(**{**vars(experiments.get("trial")), "engine": engine}))
         assert [len(u) for u in units(runs, device)] == sizes
     assert work_folder(runs[:2]) != work_folder(runs[:1])
+
+
+def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkeypatch):
+    "With a `trainer` the choice is measured; runs that were begun in one way are not begun again in the other."
+    from normflow_vi import training
+    runs, module, asked = [trial(0), trial(1)], sys.modules[experiments.module_of("trial")], []
+    monkeypatch.setattr(module, "experiment", experiments.Experiment(**{**vars(experiments.get("trial")), "engine": "auto", "trainer": lambda runs, device: runs}))
+    def measured(name):
+        def choose(make, seeds, processes): asked.append((make(seeds[:1]), list(seeds), processes)); return training.Engine(name, 1., 1.)
+        monkeypatch.setattr(training, "choose_engine", choose)
+    for name, sizes in (("batched", [2]), ("processes", [1, 1])):
+        measured(name)
+        assert [len(unit) for unit in units(runs, "cpu")] == sizes
+    assert asked[0] == (runs[:1], [0, 1], slots("cpu"))
+    work_folder(runs[1:]).mkdir(parents=True)
+    measured("batched")
+    assert [len(unit) for unit in units(runs, "cpu")] == [1, 1] and len(asked) == 2
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"runs": []}', '{"runs": [{"experiment": "trial"}], "device": "cpu"}'])

@@ -85,7 +85,7 @@ def test_damage_is_reported_and_the_rest_shown(with_experiments, capsys):
 def test_figures_go_out_of_date(tmp_path, monkeypatch):
     """A figure is up to date only while its notebook, the code behind it and its own file are those of its manifest."""
     monkeypatch.setenv("NORMFLOW_VI_ROOT", str(tmp_path))
-    (tmp_path/"settings.ini").write_text("[common]\n")
+    (tmp_path/"settings.ini").write_text("[limits]\ntimeout = 3600\n")
     notebook, figure = tmp_path/"nbs/01_x/10_y.ipynb", tmp_path/"figures/a.png"
     def write(text): notebook.write_text(json.dumps({"cells": [{"cell_type": "code", "source": text, "metadata": {}}]})); status._present.cache_clear()
     def state(): return status.figure_state("nbs/01_x/10_y.ipynb", "a.png")[0]

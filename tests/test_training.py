@@ -1,4 +1,5 @@
 "The training engine: stopped anywhere it resumes to the same bits, says what went wrong, and trains as torch does."
+import copy
 import json, math, os, random, signal, subprocess, sys, threading, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -419,7 +420,8 @@ def test_decay_schedule_and_clip_are_torchs():
     torch.testing.assert_close(trainer.models[0].bias, model.bias, atol=1e-12, rtol=0)
 
 def test_no_decay_marks_are_obeyed():
-    models = [Model(0), Model(0)]; models[1].weight.no_decay = True
+    models = [Model(0), Model(0)]; models[1].no_decay = True
+    models[1] = copy.deepcopy(models[1])                     # the mark belongs to the module and survives copying
     sizes = []
     for model in models:
         Trainer([model], quiet_loss, steps=100, seeds=[0], batches=[Stream(0)], optimizer=Optimizer("adam", 0.01, weight_decay=5.)).run()

@@ -22,6 +22,7 @@ class Experiment:
     train: Callable                                # train(runs of one shape, folder, device, progress) -> list of Record
     rows: Callable                                 # rows(store) -> list of Measured
     engine: str = "auto"
+    trainer: Callable | None = None                # trainer(runs of one shape, device) -> Trainer, for the engine to be measured
     parameters: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -29,7 +30,7 @@ class Experiment:
             raise ValueError(f"experiment {self.name}: engine={self.engine!r}: allowed are auto, batched, processes")
 
 # %% ../../nbs/90_engine/45_experiments.ipynb #dee30e92
-MODULES = ("normflow_vi.experiments.energies", "normflow_vi.experiments.vae_mnist")
+MODULES = ("normflow_vi.experiments.energies", "normflow_vi.experiments.vae_mnist", "normflow_vi.experiments.tables")
 
 def modules():
     "The names of the experiments' modules, in reading order; each has an `experiment`."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'SOURCE', 'ROWS', 'experiment', 'plan', 'dataset', 'title', 'build', 'image_loss', 'curve_point',
-           'optimizer', 'train', 'record', 'curves', 'pictures', 'row_name', 'rows']
+           'optimizer', 'trainer', 'train', 'record', 'curves', 'pictures', 'row_name', 'rows']
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #92229487
 import numpy as np, torch
@@ -52,7 +52,7 @@ def image_loss(run):
     return loss
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #844e6444
-def curve_point(data, count, device):
+def curve_point(data, count):
     "A function of the model: F on `count` validation and test images, one draw each."
     parts = {name: getattr(data, name).pixels(indices=slice(count)) for name in ("valid", "test")}
     def validate(model, step):
@@ -65,17 +65,21 @@ def optimizer(run):
     return Optimizer("adam", run.get("learning_rate"), weight_decay=.1, warmup=run.get("warmup"), schedule="cosine")
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #cdbaa737
+def trainer(runs, device="cpu", folder=None, progress=None):
+    "The `Trainer` of runs that differ in their seeds."
+    run, data = runs[0], dataset(runs[0], device)
+    return Trainer([build(r, data) for r in runs], image_loss(run), steps=run.get("updates"), optimizer=optimizer(run),
+                   seeds=[r.seed for r in runs], batches=[Batches(data.train, run.get("batch_size"), r.seed) for r in runs],
+                   validate=curve_point(data, run.get("evaluation_images")), validate_every=max(1, run.get("updates") // 20),
+                   keep_best="F_valid", log_every=max(1, run.get("updates") // 100), folder=folder, device=device, progress=progress)
+
 def train(runs, folder, device, progress=None):
     "Train runs that differ in their seeds; returns their records."
-    run, data = runs[0], dataset(runs[0], device)
-    trainer = Trainer([build(r, data) for r in runs], image_loss(run), steps=run.get("updates"), optimizer=optimizer(run),
-                      seeds=[r.seed for r in runs], batches=[Batches(data.train, run.get("batch_size"), r.seed) for r in runs],
-                      validate=curve_point(data, run.get("evaluation_images"), device), validate_every=max(1, run.get("updates") // 20),
-                      keep_best="F_valid", log_every=max(1, run.get("updates") // 100), folder=folder, device=device, progress=progress)
-    history = trainer.run()
-    last = [history.valid["F_test"][-1, i] for i in range(len(runs))]
-    trainer.load_best()
-    return [record(r, model, data, history, i, last[i]) for i, (r, model) in enumerate(zip(runs, trainer.models))]
+    training, data = trainer(runs, device, folder, progress), dataset(runs[0], device)
+    history = training.run()
+    last = history.valid["F_test"][-1]
+    training.load_best()
+    return [record(run, model, data, history, i, last[i]) for i, (run, model) in enumerate(zip(runs, training.models))]
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #109514b8
 def record(run, model, data, history, index, last):
@@ -124,4 +128,5 @@ def rows(store):
     return [row for row in found if row]
 
 experiment = Experiment("vae_mnist", "02_vae_nf", "nbs/02_vae_nf/21_mnist.ipynb",
-                        ("fig4_curves.png", "fig4_images.png", "table2.csv", "table2.png"), plan, train, rows)
+                        ("fig4_curves.png", "fig4_images.png", "table2.csv", "table2.png"), plan, train, rows,
+                        trainer=trainer)

@@ -1,0 +1,83 @@
+"""Every experiment's notebook under papermill with the smoke profile; the same without data and network."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normflow_vi import experiments, report
+from normflow_vi.records import Store
+from normflow_vi.runner import complete, place
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    "The project's sources in a folder of their own, with no records, so that nothing here depends on or changes the real ones."
+    for name in ("nbs", "data", "site"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT/"settings.ini", tmp_path/"settings.ini")
+    monkeypatch.setenv("NORMFLOW_VI_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def text_of(notebook):
+    "All that an executed notebook shows as text."
+    cells = json.loads(notebook.read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "".join("".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/html", [])) for output in outputs)
+
+
+@pytest.mark.parametrize("name", [experiment.name for experiment in experiments.all()])
+def test_notebook_with_the_smoke_profile(checkout, name):
+    experiment = experiments.get(name)
+    complete(experiment.plan("smoke"), "cpu", progress=False)
+    manifest = report.draw(experiment, "smoke")
+    assert manifest.good, manifest.cause
+    assert set(manifest.products) == set(experiment.products)
+    assert not (checkout/"figures").exists() and not (checkout/"results").exists(), "smoke publishes nothing"
+
+
+@pytest.fixture
+def bare(checkout, monkeypatch):
+    "Neither data nor a network."
+    shutil.rmtree(checkout/"data"); shutil.copytree(ROOT/"data", checkout/"data", ignore=lambda folder, names: [n for n in names if not n.endswith((".csv", ".md"))])
+    monkeypatch.delenv("NORMFLOW_VI_DATA", raising=False)
+    monkeypatch.setenv("NORMFLOW_VI_OFFLINE", "1")
+    return checkout
+
+
+def test_without_data_the_digits_stand_in_and_every_title_says_so(bare):
+    experiment = experiments.get("vae_mnist")
+    runs = experiment.plan("smoke", "auto")
+    assert {run.data for run in runs} == {"digits-static"}
+    complete(runs, "cpu", progress=False)
+    manifest = report.draw(experiment, "smoke", "auto")
+    assert manifest.good, manifest.cause
+    shown = text_of(place(experiment.notebook, "smoke")/"notebook.ipynb")
+    assert "data: statically binarised 8x8 digits (MNIST not available)" in shown and "No row of the paper is measured" in shown
+    assert experiment.rows(Store()) == [], "digits are no measurement of a published number"
+
+
+def test_figures_of_the_stand_in_do_not_replace_those_of_mnist(bare):
+    published = bare/"figures"/"table2.png"
+    published.parent.mkdir(); published.write_bytes(b"from MNIST")
+    settings = bare/"settings.ini"
+    settings.write_text(settings.read_text().replace("[vae_mnist.quick]", "[vae_mnist.once]").replace("[vae_mnist.smoke]", "[vae_mnist.quick]"))   # quick, at the price of smoke
+    experiment = experiments.get("vae_mnist")
+    complete(experiment.plan("quick", "auto"), "cpu", progress=False)
+    manifest = report.draw(experiment, "quick", "auto")
+    assert manifest.good, manifest.cause
+    assert published.read_bytes() == b"from MNIST" and (bare/report.STAND_IN_FIGURES/"table2.png").exists()
+    assert report.standing_in("quick") == [experiment.notebook]
+
+
+def test_asking_for_mnist_without_having_it_is_one_error(bare):
+    done = subprocess.run([sys.executable, "-m", "normflow_vi.cli", "reproduce", "--profile", "smoke", "--data", "mnist"], capture_output=True, text=True,
+                          env=os.environ, timeout=60)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and len(lines) == 1 and "MNIST was not found" in lines[0], done.stderr
+    assert not (bare/"runs"/"smoke").exists()
