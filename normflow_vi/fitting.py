@@ -11,7 +11,7 @@ import math, torch
 from dataclasses import dataclass
 from .flows import Flow
 from .objectives import Estimate, annealing, draw_terms, estimate, free_energy, joint
-from .training import Optimizer, Trainer
+from .training import Optimizer, Trainer, evaluating
 from .transforms.base import check_int, check_tensor
 
 # %% ../nbs/01_flows/50_fit.ipynb #eb48322c
@@ -62,17 +62,19 @@ def sample_loss(samples, draws):
 
 # %% ../nbs/01_flows/50_fit.ipynb #c5f1051a
 def check_log_density(q, log_density):
-    "Raise unless `log_density` maps draws `(8, dim)` to finite values `(8,)`."
-    with torch.no_grad(): terms = draw_terms(log_density, q(), 8)
-    if not joint(terms).isfinite().all():
-        raise ValueError(f"log_density: returned {joint(terms).tolist()} for draws of the untrained flow; it must be finite there")
+    "Raise unless `log_density` maps draws `(8, dim)` to finite values `(8,)` with a gradient."
+    values = joint(draw_terms(log_density, q(), 8))
+    if not values.isfinite().all(): raise ValueError(f"log_density: returned {values.tolist()} for draws of the untrained flow; it must be finite there")
+    if not values.requires_grad: raise ValueError("log_density: its values carry no gradient; compute them from z with torch operations")
 
 def check_fit(q, log_density, samples):
     "Raise `TypeError` or `ValueError` for arguments of `fit` that do not go together."
     if not isinstance(q, Flow): raise TypeError(f"q: expected a Flow, got {type(q).__name__}")
+    if next(q.parameters(), None) is None: raise ValueError("q: has no parameters to train")
     if q.context_dim is not None: raise ValueError(f"q: has context_dim={q.context_dim}; fit takes a flow without a context")
     if (log_density is None) == (samples is None): raise ValueError("give exactly one of log_density and samples")
-    if samples is None: return check_log_density(q, log_density)
+    if samples is None:
+        with torch.random.fork_rng(): return check_log_density(q, log_density)
     check_tensor("samples", samples, q.dim, "dim")
     if samples.dim() != 2 or not len(samples) or not samples.isfinite().all():
         raise ValueError(f"samples: expected finite rows (N, {q.dim}) with N >= 1, got shape {tuple(samples.shape)}")
@@ -86,7 +88,7 @@ def fit(q, log_density=None, *, samples=None, steps=5000, seed=0, learning_rate=
     Raises `ValueError` or `TypeError` naming the argument; `training.NonFinite` if a value stops being finite.
     """
     check_fit(q, log_density, samples)
-    for name, value in (("steps", steps), ("draws", draws), ("evaluation_draws", evaluation_draws)): check_int(name, value)
+    for name, value, least in (("steps", steps, 1), ("draws", draws, 1), ("evaluation_draws", evaluation_draws, 2), ("seed", seed, 0)): check_int(name, value, least)
     loss = sample_loss(samples, draws) if log_density is None else density_loss(log_density, draws, steps // 2)
     history = Trainer([q], loss, steps=steps, seeds=[seed], optimizer=Optimizer("adam", learning_rate, clip=10.), log_every=max(1, steps // 100),
                       device=str(next(q.parameters()).device), threads=torch.get_num_threads(), progress=progress).run()
@@ -94,8 +96,9 @@ def fit(q, log_density=None, *, samples=None, steps=5000, seed=0, learning_rate=
 
 # %% ../nbs/01_flows/50_fit.ipynb #5e912b4c
 def judge(q, history, log_density, samples, draws, seed):
-    "The `Fit` of a trained flow."
-    with torch.no_grad():
+    "The `Fit` of a trained flow, by draws of their own."
+    with evaluating(q), torch.random.fork_rng():
+        torch.manual_seed(seed + 1)                          # for a base that knows no generator
         if log_density is None: return Fit(q, history, draws, log_likelihood=estimate(q.log_prob(samples)))
         terms = draw_terms(log_density, q(), draws, torch.Generator(next(q.parameters()).device).manual_seed(seed + 1))
         log_w = joint(terms) - terms["log_q"]

@@ -23,8 +23,9 @@ class Estimate:
 # %% ../nbs/01_flows/40_objectives.ipynb #fb2bc00b
 def estimate(draws, terms=None):
     "The mean of `draws`, `(sample,)` or `(sample, *batch)`, as an `Estimate`; `terms` maps names to tensors of the same shape."
-    groups = draws.detach().mean(0).flatten() if draws.dim() > 1 else draws.detach()
-    error = groups.std() / math.sqrt(len(groups)) if len(groups) > 1 else groups.new_tensor(math.nan).squeeze()
+    draws_or_images = draws.detach().flatten(1).mean(0) if draws.dim() > 1 and draws[0].numel() > 1 else draws.detach().flatten()
+    n = len(draws_or_images)
+    error = draws_or_images.std() / math.sqrt(n) if n > 1 else draws_or_images.new_tensor(math.nan)
     return Estimate(draws.mean(), error, {name: term.detach().mean() for name, term in (terms or {}).items()})
 
 # %% ../nbs/01_flows/40_objectives.ipynb #c462d107
@@ -33,9 +34,10 @@ def draw_terms(log_joint, posterior, samples=1, generator=None):
     z, log_q = posterior.rsample_and_log_prob((check_int("samples", samples),), generator=generator)
     parts = log_joint(z)
     if not isinstance(parts, dict): parts = {"log_joint": parts}
+    if not parts or "log_q" in parts: raise ValueError(f"log_joint: expected at least one part, none of them called log_q, got {sorted(parts)}")
     for name, part in parts.items():
-        if part.shape != log_q.shape:
-            raise ValueError(f"log_joint: {name} has shape {tuple(part.shape)} for z of shape {tuple(z.shape)}; expected {tuple(log_q.shape)}")
+        shape = getattr(part, "shape", type(part).__name__)
+        if shape != log_q.shape: raise ValueError(f"log_joint: {name} has shape {shape} for z of shape {tuple(z.shape)}; expected {tuple(log_q.shape)}")
     return {"log_q": log_q, **parts}
 
 # %% ../nbs/01_flows/40_objectives.ipynb #98db0d19
@@ -60,12 +62,12 @@ def free_energy(log_joint, posterior, samples=1, beta=1., anneal="joint", genera
     """The annealed free energy as an `Estimate` to minimise; at `beta = 1` both forms are `F = -ELBO`.
 
     `anneal`: "joint" weights `log p(x, z)` by `beta` (Rezende & Mohamed 2015, eq. 20); "kl" weights `log q(z) - log p(z)` and needs
-    a `log_joint` that returns `log_likelihood` and `log_prior`. The terms include the unannealed `free_energy`.
+    a `log_joint` that returns `log_prior` by name. The terms include the unannealed `free_energy`.
     """
     if anneal not in ANNEAL: raise ValueError(f"anneal={anneal!r}: allowed are {', '.join(ANNEAL)}")
     terms = draw_terms(log_joint, posterior, samples, generator)
     plain = terms["log_q"] - joint(terms)
     if anneal == "joint": annealed = terms["log_q"] - beta * joint(terms)
-    elif terms.keys() >= {"log_likelihood", "log_prior"}: annealed = beta * (terms["log_q"] - terms["log_prior"]) - terms["log_likelihood"]
-    else: raise ValueError(f"anneal='kl' needs log_joint to return log_likelihood and log_prior, got {sorted(terms.keys() - {'log_q'})}")
+    elif "log_prior" in terms: annealed = plain + (beta - 1) * (terms["log_q"] - terms["log_prior"])
+    else: raise ValueError(f"anneal='kl' needs log_joint to return log_prior by name, got {sorted(terms.keys() - {'log_q'})}")
     return estimate(annealed, terms | {"free_energy": plain})

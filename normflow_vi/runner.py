@@ -151,7 +151,7 @@ def _train(runs, device, folder, retrain):
     records = experiments.get(runs[0].experiment).train(runs, checkpoints, device, ProgressFile(folder/"progress.json"))
     if [r.run for r in records] != list(runs): raise ValueError(f"training returned {len(records)} records, not one for each of the {len(runs)} runs in order")
     info = information(device=device, hardware=torch.cuda.get_device_name() if device == "cuda" else platform.machine(), threads=torch.get_num_threads(), seconds=round(time.monotonic() - start, 2), code_sha256=code,
-                       engine="batched" if len(runs) > 1 else "process")
+                       engine="batched" if len(runs) > 1 else "process", seeds=[run.seed for run in runs])   # batched seeds share one random stream
     for r in records: Record(r.run, r.values, r.arrays, info | r.info).save(root)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return records

@@ -141,6 +141,8 @@ def same_shape(models):
     for s, other in enumerate(shapes):
         names = [name for name in shapes[0].keys() | other.keys() if shapes[0].get(name) != other.get(name)]
         if names: raise ValueError(f"models[{s}] and models[0] differ in {min(names)!r}; runs that train together have one shape")
+        if str(models[s]) != str(models[0]):                 # an option that is no tensor would be taken from the first model
+            raise ValueError(f"models[{s}] and models[0] differ in an option; runs that train together differ in tensors only:\n{models[s]}\n{models[0]}")
 
 def tensors_of(model):
     "Parameters and buffers of a module by name."
@@ -319,15 +321,18 @@ class _Given:
     keep_best: str | None = None                             # the value of validate() whose lowest point is remembered
     threads: int = 1
     device: str = "cpu"                                      # cpu, cuda or auto
+    recipe: str = ""                                         # what is trained, in words of one's own; a checkpoint of another recipe is refused
     progress: object = None                                  # progress(step, steps, seconds, {name: mean over the runs}), at log points
 
     def __post_init__(self): check_given(self)
 
 # %% ../nbs/90_engine/30_training.ipynb #a556f5f5
 def decayed(model):
-    "Names of the parameters that weight decay shrinks: matrices, unless their module is marked `no_decay`."
-    return [f"{place}.{name}".lstrip(".") for place, module in model.named_modules() if not getattr(module, "no_decay", False)
-            for name, p in module.named_parameters(recurse=False) if p.ndim >= 2]
+    "Names of the parameters that weight decay shrinks: those which a module lists in `weight_decayed`, elsewhere matrices."
+    def names(module):
+        listed = getattr(module, "weight_decayed", None)
+        return [n for n, p in module.named_parameters(recurse=False) if (p.ndim >= 2 if listed is None else n in listed)]
+    return [f"{place}.{name}".lstrip(".") for place, module in model.named_modules() for name in names(module)]
 
 def check_given(given):
     "One clear error for an argument of a trainer that does not fit."
@@ -356,7 +361,7 @@ class _Parts(_Given):
     def config(self):
         "What has to be the same when a training goes on."
         return {"seeds": self.seeds, "steps": self.steps, "optimizer": asdict(self.optimizer), "log_every": self.log_every,
-                "validate_every": self.validate_every, "keep_best": self.keep_best, "device": self.device.type}
+                "validate_every": self.validate_every, "keep_best": self.keep_best, "device": self.device.type, "recipe": self.recipe}
 
 # %% ../nbs/90_engine/30_training.ipynb #a827598b
 class _State(_Parts):

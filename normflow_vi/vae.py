@@ -9,15 +9,16 @@ __all__ = ['bernoulli_log_prob', 'VAE', 'posterior_flow', 'dlgm']
 import torch
 from torch import nn
 from torch.nn.functional import softplus
-from .flows import Flow, StandardNormal
+from .flows import Flow, as_base
 from .networks import MLP
 from .transforms.affine import Affine
-from .transforms.base import Chain, check_int, check_tensor
+from .transforms.base import Chain, check_int
 from .transforms.planar import Planar
 
 # %% ../nbs/02_vae_nf/10_vae.ipynb #5b421d2c
 def bernoulli_log_prob(x, logits):
     "`sum_i log Bernoulli(x_i; sigmoid(logits_i))` over the last axis, in nats."
+    if x.shape[-1] != logits.shape[-1]: raise ValueError(f"x has {x.shape[-1]} pixels, the decoder's logits have {logits.shape[-1]}")
     return (x * logits).sum(-1) - softplus(logits).sum(-1)
 
 # %% ../nbs/02_vae_nf/10_vae.ipynb #e85f3abf
@@ -25,13 +26,13 @@ class VAE(nn.Module):
     """A latent-variable model `p(z) p(x|z)` with an amortised posterior `q(z|x)`; Kingma & Welling 2014.
 
     `encoder`: `(..., D_x) -> (..., context_dim)`; `decoder`: `(..., dim) -> (..., D_x)` Bernoulli logits; `posterior`: a `Flow` of such a context;
-    `prior`: a `Flow`, or `N(0, I)` unless given. Raises `ValueError` if `posterior` takes no context.
+    `prior`: a base as for `Flow`, `N(0, I)` unless given. Raises `ValueError` if `posterior` takes no context.
     """
     def __init__(self, encoder, decoder, posterior, prior=None):
         super().__init__()
         if posterior.context_dim is None: raise ValueError("posterior: it takes no context; build its transforms with context_dim=...")
         self.encoder, self.decoder, self.posterior = encoder, decoder, posterior
-        self.prior = StandardNormal(posterior.dim) if prior is None else prior
+        self.prior = as_base("prior", prior, posterior.dim)
 
     def q(self, x): return self.posterior(self.encoder(x))
     def log_joint(self, x, z):
@@ -53,7 +54,7 @@ def posterior_flow(dim, length, context_dim):
 
 def dlgm(pixel_mean, length=0, dim=40, hidden=(400, 400)):
     "The DLGM of Rezende & Mohamed 2015, section 6.2, with `length` planar layers; `pixel_mean` `(D_x,)` sets the decoder's output biases."
-    check_tensor("pixel_mean", pixel_mean, len(pixel_mean), "number of pixels")
+    if pixel_mean.dim() != 1: raise ValueError(f"pixel_mean has shape {tuple(pixel_mean.shape)}: expected one mean a pixel, (D_x,)")
     decoder = MLP(dim, tuple(reversed(hidden)), len(pixel_mean))
     with torch.no_grad(): decoder[-1].bias.copy_(pixel_mean.clamp(.001, .999).logit())
     return VAE(MLP(len(pixel_mean), hidden), decoder, posterior_flow(dim, length, hidden[-1]))

@@ -83,3 +83,38 @@ def test_log_density_of_a_known_case():
     with torch.no_grad(): q.transform.source.shift.fill_(1.); q.transform.source.log_scale.fill_(math.log(3))
     x = torch.randn(10, 2)
     assert torch.allclose(q.log_prob(x), Normal(1., 3.).log_prob(x).sum(-1))
+
+
+def test_a_flow_is_a_base_for_another():
+    inner, outer = flow(2), Affine(2).double()
+    with torch.no_grad(): outer.source.shift.fill_(1.)
+    both, chained = Flow(outer, base=inner), Flow(Chain(inner.transform, outer)).double()
+    x = torch.randn(20, 2, dtype=torch.float64)
+    assert torch.allclose(both.log_prob(x), chained.log_prob(x), atol=1e-9)
+    draw = lambda q: q.rsample((5,), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(draw(both), draw(chained))
+
+
+class Moving(Affine):
+    "A layer that behaves differently in training, and remembers what it has seen."
+    def constants(self): return {"seen": torch.zeros(self.length, self.dim)}
+    def push(self, z, shift, log_scale, seen):
+        if self.training: self.seen += 1
+        return super().push(z, shift, log_scale)
+
+
+def test_judging_a_fit_does_not_train_it():
+    from normflow_vi import fit
+    q = Flow(Moving(2))
+    fit(q, log_density=lambda z: -.5 * z.square().sum(-1), steps=3, draws=4, evaluation_draws=50)
+    assert q.training and (q.transform.seen <= 3 + 1).all(), "the draws that judge must not move the buffers"
+
+
+def test_the_same_seed_gives_the_same_fit_whatever_the_base():
+    from normflow_vi import fit
+    results = []
+    for noise in (1, 2):
+        torch.manual_seed(noise); torch.rand(noise)
+        q = Flow(Affine(2), base=Independent(Normal(torch.zeros(2), torch.ones(2)), 1))
+        results.append(fit(q, log_density=lambda z: -.5 * (z - 1).square().sum(-1), steps=20, draws=8, evaluation_draws=50).elbo.value)
+    assert torch.equal(*results)

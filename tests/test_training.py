@@ -5,7 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from torch.nn import functional as F
-from normflow_vi import checkpoint, files
+from normflow_vi import Flow, checkpoint, files
+from normflow_vi.transforms import Planar
 from normflow_vi.training import Interrupted, Missing, NonFinite, Optimizer, Trainer, choose_engine, clip_gradients, fingerprint, rate
 
 # A training in which every item of a checkpoint matters: a buffer that moves and enters the loss, noise, data without replacement, dropout from
@@ -420,7 +421,7 @@ def test_decay_schedule_and_clip_are_torchs():
     torch.testing.assert_close(trainer.models[0].bias, model.bias, atol=1e-12, rtol=0)
 
 def test_no_decay_marks_are_obeyed():
-    models = [Model(0), Model(0)]; models[1].no_decay = True
+    models = [Model(0), Model(0)]; models[1].weight_decayed = ()
     models[1] = copy.deepcopy(models[1])                     # the mark belongs to the module and survives copying
     sizes = []
     for model in models:
@@ -511,3 +512,16 @@ def test_the_choice_of_engine_leaves_no_trace(tmp_path):
     engine = choose_engine(lambda seeds: make(seeds=list(seeds), folder=tmp_path/"runs"), [1, 2, 3, 4], 2)
     assert engine.name == ("batched" if engine.batched > engine.processes else "processes") and min(engine[1:]) > 0
     assert streams() == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("others", [lambda: Planar(2, constraint="paper"), lambda: Planar(2, length=2)], ids=["option", "shape"])
+def test_runs_that_train_together_differ_in_tensors_only(others):
+    """An option that is no tensor (a constraint, a base) would silently be taken from the first model."""
+    with pytest.raises(ValueError, match="differ"):
+        Trainer([Flow(Planar(2)), Flow(others())], lambda q, batch, step, generator: None, steps=1, seeds=[0, 1], optimizer=Optimizer())
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    make = lambda recipe: Trainer([Model(0)], quiet_loss, steps=4, seeds=[0], batches=[Stream(0)], optimizer=Optimizer("adam", .01), folder=tmp_path, recipe=recipe)
+    make("anneal over 10 steps").run()
+    with pytest.raises(ValueError, match="recipe"): make("anneal over 1000 steps").run()

@@ -5,9 +5,44 @@ import torch
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 
 from normflow_vi.testing import slogdet_of_jacobian
-from normflow_vi.transforms import Affine, Chain, Inverse, Planar
+from normflow_vi import Flow
+from normflow_vi.transforms import Affine, Chain, Inverse, Planar, Transform
+
+
+class Shuffle(Transform):
+    "Constants and no parameters: the shape of a permutation, mask or fixed rotation."
+    def constants(self): return {"order": torch.stack([torch.randperm(self.dim) for _ in range(self.length)])}
+    def push(self, z, order): return z[..., order], z.new_zeros(z.shape[:-1])
+    def pull(self, y, order): return y[..., order.argsort()], y.new_zeros(y.shape[:-1])
+
+
+class Conditioned(Transform):
+    "A network of half of z, which the context enters as an input: the shape of coupling and autoregressive layers."
+    context_to, decays, hidden = "layers", True, 6
+
+    def initial(self):
+        inputs, outputs = self.dim // 2 + (self.context_dim or 0), self.dim - self.dim // 2
+        return {"w": torch.randn(self.length, inputs, self.hidden), "b": torch.randn(self.length, self.hidden), "v": torch.randn(self.length, self.hidden, 2 * outputs)}
+
+    def shift_and_scale(self, a, w, b, v, context):
+        if context is not None: a = torch.cat([a, context.to(a.dtype).expand(*a.shape[:-1], -1)], -1)
+        shift, log_scale = ((a @ w + b).tanh() @ v).chunk(2, -1)
+        return shift, .1 * log_scale
+
+    def push(self, z, context, **layer):
+        a, rest = z.tensor_split([self.dim // 2], -1)
+        shift, log_scale = self.shift_and_scale(a, context=context, **layer)
+        return torch.cat([rest * log_scale.exp() + shift, a], -1), log_scale.sum(-1)
+
+    def pull(self, y, context, **layer):
+        rest, a = y.tensor_split([self.dim - self.dim // 2], -1)
+        shift, log_scale = self.shift_and_scale(a, context=context, **layer)
+        return torch.cat([a, (rest - shift) * (-log_scale).exp()], -1), -log_scale.sum(-1)
+
 
 TRANSFORMS = {
+    "shuffle": lambda dim, length, context_dim: Shuffle(dim, length, context_dim),
+    "conditioned": lambda dim, length, context_dim: Conditioned(dim, length, context_dim),
     "affine": lambda dim, length, context_dim: Affine(dim, length, context_dim),
     "planar": lambda dim, length, context_dim: Planar(dim, length, context_dim),
     "planar-paper": lambda dim, length, context_dim: Planar(dim, length, context_dim, constraint="paper"),
@@ -68,11 +103,20 @@ def test_single_precision(name, context_dim):
 
 
 @every
-def test_double_input_gets_double_arithmetic(name):
-    single = TRANSFORMS[name](3, 4, None)
-    y, log_det = single.forward(torch.randn(5, 3, dtype=torch.float64))
+@both_sources
+def test_double_input_gets_double_arithmetic(name, context_dim):
+    "With single-precision parameters, owned or in the head; a context may have either precision."
+    single = TRANSFORMS[name](3, 4, context_dim)
+    if context_dim is not None:
+        z, context = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, context_dim)
+        for c in (context, context.double()):
+            log_det = single.forward(z, c)[1]
+            assert log_det.dtype == torch.float64 and torch.allclose(log_det, slogdet_of_jacobian(single, z, c), rtol=0, atol=1e-10)
+        return
+    z = torch.randn(5, 3, dtype=torch.float64)
+    y, log_det = single.forward(z)
     assert y.dtype == log_det.dtype == torch.float64
-    assert ((log_det - slogdet_of_jacobian(single, torch.zeros(5, 3, dtype=torch.float64))).shape) == (5,)
+    assert torch.allclose(log_det, slogdet_of_jacobian(single, z), rtol=0, atol=1e-10)
 
 
 @every
@@ -96,9 +140,34 @@ def test_runs_are_one_more_axis(name, context_dim):
     parameters, buffers = stack_module_state(runs)
     def one(p, b, z): return functional_call(runs[0], (p, b), (z, context))
     y, log_det = vmap(one)(parameters, buffers, z)
+    backwards = vmap(lambda p, b, y: functional_call(_Direction(runs[0], "inverse"), ({f"t.{k}": v for k, v in p.items()}, {f"t.{k}": v for k, v in b.items()}), (y, context)))
+    again, minus = backwards(parameters, buffers, y)
     for r, run in enumerate(runs):
         expected, expected_det = run.forward(z[r], context)
         assert torch.allclose(y[r], expected, atol=1e-12) and torch.allclose(log_det[r], expected_det, atol=1e-12)
+        assert torch.allclose(minus[r], run.inverse(y[r], context)[1], atol=1e-12)
+    assert torch.allclose(again, z, atol=1e-6)
+
+
+class _Direction(torch.nn.Module):
+    "A method of a module as its `forward`, which is what `functional_call` calls."
+    def __init__(self, t, name): super().__init__(); self.t, self.name = t, name
+    def forward(self, *args, **more): return getattr(self.t, self.name)(*args, **more)
+
+
+def test_flows_are_batched_over_runs_too():
+    "Density and draws, the latter with one generator for all runs."
+    runs = [Flow(make("chain")).double() for _ in range(3)]
+    parameters, buffers = stack_module_state(runs)
+    def call(name, p, b, *args, **more):
+        renamed = [{f"t.{k}": v for k, v in tensors.items()} for tensors in (p, b)]
+        return functional_call(_Direction(runs[0], name), tuple(renamed), args, more)
+    x = torch.randn(7, 3, dtype=torch.float64)
+    log_q = vmap(lambda p, b: call("log_prob", p, b, x))(parameters, buffers)
+    assert all(torch.allclose(log_q[r], run.log_prob(x), atol=1e-10) for r, run in enumerate(runs))
+    draw = vmap(lambda p, b: call("rsample_and_log_prob", p, b, (5,), generator=torch.Generator().manual_seed(0)), randomness="different")
+    z, log_q = draw(parameters, buffers)
+    assert all(torch.allclose(run.log_prob(z[r]), log_q[r], atol=1e-6) for r, run in enumerate(runs)) and not torch.allclose(z[0], z[1])
 
 
 @every
@@ -141,6 +210,7 @@ def test_function_transforms(name):
 @both_sources
 def test_gradients_reach_every_parameter(name, context_dim):
     transform, context = make(name, context_dim=context_dim), context_for(9, context_dim)
+    if not list(transform.parameters()): pytest.skip("no parameters")
     y, log_det = transform.forward(torch.randn(9, 3, dtype=torch.float64), context)
     (y.square().sum() + log_det.sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in transform.parameters())
@@ -152,11 +222,21 @@ def test_inverse_direction_has_gradients(name):
     transform = make(name, length=2)
     parameters = dict(transform.named_parameters())
     y = torch.randn(5, 3, dtype=torch.float64)
+    if not parameters: pytest.skip("no parameters")
     def loss(shift): return functional_call(_Backwards(transform), {f"t.{k}": v + shift for k, v in parameters.items()}, (y,))
     shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
     slope, = torch.autograd.grad(loss(shift), shift)
     numeric = (loss(torch.tensor(1e-6)) - loss(torch.tensor(-1e-6))) / 2e-6
     assert abs(slope - numeric) <= 1e-5 * (1 + abs(numeric))
+
+
+def test_planar_inverse_has_second_derivatives():
+    planar = make("planar", length=2)
+    def log_det(y): return planar.inverse(y)[1]
+    y, step = torch.randn(3, dtype=torch.float64), 1e-4
+    hessian = torch.func.jacrev(grad(log_det))(y)
+    numeric = torch.stack([(grad(log_det)(y + step * e) - grad(log_det)(y - step * e)) / (2 * step) for e in torch.eye(3, dtype=torch.float64)])
+    assert torch.allclose(hessian, numeric, atol=1e-6)
 
 
 class _Backwards(torch.nn.Module):

@@ -14,9 +14,9 @@ class Affine(Transform):
     """Elementwise shift and scale, `y = shift + exp(log_scale) * z`.
 
     `shift`, `log_scale`: `(..., dim)`, both zero at the start (the identity). Inverse: closed form, same cost.
-    Source: the location-scale reparameterisation, Rezende & Mohamed 2015, section 2.2.
+    Source: the location-scale reparameterisation, Rezende & Mohamed 2015, section 2.1.
     """
-    no_decay = False                                         # amortised, it is an ordinary layer of the encoder
+    decays = True                                            # amortised, it is an ordinary layer of the encoder
 
     def initial(self): return {name: torch.zeros(self.length, self.dim) for name in ("shift", "log_scale")}
 

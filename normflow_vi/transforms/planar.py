@@ -29,7 +29,7 @@ def log_slope(h, slope):
 
 # %% ../../nbs/01_flows/15_planar.ipynb #1acc0aac
 def solve_slope(target, slope, rounds=64):
-    "The root `a` of `a + m tanh(a) = target`, `m = slope - 1 > -1`: bracketed Newton iterations, implicit first derivative."
+    "The root `a` of `a + m tanh(a) = target`, `m = slope - 1 > -1`: bracketed Newton iterations, implicit derivatives up to the second."
     t, s = target.detach(), slope.detach()
     m = s - 1
     low, high = t - m.abs(), t + m.abs()
@@ -42,8 +42,10 @@ def solve_slope(target, slope, rounds=64):
         inside = (a + newton >= low) & (a + newton <= high) & (2 * newton.abs() <= last.abs())
         last = torch.where(inside, newton, (low + high) / 2 - a)
         a = a + last
-    h = a.tanh()
-    return a - (a + (slope - 1) * h - target) / (h * h + (1 - h * h) * s)
+    for _ in range(2):                                       # exact derivatives of first and second order
+        h = a.tanh()
+        a = a - (a + (slope - 1) * h - target) / (h * h + (1 - h * h) * slope)
+    return a
 
 # %% ../../nbs/01_flows/15_planar.ipynb #46d1c19c
 def planar_stack(z, layers, slope):
@@ -62,18 +64,18 @@ class Planar(Transform):
     `u`, `w`: `(..., K, dim)`, `b`: `(..., K)`, uniform within `+-sqrt(2/dim)` at the start. `constraint`: "identity" (`u = 0` is the identity map) or "paper".
     Forward O(K dim); inverse: iterative, 64 rounds on scalars a layer. Source: Rezende & Mohamed 2015, eqs. 10-12 and appendix A.1.
     """
-    inverse_kind = "iterative"
+    inverse_kind, derived_axis = "iterative", {"u_hat": -2, "slope": -1}
 
     def __init__(self, dim, length=1, context_dim=None, constraint="identity"):
         if constraint not in CONSTRAINTS: raise ValueError(f"constraint={constraint!r}: allowed are {', '.join(CONSTRAINTS)}")
         self.constraint, self.head_scale = constraint, .1 * math.sqrt(10 / max(length, 1))
         super().__init__(dim, length, context_dim)
-        self.layer_axis |= {"u_hat": -2, "slope": -1}        # where the derived tensors have their K
 
     def initial(self):
         bound, K, D = math.sqrt(2 / self.dim), self.length, self.dim
         return {name: torch.empty(size).uniform_(-bound, bound) for name, size in [("u", (K, D)), ("w", (K, D)), ("b", (K,))]}
 
+    def extra_repr(self): return f"{super().extra_repr()}, constraint={self.constraint!r}"
     def prepare(self, u, w, b): return dict(zip(("u_hat", "slope"), constrain(u, w, CONSTRAINTS[self.constraint])), w=w, b=b)
     def push_stack(self, z, slope, **tensors): return planar_stack(z, self.unstacked(tensors), slope)
     def pull(self, y, u_hat, w, b, slope):
