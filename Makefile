@@ -9,11 +9,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 setup: $(VENV)/.installed
 
-# torch comes first and exactly: a later resolver must find it there. It brings setuptools, so no build needs an environment of its own.
+# torch comes first, in the version that constraints.txt names: a later resolver must find it there. With setuptools there too, no build needs an environment of its own.
 $(VENV)/.installed: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (about a minute)"
-	@$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0 setuptools
+	@echo "installing into $(VENV), once (a minute or more)"
+	@$(BIN)/python -m pip install -qq -c constraints.txt torch setuptools
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[report,dev]"
 	@touch $@
 

@@ -7,20 +7,29 @@ __all__ = ['COMMANDS', 'selected', 'check_data', 'reproduce_one', 'reproduce', '
            'listed', 'Terminated', 'complain', 'main']
 
 # %% ../nbs/90_engine/80_cli.ipynb #3169ea76
-import argparse, json, signal, sys
+import argparse, json, re, signal, sys
 from pathlib import Path
 
 from . import __version__, experiments
-from .records import DamagedRecord, Record, Store, records_root
+from .records import Record, Store, records_root
 from .runner import DATA, DEVICES, ParameterError, complete, execute, resolve_device, units, watch_parent, work, write_unit
 from .settings import PROFILES, project_root
 
 # %% ../nbs/90_engine/80_cli.ipynb #7285fd5a
 def selected(only):
-    "The experiments of a chapter (its folder's name, or its number), or the one called `only`; all of them for `None`; `ParameterError` if there are none."
-    found = [e for e in experiments.all() if only is None or only in (e.name, e.chapter) or e.chapter.split("_")[0].lstrip("0") == only.lstrip("0")]
-    if not found: raise ParameterError(f"--only {only}: there is no such chapter or experiment; there are {', '.join(f'{e.chapter} ({e.name})' for e in experiments.all())}")
-    return found
+    """`(experiments, chapters)` that `only` names: a chapter (a folder of `nbs/`), its number, or an experiment; `(all, None)` for `None`.
+
+    `ParameterError` if there is no such chapter or experiment.
+    """
+    if only is None: return experiments.all(), None
+    known = sorted(path.name for path in (project_root()/"nbs").glob("*_*") if path.is_dir())
+    def number(text): return int(text) if re.fullmatch("[0-9]{1,3}", text) else text
+    chapters = [c for c in known if only == c or number(only) == number(c.split("_")[0])]
+    found = [e for e in experiments.all() if e.chapter in chapters or e.name == only]
+    if not chapters and not found:
+        names = ", ".join(e.name for e in experiments.all())
+        raise ParameterError(f"--only {only}: there is no such chapter or experiment; chapters are {', '.join(known)}; experiments are {names}")
+    return found, chapters or [found[0].chapter]
 
 # %% ../nbs/90_engine/80_cli.ipynb #ed430aa8
 def check_data(data, plans):
@@ -41,44 +50,49 @@ def reproduce_one(experiment, plan, profile, data, device, engine, retrain):
 
 # %% ../nbs/90_engine/80_cli.ipynb #5b2119c7
 def reproduce(profile="quick", only=None, device="auto", data="auto", engine="local", retrain=False):
-    "Reproduce the report, or a part of it; returns `{name: why}` of what failed."
+    "Reproduce the report, or a part of it; returns what failed, a line each."
     from normflow_vi import report, status
-    chosen, device = selected(only), resolve_device(device)
+    (chosen, chapters), device = selected(only), resolve_device(device)
     plans = {e.name: e.plan(profile, data) for e in chosen}
     check_data(data, plans.values())
     failures = {}
     for e in chosen:
         print(f"{e.name}: {len(plans[e.name])} runs, profile {profile}, {device}", file=sys.stderr, flush=True)
-        if why := reproduce_one(e, plans[e.name], profile, data, device, engine, retrain): failures[e.notebook] = why
-    failures |= report.execute_library(profile)
-    path = report.build(profile, failures)
-    print(status.text(status.rows()[0]), f"\nreport: {path}", sep="\n")
-    return failures
+        if why := reproduce_one(e, plans[e.name], profile, data, device, engine, retrain):
+            failures[e.notebook] = why
+            complain(f"{e.notebook}: {why}", 1)
+    failures |= report.execute_library(profile, chapters=chapters)
+    path = report.build(profile, failures, whole=only is None)
+    table, problems = status.rows()
+    print(status.text(table), f"\nreport: {path}", sep="\n")
+    return listed(failures) + problems
 
 # %% ../nbs/90_engine/80_cli.ipynb #1e0711b4
 def plan_commands(profile, only=None, device="auto", data="auto"):
     "One command for each unit of runs without a record; its file of runs is written to `runs/plan/`."
     store, device = Store([records_root(profile)]), resolve_device(device)
-    pending = [run for e in selected(only) for run in e.plan(profile, data) if store.find(run) is None]
+    pending = [run for e in selected(only)[0] for run in e.plan(profile, data) if store.find(run) is None]
     paths = [write_unit(unit, "auto", path=project_root()/"runs/plan"/f"{unit[0].experiment}-{unit[0].slug}.json") for unit in units(pending, device)]
     return [f"normflow-vi run {path.relative_to(project_root())}" for path in paths]
 
 # %% ../nbs/90_engine/80_cli.ipynb #676caa4a
 def merge(folder):
-    "Take over the records below `folder`; returns `(names of those taken, problems)`."
+    "Take over the records below `folder`; returns `(names of those taken, problems)`. A damaged record of ours counts as absent."
     taken, problems = [], []
-    for path in sorted(Path(folder).rglob("record.json")):
-        if path.parent.name.startswith("."): continue
-        try: record = Record.load(path.parent)
-        except DamagedRecord as error: problems.append(str(error)); continue
-        ours = records_root(record.run.profile)/record.run.experiment/record.run.slug
-        if not (ours/"record.json").exists(): record.save(records_root(record.run.profile)); taken.append(record.run.slug)
-        elif not same_result(Record.load(ours), record): problems.append(f"{path}: differs from the record here of the same run, which stays")
-    return taken, problems
+    found = [path for path in sorted(Path(folder).rglob("record.json")) if not path.parent.name.startswith(".")]
+    for path in found:
+        try:
+            record = Record.load(path.parent)
+            ours = Store([records_root(record.run.profile)], damaged=[]).find(record.run)
+            if ours is None: record.save(records_root(record.run.profile)); taken.append(record.run.slug)
+            elif not same_result(ours, record): problems.append(f"{path}: differs from the record here of the same run, which stays")
+        except Exception as error: problems.append(f"{type(error).__name__}: {error}")       # the others are still taken over
+    return taken, problems if found else [f"{folder}: there are no records in it"]
 
 def same_result(a, b):
-    "Whether two records of a run hold the same values and arrays."
-    return a.values == b.values and a.arrays.keys() == b.arrays.keys() and all((a.arrays[k] == b.arrays[k]).all() for k in a.arrays)
+    "Whether two records of a run hold the same values and arrays, bit by bit."
+    def content(r): return r.values, {name: (x.dtype.str, x.shape, x.tobytes()) for name, x in r.arrays.items()}
+    return content(a) == content(b)
 
 # %% ../nbs/90_engine/80_cli.ipynb #c430a5eb
 def parser():
@@ -104,7 +118,7 @@ def parser():
 # %% ../nbs/90_engine/80_cli.ipynb #dfe9373f
 def listed(failures): return [f"{name}: {why}" for name, why in failures.items()]
 
-def _reproduce(a): return listed(reproduce(a.profile, a.only, a.device, a.data, a.engine, a.retrain))
+def _reproduce(a): return reproduce(a.profile, a.only, a.device, a.data, a.engine, a.retrain)
 
 def _status(a):
     from normflow_vi import status
@@ -130,6 +144,11 @@ def _report(a):
 def _run(a): work(a.file)
 
 def _notebook(a):
+    from normflow_vi.report import takes_parameters
+    path = (project_root()/a.notebook).resolve()
+    if path.suffix != ".ipynb" or not path.is_file() or not path.is_relative_to((project_root()/"nbs").resolve()):
+        raise ParameterError(f"notebook {a.notebook}: there is no such notebook below nbs/")
+    if takes_parameters(path): raise ParameterError(f"notebook {a.notebook}: it takes parameters; use: normflow-vi reproduce --only {path.parent.name}")
     manifest = execute(a.notebook, profile=a.profile, timeout=600)
     return [] if manifest.good else [f"{a.notebook}: {manifest.cause}"]
 

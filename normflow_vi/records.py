@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARRAYS_LIMIT', 'DECODED_LIMIT', 'JSON_LIMIT', 'STAND_IN', 'VERDICTS', 'plain', 'check_field', 'Run', 'DamagedRecord',
            'replace_folder', 'Record', 'code_sources', 'code_sha256', 'commit', 'information', 'records_root',
-           'matches', 'Store', 'note_failure', 'Measured', 'mean', 'measured', 'lower_is_better', 'verdict']
+           'matches', 'Store', 'note_failure', 'Measured', 'mean', 'device_name', 'measured', 'lower_is_better',
+           'verdict']
 
 # %% ../nbs/90_engine/40_records.ipynb #7f4a4a34
 import ast, ctypes, hashlib, io, json, math, os, platform, re, secrets, shutil, subprocess, zipfile
@@ -84,7 +85,8 @@ class Run(_Fields):
 ARRAYS_LIMIT, DECODED_LIMIT, JSON_LIMIT = 300_000, 64_000_000, 1_000_000       # bytes
 
 class DamagedRecord(ValueError):
-    "A record's files do not hold what they should; the message names the file."
+    "A record's files do not hold what they should; the message names the file and says what to do."
+    def __str__(self): return f"{super().__str__()}; delete its folder, merge a good copy, or reproduce with --retrain"
 
 def _scalar(name, given):
     "`given` (a number, or a dict of value and std_error) as a dict of finite floats."
@@ -131,7 +133,8 @@ def _header(folder):
         d = json.loads(_read(path, JSON_LIMIT)); stated = d.pop("sha256")
         found = sha256(json.dumps(d, sort_keys=True).encode())
         if stated != found: raise ValueError(f"the content's hash is {found[:12]}, stated is {str(stated)[:12]}")
-        d["run"] = Run.from_dict(d["run"])
+        d["run"], d["info"], d["arrays_sha256"] = Run.from_dict(d["run"]), dict(d["info"]), str(d["arrays_sha256"])
+        d["values"] = {name: _scalar(name, v) for name, v in d["values"].items()}
     except DamagedRecord: raise
     except Exception as e: raise DamagedRecord(f"{path}: {type(e).__name__}: {e}") from None
     if d["run"].slug != Path(folder).name: raise DamagedRecord(f"{path} is the record of {d['run'].slug}")
@@ -248,10 +251,10 @@ def records_root(profile):
 
 def _group(run): return run.recipe, run.profile, run.budget, run.data, run.data_sha256
 
-def _rank(runs):
-    "What decides between groups of runs; the highest wins."
+def _rank(runs, finished=""):
+    "What decides between groups of runs, the newest of which was `finished` then; the highest wins."
     run, budget = runs[0], dict(runs[0].budget)
-    return run.recipe, not run.data.startswith(STAND_IN), PROFILES.index(run.profile), budget.get("updates") or 0, len(runs), run.key
+    return run.recipe, not run.data.startswith(STAND_IN), PROFILES.index(run.profile), budget.get("updates") or 0, len(runs), finished
 
 # %% ../nbs/90_engine/40_records.ipynb #6bab9dcd
 def matches(run, wanted):
@@ -261,32 +264,52 @@ def matches(run, wanted):
 
 # %% ../nbs/90_engine/40_records.ipynb #008ce324
 class Store:
-    "The records under some folders; by default those of all profiles."
-    def __init__(self, roots=None):
-        self.roots = [Path(r) for r in (dict.fromkeys(records_root(p) for p in PROFILES) if roots is None else roots)]
+    """The records under some folders; by default `results/`, where quick and paper records are kept.
+
+    A damaged record raises `DamagedRecord`; with a list `damaged`, it is passed over and what is wrong with it is added to that list.
+    """
+    def __init__(self, roots=None, damaged=None):
+        self.roots, self.damaged = [Path(r) for r in ([records_root("paper")] if roots is None else roots)], damaged
     def _folders(self, experiment, name):
         return [path.parent for root in self.roots for path in sorted((root/experiment).glob(f"[!.]*/{name}"))]
     def find(self, run): return _find(self, run)
     def best(self, experiment, **match): return _best(self, experiment, match)
+    def best_over(self, experiment, name, values, **match): return _best(self, experiment, match, name, values)
     def failed(self, experiment, **match): return _failed(self, experiment, match)
-    def all(self, experiment): return [Record.load(folder) for folder in self._folders(experiment, "record.json")]
+    def all(self, experiment): return list(filter(None, (self._intact(Record.load, f) for f in self._folders(experiment, "record.json"))))
+    def _intact(self, read, folder):
+        try: return read(folder)
+        except DamagedRecord as error:
+            if self.damaged is None: raise
+            if str(error) not in self.damaged: self.damaged.append(str(error))
 
 # %% ../nbs/90_engine/40_records.ipynb #4ed9fa00
 def _find(store, run):
     "`Store.find`: the record of a run, or `None`; a damaged one raises `DamagedRecord`."
     for root in store.roots:
         folder = root/run.experiment/run.slug
-        if (folder/"record.json").exists(): return Record.load(folder)
+        if (folder/"record.json").exists(): return store._intact(Record.load, folder)
 
-def _best(store, experiment, match):
-    "`Store.best`: the records of the best group of runs that match, by flow, length and seed; an empty list if there are none."
+def _groups(store, experiment, match):
+    "The groups of runs that match, as lists of `(run, when it was finished, folder)`, the best first."
     groups = {}
     for folder in store._folders(experiment, "record.json"):
-        run = _header(folder)["run"]
-        if matches(run, match): groups.setdefault(_group(run), {})[run] = folder
-    if not groups: return []
-    best = max(groups.values(), key=lambda g: _rank(sorted(g, key=lambda r: r.key)))
-    return [Record.load(best[run]) for run in sorted(best, key=lambda r: (r.model, r.flow, r.length, r.seed))]
+        d = store._intact(_header, folder)
+        if d and matches(d["run"], match): groups.setdefault(_group(d["run"]), []).append((d["run"], str(d["info"].get("finished", "")), folder))
+    return sorted(groups.values(), key=lambda g: _rank([run for run, _, _ in g], max(finished for _, finished, _ in g)), reverse=True)
+
+# %% ../nbs/90_engine/40_records.ipynb #34350f15
+def _best(store, experiment, match, name="seed", values=()):
+    """`Store.best`: the records of the best group of runs that match, by flow, length and seed; an empty list if there are none.
+
+    `Store.best_over`: only groups in which every one of `values` occurs as the run's field `name` count. `ValueError` for another name.
+    """
+    if name not in (names := [f.name for f in fields(Run)]): raise ValueError(f"best_over name={name!r}: allowed are {', '.join(names)}")
+    for group in _groups(store, experiment, match):
+        group = sorted(group, key=lambda g: (g[0].model, g[0].flow, g[0].length, g[0].seed))
+        records = list(filter(None, (store._intact(Record.load, folder) for _, _, folder in group)))
+        if records and set(values) <= {getattr(r.run, name) for r in records}: return records
+    return []
 
 # %% ../nbs/90_engine/40_records.ipynb #c3462750
 def note_failure(root, run, error):
@@ -294,14 +317,16 @@ def note_failure(root, run, error):
     d = {"run": run.to_dict(), "error": str(error)[-2000:]} | information()
     return atomic_write(Path(root)/run.experiment/run.slug/"failed.json", json.dumps(d, indent=1, sort_keys=True) + "\n")
 
+def _noted(folder):
+    "The run that the note of a failure names."
+    text = _read(folder/"failed.json", JSON_LIMIT)
+    try: return Run.from_dict(json.loads(text)["run"])
+    except (ValueError, KeyError, TypeError) as e: raise DamagedRecord(f"{folder/'failed.json'}: {e}") from None
+
 def _failed(store, experiment, match):
     "`Store.failed`: the runs that match, have failed, and have no record."
-    found = []
-    for folder in store._folders(experiment, "failed.json"):
-        try: run = Run.from_dict(json.loads(_read(folder/"failed.json", JSON_LIMIT))["run"])
-        except (ValueError, KeyError, TypeError) as e: raise DamagedRecord(f"{folder/'failed.json'}: {e}") from None
-        if matches(run, match) and not (folder/"record.json").exists(): found.append(run)
-    return found
+    folders = [f for f in store._folders(experiment, "failed.json") if not (f/"record.json").exists()]
+    return [run for f in folders if (run := store._intact(_noted, f)) and matches(run, match)]
 
 # %% ../nbs/90_engine/40_records.ipynb #73c29a1a
 @dataclass(frozen=True)
@@ -330,6 +355,11 @@ def mean(records, name):
     return float(x.mean()), float(x.std(ddof=1)/math.sqrt(len(x))) if len(x) > 1 else records[0].std_error(name)
 
 # %% ../nbs/90_engine/40_records.ipynb #6378218d
+def device_name(info):
+    "Where a record was made: 'cpu', or the GPU's name. (Early records say 'cpu (x86_64)'.)"
+    name = str(info.get("device", "?"))
+    return "cpu" if name.startswith("cpu") else name
+
 def measured(store, records, name, *, source, item, row, metric="", data="", shortened=True):
     "A `Measured` from the records of one shape, or `None` without records."
     if not records: return None
@@ -337,7 +367,7 @@ def measured(store, records, name, *, source, item, row, metric="", data="", sho
     run, (value, se) = records[0].run, mean(records, name)
     failed = store.failed(run.experiment, **{k: v for k, v in run.to_dict().items() if k not in ("experiment", "seed", "budget")})
     return Measured(source, item, row, metric, value, se, tuple(r.run.seed for r in records), sum(f.shape == run.shape for f in failed),
-                    dict(run.budget).get("updates"), "+".join(sorted({str(r.info.get("device", "?")) for r in records})), run.profile, shortened, data,
+                    dict(run.budget).get("updates"), "+".join(sorted({device_name(r.info) for r in records})), run.profile, shortened, data,
                     tuple(r.info.get("code_sha256") for r in records))
 
 # %% ../nbs/90_engine/40_records.ipynb #2b3a1331

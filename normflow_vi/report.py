@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'SINGLE_LIMIT', 'STAND_IN_FIGURES', 'cleaned_source', 'hidden', 'cleaned', 'notebooks', 'title', 'latest',
-           'current', 'takes_parameters', 'execute_library', 'drawable', 'draw', 'draw_all', 'with_remark',
+           'current', 'takes_parameters', 'executed', 'execute_library', 'drawable', 'draw', 'draw_all', 'with_remark',
            'with_figures', 'with_links', 'write_page', 'contents', 'add_contents', 'results_page', 'sphinx',
-           'standing_in', 'build', 'data_uri', 'fetched', 'page_contents', 'inlined', 'write_single', 'make']
+           'standing_in', 'withheld', 'build', 'data_uri', 'fetched', 'page_contents', 'inlined', 'write_single',
+           'make']
 
 # %% ../nbs/90_engine/70_report.ipynb #dde0aea5
 import base64, json, mimetypes, re, secrets, shutil, subprocess, sys
@@ -84,12 +85,16 @@ def takes_parameters(notebook):
     "Whether a notebook has a cell tagged `parameters`: then an experiment draws it."
     return any("parameters" in cell["metadata"].get("tags", []) for cell in json.loads((project_root()/notebook).read_text())["cells"])
 
-def execute_library(profile, quiet=False):
-    "Execute the library notebooks that are not current; returns `{notebook: why}` for those that failed."
+def executed(notebook, profile):
+    "Whether the latest execution of a notebook was good, and is current."
+    _, manifest, remark = latest(notebook, profile)
+    return manifest is not None and not remark
+
+def execute_library(profile, quiet=False, chapters=None):
+    "Execute the library notebooks (of some chapters: folders of `nbs/`) that are not current; returns `{notebook: why}` for those that failed."
     jobs = []
     for notebook in notebooks():
-        folder, manifest, remark = latest(notebook, profile)
-        if takes_parameters(notebook) or (manifest and not remark): continue
+        if takes_parameters(notebook) or executed(notebook, profile) or (chapters is not None and notebook.parent.name not in chapters): continue
         jobs.append(Job(notebook.as_posix(), ["notebook", notebook.as_posix(), "--profile", profile], project_root()/"runs/notebooks"/profile/notebook.parent.name/notebook.stem))
     return run_jobs(jobs, quiet=quiet)
 
@@ -206,13 +211,23 @@ def sphinx(source, target, builder="html", *options):
 
 # %% ../nbs/90_engine/70_report.ipynb #8dcbf24b
 def standing_in(profile):
-    "The notebooks whose latest good execution shows the stand-in digits; with any of them the one-file report is left as it is."
+    "The notebooks whose latest good execution shows the stand-in digits."
     manifests = [manifest for notebook in notebooks() if (manifest := latest(notebook, profile)[1])]
     return [manifest.notebook for manifest in manifests if manifest.info.get("figures") == STAND_IN_FIGURES]
 
+# %% ../nbs/90_engine/70_report.ipynb #fad852e4
+def withheld(profile, failures=None, whole=True):
+    "Why the one-file report is left as it is, in one line; `None` if it is to be replaced. `whole`: all of the report was asked for."
+    if profile == "smoke": return "a smoke run is only a trial"
+    if failures: return "these failed: " + ", ".join(map(str, failures))
+    if not whole: return "only a part of the report was asked for"
+    if digits := standing_in(profile): return "these show the stand-in digits: " + ", ".join(digits)
+    stale = [notebook.as_posix() for notebook in notebooks() if not executed(notebook, profile)]
+    return "these have no current good execution: " + ", ".join(stale) if stale else None
+
 # %% ../nbs/90_engine/70_report.ipynb #b73dd15a
-def build(profile="quick", failures=None):
-    """Build the site (and, for quick and paper, the one-file report) from the executed notebooks; returns the path of its first page.
+def build(profile="quick", failures=None, whole=True):
+    """Build the site from the executed notebooks, and the one-file report unless it is `withheld`; returns the path of the site's first page.
 
     `failures` {notebook: why} explains pages that have no result.
     """
@@ -224,7 +239,8 @@ def build(profile="quick", failures=None):
         atomic_write(work/"source/results.md", results_page())
         add_contents(work/"source", names)
         sphinx(work/"source", work/"html")
-        if profile != "smoke" and not standing_in(profile): write_single(work)
+        if why := withheld(profile, failures, whole): print(f"figures/report.html is left as it is: {why}", file=sys.stderr, flush=True)
+        else: write_single(work)
         replace_folder(work/"html", site)
     finally: shutil.rmtree(work, ignore_errors=True)
     return site/"index.html"

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DATA', 'DEVICES', 'RULES', 'ParameterError', 'check_parameter', 'check_names', 'resolve_device', 'Context',
            'check_parameters', 'check_notebook', 'work_folder', 'write_unit', 'read_unit', 'watch_parent',
-           'ProgressFile', 'work', 'Job', 'slots', 'last_line', 'Show', 'run_jobs', 'stop', 'RunsFailed', 'batched',
-           'units', 'complete', 'run_on_ray', 'Manifest', 'check_executed', 'describe', 'outputs_root', 'place',
-           'publish', 'execute', 'notebook_code']
+           'ProgressFile', 'work', 'Job', 'slots', 'last_line', 'ending', 'Show', 'run_jobs', 'stop', 'RunsFailed',
+           'batched', 'units', 'complete', 'run_on_ray', 'Manifest', 'check_executed', 'describe', 'outputs_root',
+           'place', 'publish', 'execute', 'notebook_code']
 
 # %% ../nbs/90_engine/50_runner.ipynb #de7aff8c
 import json, os, platform, re, secrets, shutil, signal, subprocess, sys, threading, time
@@ -132,9 +132,12 @@ class ProgressFile:
 
 # %% ../nbs/90_engine/50_runner.ipynb #ec4ca818
 def _fresh_or_resumed(folder, code, retrain):
-    "The checkpoint folder of a unit, emptied if it is to be trained anew or was begun with other code."
-    note, checkpoints = folder/"code_sha256", folder/"checkpoints"
-    if retrain or not note.exists() or note.read_text() != code: shutil.rmtree(checkpoints, ignore_errors=True)
+    "The checkpoint folder of a unit; empty if it is to be trained anew, or was begun with other code (then what it held is renamed)."
+    note, checkpoints, aside = folder/"code_sha256", folder/"checkpoints", folder/"checkpoints-earlier-code"
+    if checkpoints.exists() and any(checkpoints.iterdir()) and (not note.exists() or note.read_text() != code):
+        replace_folder(checkpoints, aside)
+        print(f"begun with other code: its checkpoints are now in {aside}, and training starts anew", flush=True)
+    elif retrain: shutil.rmtree(checkpoints, ignore_errors=True)
     (folder/"progress.json").unlink(missing_ok=True)
     checkpoints.mkdir(parents=True, exist_ok=True)
     atomic_write(note, code)
@@ -150,9 +153,10 @@ def _train(runs, device, folder, retrain):
     start, root = time.monotonic(), records_root(runs[0].profile)
     records = experiments.get(runs[0].experiment).train(runs, checkpoints, device, ProgressFile(folder/"progress.json"))
     if [r.run for r in records] != list(runs): raise ValueError(f"training returned {len(records)} records, not one for each of the {len(runs)} runs in order")
-    info = information(device=device, hardware=torch.cuda.get_device_name() if device == "cuda" else platform.machine(), threads=torch.get_num_threads(), seconds=round(time.monotonic() - start, 2), code_sha256=code,
+    info = information(threads=torch.get_num_threads(), seconds=round(time.monotonic() - start, 2), code_sha256=code,
                        engine="batched" if len(runs) > 1 else "process", seeds=[run.seed for run in runs])   # batched seeds share one random stream
-    for r in records: Record(r.run, r.values, r.arrays, info | r.info).save(root)
+    made_on = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "hardware": platform.machine()}
+    for r in records: Record(r.run, r.values, r.arrays, info | r.info | made_on).save(root)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return records
 
@@ -178,6 +182,7 @@ class Job:
 
     def start(self, device="cpu", slot=0):
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.log.write_text("")                              # afresh: its last line explains a failure
         with open(self.log, "a") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "normflow_vi.cli", *self.arguments], cwd=project_root(), stdout=log, stderr=log,
                                             env=os.environ | _job_environment(device, slot), stdin=subprocess.DEVNULL, start_new_session=True)
@@ -205,6 +210,11 @@ def last_line(path):
     "The last line of a log that says something."
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
     return lines[-1][:300] if lines else "no output"
+
+def ending(code):
+    "A process's exit code in words."
+    if code >= 0: return f"exit {code}"
+    return f"killed by signal {-code}" + ", perhaps out of memory" * (-code == signal.SIGKILL)
 
 # %% ../nbs/90_engine/50_runner.ipynb #15b13f32
 class Show:
@@ -240,7 +250,7 @@ def run_jobs(jobs, device="cpu", quiet=False, at_once=None):
                 show.update(slot, job)
                 if job.process.poll() is None: continue
                 del running[slot]; free.append(slot)
-                if job.process.returncode: failures[job.name] = f"{last_line(job.log)} (exit {job.process.returncode}; log: {job.log})"
+                if job.process.returncode: failures[job.name] = f"{last_line(job.log)} ({ending(job.process.returncode)}; log: {job.log})"
                 show.done(slot, job, "FAILED: " + failures[job.name] if job.name in failures else "done")
             time.sleep(0.1)
     finally: stop([job.process for job in running.values()])

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from normflow_vi import cli, report
+from normflow_vi import cli, report, status
 from normflow_vi.records import Record, Store
 from normflow_vi.runner import Manifest, execute
 from test_runner import NOTEBOOK, PRODUCTS, make_project, project, read, snapshot, trial
@@ -30,7 +31,9 @@ def test_wrong_usage(arguments, capsys):
 
 
 @pytest.mark.parametrize("arguments, code, words", [(["reproduce", "--only", "77_none"], 2, "--only 77_none.*99_trial"), (["plan", "--only", "none"], 2, "99_trial"),
-                                                    (["merge", "nowhere"], 2, "nowhere"), (["run", "nowhere.json"], 1, "nowhere.json"), (["notebook", "nowhere.ipynb"], 1, "nowhere")])
+                                                    (["merge", "nowhere"], 2, "nowhere"), (["run", "nowhere.json"], 1, "nowhere.json"), (["notebook", "nbs/nowhere.ipynb"], 2, "nowhere"),
+                                                    (["notebook", "nbs/../../x.ipynb"], 2, "below nbs/"), (["notebook", "nbs"], 2, "below nbs/"),
+                                                    (["notebook", NOTEBOOK], 2, "10_trial.*takes parameters.*--only 99_trial")])
 def test_errors_are_one_line(project, capsys, arguments, code, words):
     assert cli.main(arguments) == code
     last = capsys.readouterr().err.strip().splitlines()
@@ -54,7 +57,7 @@ def test_plan_prints_commands_that_make_the_records(project, capsys):
     lines = capsys.readouterr().out.split("\n")[:-1]
     assert len(lines) == 2 and all(line.startswith("normflow-vi run runs/plan/") for line in lines)
     for line in lines: assert cli.main(line.split()[1:]) == 0
-    assert len(Store().best("trial")) == 2
+    assert len(Store([project/"runs/smoke/results"]).best("trial")) == 2
     assert cli.main(["plan", "--profile", "smoke"]) == 0 and not capsys.readouterr().out.strip()
 
 
@@ -69,13 +72,65 @@ def test_merge(project, tmp_path_factory, capsys):
     assert cli.main(["merge", str(other)]) == 1
     seen = capsys.readouterr()
     assert "3 records" in seen.out and len(seen.err.splitlines()) == 2 and "seed0" in seen.err and "differs" in seen.err and "seed4" in seen.err
-    assert [r.value("F") for r in Store([project/"results"]).best("trial")] == [1, 3, 4] and Store().find(trial(3, "smoke")).value("F") == 5
+    assert [r.value("F") for r in Store([project/"results"]).best("trial")] == [1, 3, 4] and Store([project/"runs/smoke/results"]).find(trial(3, "smoke")).value("F") == 5
     (shutil.rmtree(damaged), shutil.rmtree(other/"results/trial"/trial(0).slug))
     assert cli.main(["merge", str(other)]) == 0 and "0 records" in capsys.readouterr().out
+    (project/"empty").mkdir()
+    assert cli.main(["merge", str(project/"empty")]) == 1 and "no records" in capsys.readouterr().err
 
 
-def test_reproduce(project, monkeypatch):
-    """One command: runs are trained, the notebook is executed, the site and the one-file report are built; a failing experiment does not stop the others."""
+def test_merge_repairs_and_goes_on(project, tmp_path_factory, monkeypatch):
+    """A damaged record here is replaced by a good one; arrays with NaN are equal to themselves; what cannot be saved does not stop the rest."""
+    other, holes = tmp_path_factory.mktemp("other"), {"curve": np.array([1., np.nan]), "name": np.array(["a"])}
+    for seed in range(4):
+        arrays = holes if seed < 3 else holes | {"curve": np.zeros((2, 1))}
+        Record(trial(seed), {"F": float(seed)}, arrays).save(other/"results")
+        if seed: ours = Record(trial(seed), {"F": float(seed)}, holes).save(project/"results")
+        if seed == 1: (ours/"arrays.npz").write_bytes(b"damaged")
+    taken, problems = cli.merge(other)
+    assert taken == [trial(0).slug, trial(1).slug] and len(problems) == 1 and "seed3" in problems[0] and "differs" in problems[0]
+    assert all(Store().find(trial(seed)).arrays["curve"].shape == (2,) for seed in range(4))
+    shutil.rmtree(project/"results")
+    save = Record.save
+    def fails_once(record, root):
+        if record.run.seed == 0: raise OSError("no space left")
+        return save(record, root)
+    monkeypatch.setattr(Record, "save", fails_once)
+    taken, problems = cli.merge(other)
+    assert taken == [trial(seed).slug for seed in (1, 2, 3)] and problems == ["OSError: no space left"]
+
+
+LIBRARY = json.dumps({"cells": [{"cell_type": "code", "id": "a", "source": "x = 1", "metadata": {}, "outputs": [], "execution_count": None}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+
+
+@pytest.mark.parametrize("only, executed, trained", [(None, ["nbs/index.ipynb", "nbs/00_a/10_x.ipynb", "nbs/90_b/10_y.ipynb", "nbs/99_trial/20_z.ipynb"], 2),
+                                                    ("0", ["nbs/00_a/10_x.ipynb"], 0), ("90", ["nbs/90_b/10_y.ipynb"], 0), ("trial", ["nbs/99_trial/20_z.ipynb"], 2),
+                                                    ("99", ["nbs/99_trial/20_z.ipynb"], 2), ("99_trial", ["nbs/99_trial/20_z.ipynb"], 2)])
+def test_only_makes_the_chosen_chapters(project, monkeypatch, capsys, only, executed, trained):
+    """Chapters are those of nbs/, with or without an experiment; a failure is said at once and at the end; only all of it is published."""
+    for path in ("index.ipynb", "00_a/10_x.ipynb", "90_b/10_y.ipynb", "99_trial/20_z.ipynb"):
+        (project/"nbs"/path).parent.mkdir(exist_ok=True); (project/"nbs"/path).write_text(LIBRARY)
+    asked, plans = [], []
+    monkeypatch.setattr(report, "run_jobs", lambda jobs, **more: asked.extend(job.name for job in jobs) or {})
+    monkeypatch.setattr(report, "build", lambda profile, failures, whole: plans.append((failures, whole)) or "index.html")
+    monkeypatch.setattr(cli, "reproduce_one", lambda e, plan, *rest: f"all {len(plan)} failed")
+    assert cli.main(["reproduce", *(["--only", only] if only else [])]) == bool(trained)
+    assert asked == executed and plans == [({NOTEBOOK: "all 2 failed"} if trained else {}, only is None)]
+    assert capsys.readouterr().err.count(f"normflow-vi: {NOTEBOOK}: all 2 failed") == (2 if trained else 0)
+
+
+def test_reproduce_tells_of_damaged_records(project, monkeypatch, capsys):
+    monkeypatch.setattr(report, "build", lambda *given, **more: "index.html")
+    monkeypatch.setattr(cli, "reproduce_one", lambda *given: None)
+    monkeypatch.setattr(status, "rows", lambda: ([], ["results/x/record.json is missing"]))
+    assert cli.main(["reproduce"]) == 1 and "results/x/record.json" in capsys.readouterr().err
+
+
+def test_reproduce(project, monkeypatch, capsys):
+    """One command: runs are trained, the notebook is executed, the site and the one-file report are built; a failing experiment does not stop the others.
+
+    The one-file report is replaced only by a whole one.
+    """
     shutil.copytree(ROOT/"site", project/"site")
     broken = (project/"trial_experiment.py").read_text().replace('"trial"', '"broken"').replace("for seed in (0, 1)", "for seed in (13,)").replace("10_trial", "20_broken")
     (project/"broken_experiment.py").write_text(broken)
@@ -88,6 +143,18 @@ def test_reproduce(project, monkeypatch):
     page, other = (read(project/f"reports/site/99_trial/{name}.html") for name in ("10_trial", "20_broken"))
     assert "the end" in page and 'class="math' in page and "tex-svg-full.js" in page and "fault.txt" in page
     assert "no result" in other and "the end" not in other
+    assert "report.html is left as it is: these failed: nbs/99_trial/20_broken.ipynb" in done.stderr and not (project/"figures/report.html").exists()
+    (project/"nbs/99_trial/20_broken.ipynb").unlink()
+    def whole_after(**how): report.build("quick", **how); return (project/"figures/report.html").exists(), capsys.readouterr().err
+    assert whole_after(whole=False) == (False, "figures/report.html is left as it is: only a part of the report was asked for\n")
+    source = read(project/NOTEBOOK)
+    (project/NOTEBOOK).write_text(source + "\n")
+    assert whole_after() == (False, f"figures/report.html is left as it is: these have no current good execution: {NOTEBOOK}\n")
+    (project/NOTEBOOK).write_text(source)
+    with monkeypatch.context() as m:
+        m.setattr(report, "standing_in", lambda profile: [NOTEBOOK])
+        assert whole_after() == (False, f"figures/report.html is left as it is: these show the stand-in digits: {NOTEBOOK}\n")
+    assert whole_after() == (True, "")
     whole = read(project/"figures/report.html")
     assert "the end" in whole and "MathJax" in whole and report.fetched(whole) == [] and len(whole) < 20e6
     for path in (project/"reports/site").rglob("*.html"):                                      # the site needs no network either

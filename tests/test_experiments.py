@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from normflow_vi import experiments, report
-from normflow_vi.records import Store
+from normflow_vi.records import Store, records_root
 from normflow_vi.runner import complete, place
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def test_without_data_the_digits_stand_in_and_every_title_says_so(bare):
     assert manifest.good, manifest.cause
     shown = text_of(place(experiment.notebook, "smoke")/"notebook.ipynb")
     assert "data: statically binarised 8x8 digits (MNIST not available)" in shown and "No row of the paper is measured" in shown
-    assert experiment.rows(Store()) == [], "digits are no measurement of a published number"
+    assert experiment.rows(Store([records_root("smoke")])) == [], "digits are no measurement of a published number"
 
 
 def test_figures_of_the_stand_in_do_not_replace_those_of_mnist(bare):
@@ -81,3 +81,10 @@ def test_asking_for_mnist_without_having_it_is_one_error(bare):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 1 and len(lines) == 1 and "MNIST was not found" in lines[0], done.stderr
     assert not (bare/"runs"/"smoke").exists()
+
+
+def test_committed_records_belong_to_current_plans():
+    "A record that no plan asks for any more would feed figures that nobody can regenerate."
+    planned = {run.key for experiment in experiments.all() for profile in ("quick", "paper") for run in experiment.plan(profile, "mnist")}
+    kept = [record.run for experiment in experiments.all() for record in Store([ROOT/"results"]).all(experiment.name)]
+    assert kept and not [run.slug for run in kept if run.key not in planned]

@@ -106,3 +106,15 @@ def test_settings_of_notebook_tools():
     settings = tomllib.loads((ROOT/"pyproject.toml").read_text())
     assert settings["tool"]["nbdev"]["allowed_cell_metadata_keys"] == ["tags"], "nbdev-clean would delete the parameters tags"
     assert any(re.fullmatch(r"nbdev==[\d.]+", need) for need in settings["project"]["optional-dependencies"]["dev"]), "nbdev is pinned exactly"
+
+
+def without_outputs(text):
+    """A README without printed numbers and without the table of measured rows, which follows the records."""
+    return re.sub(r"(?m)^\|.*\n", "", re.sub(r"```text\n.*?```\n", "", text, flags=re.S))
+
+
+def test_readme_is_that_of_the_index():
+    from normflow_vi.readme import readme
+    committed = (ROOT/"README.md").read_text()
+    assert without_outputs(readme()).split() == without_outputs(committed).split(), "run make readme"
+    assert "make test" in committed and "smoke |" not in committed

@@ -13,7 +13,7 @@ import pytest
 
 from normflow_vi.files import sha256
 from normflow_vi.records import (ARRAYS_LIMIT, VERDICTS, DamagedRecord, Record, Run, Store, code_sha256, code_sources, lower_is_better,
-                                 measured, note_failure, verdict)
+                                 measured, note_failure, records_root, verdict)
 
 
 def run(seed=0, profile="quick", **more):
@@ -151,11 +151,55 @@ def test_best_record_wins(tmp_path):
     assert best(length=80) == [] and best(updates=50) == [("paper", 8)]
 
 
+def test_smoke_records_are_seen_only_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMFLOW_VI_ROOT", str(tmp_path))
+    (tmp_path/"settings.ini").write_text("")
+    assert Store().roots == [tmp_path/"results"]
+    record(profile="smoke").save(records_root("smoke"))
+    assert Store().best("trial") == [] and Store().find(run(profile="smoke")) is None and len(Store([records_root("smoke")]).best("trial")) == 1
+
+
+@pytest.mark.parametrize("newer", [0, 1])
+def test_the_newest_of_equal_groups_wins(tmp_path, newer):
+    """Two budgets that differ in the learning rate: when they were finished decides, whatever their hashes are."""
+    for i, rate in enumerate((1e-3, 2e-3)):
+        made = record(float(i), budget={"updates": 100, "rate": rate})
+        for seed, day in ((0, 1), (1, 3 if i == newer else 2)):
+            Record(Run(**(made.run.to_dict() | {"seed": seed})), made.values, {}, {"finished": f"2026-01-0{day}T00:00:00+00:00"}).save(tmp_path)
+    assert [r.value("F") for r in Store([tmp_path]).best("trial")] == [newer, newer]
+
+
+def test_best_over_needs_every_value(tmp_path):
+    store = Store([tmp_path])
+    def best(values, **match): return [(r.run.profile, r.run.length, r.run.seed) for r in store.best_over("trial", "length", values, **match)]
+    assert best((0, 10)) == []
+    for length in (0, 10, 20): record(length=length).save(tmp_path)
+    record(length=0, profile="paper").save(tmp_path)
+    quick = [("quick", 0, 0), ("quick", 10, 0), ("quick", 20, 0)]
+    assert best((0, 10)) == quick and best(()) == best([0]) == [("paper", 0, 0)] and best((0, 80)) == best((0,), profile="smoke") == []
+    record(length=10, profile="paper", budget={"updates": 99}).save(tmp_path)
+    assert best((0, 10)) == quick                                        # two paper groups do not make a complete one
+    record(length=10, profile="paper").save(tmp_path)
+    assert best((0, 10)) == [("paper", 0, 0), ("paper", 10, 0)] and best((0, 10), profile="quick") == quick
+    with pytest.raises(ValueError, match="lenght.*length"): store.best_over("trial", "lenght", (0,))
+
+
 def test_damaged_record_is_not_passed_over(tmp_path):
     folder = record().save(tmp_path)
     (folder/"record.json").write_text("{")
-    with pytest.raises(DamagedRecord): Store([tmp_path]).best("trial")
+    with pytest.raises(DamagedRecord, match="delete .*merge .*--retrain$"): Store([tmp_path]).best("trial")
     with pytest.raises(DamagedRecord): Store([tmp_path]).find(run())
+
+
+@pytest.mark.parametrize("name", ["record.json", "arrays.npz"])
+def test_a_store_can_list_what_is_damaged(tmp_path, name):
+    """Asked to, a store leaves out a damaged record only, and says once which one it is."""
+    for seed in (0, 1): record(seed=seed).save(tmp_path)
+    folder, damaged = record(seed=2, profile="paper").save(tmp_path), []
+    (folder/name).write_bytes(b"")
+    store = Store([tmp_path], damaged)
+    assert [r.run.seed for r in store.best("trial")] == [r.run.seed for r in store.all("trial")] == [0, 1] and store.find(run(seed=2, profile="paper")) is None
+    assert len(damaged) == 1 and name in damaged[0]
 
 
 def test_measured(tmp_path):

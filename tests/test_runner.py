@@ -1,6 +1,7 @@
 """The runner: bad parameters are refused before anything runs; workers and notebooks fail in every way, and earlier results stay."""
 import json
 import os
+import platform
 import random
 import signal
 import string
@@ -14,7 +15,7 @@ import pytest
 from normflow_vi import experiments
 from normflow_vi.files import Busy, exclusive
 from normflow_vi.records import Record, Run, Store
-from normflow_vi.runner import (Manifest, ParameterError, RunsFailed, check_notebook, check_parameter, check_parameters, complete, execute, place,
+from normflow_vi.runner import (Job, Manifest, ParameterError, RunsFailed, check_notebook, check_parameter, check_parameters, complete, execute, place,
                                 run_jobs, slots, units, work, work_folder, write_unit)
 
 EXPERIMENT = '''
@@ -168,7 +169,26 @@ def test_complete_trains_what_lacks_a_record(project):
     assert json.loads((work_folder([trial(1)])/"progress.json").read_text())["step"] == 20
 
 
-def test_retrain_repeats(project):
+def test_a_log_starts_afresh_and_a_signal_is_named(project, monkeypatch):
+    """A failure message quotes this run's log only; a process that was killed is said to be."""
+    job = Job("kills itself", [], project/"runs/job")
+    job.folder.mkdir(parents=True); job.log.write_text("ValueError: an earlier run\n")
+    real = subprocess.Popen
+    for number, words in ((9, "killed by signal 9, perhaps out of memory;"), (10, "killed by signal 10;")):
+        monkeypatch.setattr(subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"], **more))
+        why = run_jobs([job], quiet=True)["kills itself"]
+        assert why.startswith(f"no output ({words}") and str(job.log) in why
+
+
+def test_records_name_one_device(project):
+    """What an experiment notes about its device does not make a second name for it."""
+    module = project/"trial_experiment.py"
+    module.write_text(module.read_text().replace('{"threads_asked"', '{"device": "cpu (old)", "hardware": "?", "threads_asked"'))
+    info = work(write_unit([trial(0)], "cpu")) and Store().find(trial(0)).info
+    assert info["device"] == "cpu" and info["hardware"] == platform.machine()
+
+
+def test_retrain_repeats(project, capsys):
     """A record of earlier code stays until somebody asks for more; a unit is resumed only with the code it was begun with."""
     Record(trial(0), {"F": -5.}, {}, {"code_sha256": "old"}).save(project/"results")
     assert complete([trial(0)], "cpu", progress=False)[0].value("F") == -5
@@ -182,7 +202,8 @@ def test_retrain_repeats(project):
     assert resumed() == 12
     sources = project/"trial_experiment.py"
     sources.write_text(sources.read_text() + "more = 1\n")
-    assert resumed() == 0
+    aside = work_folder([trial(0)])/"checkpoints-earlier-code/place"
+    assert not aside.exists() and resumed() == 0 and aside.read_text() == "12" and "begun with other code" in capsys.readouterr().out
 
 
 def test_units_follow_the_experiments_engine(project, monkeypatch):

@@ -1,14 +1,18 @@
 """Status: a row for every published number and figure, joined with what was measured."""
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from normflow_vi import cli, experiments, status
-from normflow_vi.records import DamagedRecord, Measured
+import normflow_vi.records as records
+from normflow_vi.records import Measured, Record, Run
 from normflow_vi.runner import Manifest, notebook_code
 from normflow_vi.files import sha256
 
+ROOT = Path(__file__).parent.parent
 KEYS = ["source", "item", "row", "published", "published_se", "value", "se", "seeds", "failed", "updates", "device", "profile", "state", "verdict"]
 REZENDE = "Rezende & Mohamed 2015 (1505.05770)"
 
@@ -20,9 +24,7 @@ def measured(item="Fig 4c", row="NF K=10", value=87.6, metric="", data="", **mor
 class Trial:
     name, notebook = "trial", "nbs/none.ipynb"
     def __init__(self, *found): self.found = found
-    def rows(self, store):
-        if isinstance(self.found[0], Exception): raise self.found[0]
-        return list(self.found)
+    def rows(self, store): return list(self.found)
 
 
 @pytest.fixture
@@ -75,11 +77,60 @@ def test_names_that_fit_several_numbers_are_refused(with_experiments):
     with pytest.raises(ValueError, match="twice"): status.rows()
 
 
-def test_damage_is_reported_and_the_rest_shown(with_experiments, capsys):
-    with_experiments(Trial(DamagedRecord("results/x/record.json is missing")), Trial(measured()))
+class Kept(Trial):
+    "Measures Fig. 4(c) from the records in the store."
+    def rows(self, store):
+        found = [records.measured(store, store.best("trial", length=K), "nll", source=REZENDE, item="Fig 4c", row=f"NF K={K}", shortened=False) for K in (10, 20)]
+        return [row for row in found if row]
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Two seeds each of two flow lengths; a function to save one more record."""
+    monkeypatch.setenv("NORMFLOW_VI_ROOT", str(tmp_path))
+    (tmp_path/"data").mkdir(); (tmp_path/"settings.ini").write_text("")
+    for name in ("published.csv", "figures.csv"): (tmp_path/"data"/name).write_bytes((ROOT/"data"/name).read_bytes())
+    def save(length, seed, folder="results", **info):
+        run = Run("trial", 1, "DLGM", "mnist", "", "planar", length, seed, "quick" if folder == "results" else "smoke", {"updates": 10})
+        return Record(run, {"nll": {"value": 88. + seed, "std_error": 0.0005}}, {}, {"device": "cpu"} | info).save(tmp_path/folder)
+    for length, seed in ((10, 0), (10, 1), (20, 0), (20, 1)): save(length, seed)
+    return save
+
+
+@pytest.mark.parametrize("name", ["record.json", "arrays.npz"])
+def test_damage_is_reported_and_the_rest_shown(with_experiments, results, capsys, name):
+    """A damaged record drops only itself: the other seed and the other length are shown, and the problem is listed once."""
+    with_experiments(Kept())
+    (results(10, 1)/name).write_text("{")
     assert cli.main(["status"]) == 1
     seen = capsys.readouterr()
-    assert "NF K=10" in seen.out and "results/x/record.json" in seen.err and seen.err.count("\n") == 1
+    assert seen.err.count("\n") == 1 and "planar-10-seed1" in seen.err and name in seen.err and "--retrain" in seen.err
+    table, problems = status.rows()
+    assert len(problems) == 1 and {r["row"]: r["seeds"] for r in table if r["value"] is not None} == {"NF K=10": [0], "NF K=20": [0, 1]}
+
+
+def test_smoke_records_are_no_results(with_experiments, results):
+    with_experiments(Kept())
+    results(20, 2, folder="runs/smoke/results")
+    assert {r["row"]: r["seeds"] for r in status.rows()[0] if r["value"] is not None} == {"NF K=10": [0, 1], "NF K=20": [0, 1]}
+
+
+def test_small_errors_and_single_seeds_are_told(with_experiments, results, capsys):
+    """Two significant digits of an error; with one seed a star and a footnote; early records' device reads like the others'."""
+    with_experiments(Kept())
+    (results(20, 1)/"record.json").unlink()
+    results(10, 1, device="cpu (x86_64)")
+    assert cli.main(["status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.split(r"  +", line)[4:8] for line in lines if "NF K" in line] == [["88.50 ± 0.50", "2", "10", "cpu"], ["88.00000 ± 0.00050*", "1", "10", "cpu"]]
+    assert "device" in lines[0] and lines[-2] == "* standard error over images or draws, one seed"
+    shown = status.markdown([r for r in status.rows()[0] if r["value"] is not None])
+    assert "0.00050\\* |" in shown and shown.endswith("\n\n\\* standard error over images or draws, one seed")
+
+
+@pytest.mark.parametrize("value, error, text", [(87.654321, 0.03, "87.654 ± 0.030"), (87.654321, 0.0005, "87.65432 ± 0.00050"), (87.6543, 0.0996, "87.65 ± 0.10"),
+                                                (87.6543, 12.3, "88 ± 12"), (87.6543, None, "87.65"), (87.6543, 0., "87.65 ± 0.00")])
+def test_errors_have_two_significant_digits(value, error, text): assert status.number(value, error, status.places(error)) == text
 
 
 def test_figures_go_out_of_date(tmp_path, monkeypatch):
