@@ -57,7 +57,7 @@ def test_measured_rows_are_joined(with_experiments, capsys):
     assert (row["published"], row["published_se"], row["value"], row["se"], row["seeds"], row["updates"]) == (87.54, 0.27, 87.6, 0.1, [0, 1, 2], 500_000)
     assert cli.main(["status"]) == 0
     text = capsys.readouterr().out
-    assert text.count("\n") == 2 + 3 + 1 and "reproduced" in text and f"{len(table)} rows" in text
+    assert text.count("\n") == 2 + len(status.shown(table)) + 1 and len(found) == 3 and "reproduced" in text and f"{len(table)} rows" in text
     assert cli.main(["status", "--all"]) == 0 and capsys.readouterr().out.count("\n") == len(table) + 3
 
 
