@@ -315,6 +315,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'normflow_vi.report.executed': ('90_engine/report.html#executed', 'normflow_vi/report.py'),
                                     'normflow_vi.report.fetched': ('90_engine/report.html#fetched', 'normflow_vi/report.py'),
                                     'normflow_vi.report.hidden': ('90_engine/report.html#hidden', 'normflow_vi/report.py'),
+                                    'normflow_vi.report.in_prose': ('90_engine/report.html#in_prose', 'normflow_vi/report.py'),
                                     'normflow_vi.report.inlined': ('90_engine/report.html#inlined', 'normflow_vi/report.py'),
                                     'normflow_vi.report.latest': ('90_engine/report.html#latest', 'normflow_vi/report.py'),
                                     'normflow_vi.report.make': ('90_engine/report.html#make', 'normflow_vi/report.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'SINGLE_LIMIT', 'STAND_IN_FIGURES', 'cleaned_source', 'hidden', 'without_scratch', 'cleaned', 'notebooks',
            'title', 'latest', 'current', 'takes_parameters', 'executed', 'execute_library', 'drawable', 'draw',
-           'draw_all', 'with_remark', 'with_figures', 'with_links', 'write_page', 'contents', 'add_contents',
-           'results_page', 'sphinx', 'standing_in', 'withheld', 'build', 'data_uri', 'fetched', 'page_contents',
-           'as_pages', 'inlined', 'write_single', 'make']
+           'draw_all', 'with_remark', 'in_prose', 'with_figures', 'with_links', 'write_page', 'contents',
+           'add_contents', 'results_page', 'sphinx', 'standing_in', 'withheld', 'build', 'data_uri', 'fetched',
+           'page_contents', 'as_pages', 'inlined', 'write_single', 'make']
 
 # %% ../nbs/90_engine/70_report.ipynb #dde0aea5
 import base64, json, mimetypes, re, secrets, shutil, subprocess, sys, tempfile
@@ -141,6 +141,11 @@ def with_remark(book, remark):
     return book | {"cells": [*cells[:1], note, *cells[1:]]}
 
 # %% ../nbs/90_engine/70_report.ipynb #82870bba
+def in_prose(book, pattern, replaced):
+    "The notebook with `re.sub(pattern, replaced, ...)` applied to its prose."
+    def page(cell): return cell | {"source": re.sub(pattern, replaced, "".join(cell["source"]))} if cell["cell_type"] == "markdown" else cell
+    return book | {"cells": [page(cell) for cell in book["cells"]]}
+
 def with_figures(book, folder):
     "The notebook with its references to `figures/` made good for a page: pictures are copied into `folder`, links to other files become text."
     def replaced(match):
@@ -149,9 +154,7 @@ def with_figures(book, folder):
         if not (bang and path.is_file()): return f"*{text} (not made yet)*" if bang else text
         (folder/"figures").mkdir(parents=True, exist_ok=True); shutil.copy(path, folder/"figures")
         return f"![{text}](/figures/{name})"
-    def page(source): return re.sub(r"(!?)\[([^\]]*)\]\((?:\.\./)+figures/([\w.-]+)\)", replaced, source)
-    cells = [c | {"source": page("".join(c["source"]))} if c["cell_type"] == "markdown" else c for c in book["cells"]]
-    return book | {"cells": cells}
+    return in_prose(book, r"(!?)\[([^\]]*)\]\((?:\.\./)+figures/([\w.-]+)\)", replaced)
 
 # %% ../nbs/90_engine/70_report.ipynb #9627e995
 def with_links(book):
@@ -160,9 +163,7 @@ def with_links(book):
         text, target = match.groups()
         pages = sorted((project_root()/"nbs"/target).glob("*.ipynb")) if target.strip("./") else []
         return f"[{text}](/{target.strip('/')}/{pages[0].name})" if pages else text
-    def page(source): return re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?:|#|/|[^)]*\.ipynb)([^)\s]+)\)", replaced, source)
-    cells = [c | {"source": page("".join(c["source"]))} if c["cell_type"] == "markdown" else c for c in book["cells"]]
-    return book | {"cells": cells}
+    return in_prose(book, r"(?<!!)\[([^\]]*)\]\((?!https?:|#|/|[^)]*\.ipynb)([^)\s]+)\)", replaced)
 
 # %% ../nbs/90_engine/70_report.ipynb #62aabc97
 def write_page(notebook, profile, folder, why=""):

@@ -18,7 +18,7 @@ from pathlib import Path
 from . import experiments
 from .files import atomic_write, exclusive, sha256
 from .records import Record, Run, Store, code_sha256, information, note_failure, records_root, replace_folder
-from .settings import PROFILES, check_profile, project_root
+from .settings import PROFILES, check_profile, described, obeys, project_root
 
 # %% ../nbs/90_engine/50_runner.ipynb #21198104
 DATA, DEVICES = ("auto", "mnist", "digits"), ("auto", "cpu", "cuda")
@@ -29,13 +29,10 @@ class ParameterError(ValueError):
     "A notebook parameter was refused; the message names it, its value and what is allowed."
 
 def check_parameter(name, value, rule):
-    "Raise `ParameterError` unless `value` obeys `rule`."
+    "Raise `ParameterError` unless `value` obeys `rule`: `\"folder\"`, or one as for `settings.ini`."
     if rule == "folder":
         good, allowed = isinstance(value, str) and (not value or (_FOLDER.fullmatch(value) and ".." not in value.split("/"))), "'' or a folder below runs/ or reports/"
-    elif rule[0] in (int, float):
-        kinds = (int,) if rule[0] is int else (int, float)
-        good, allowed = type(value) in kinds and rule[1] <= value <= rule[2], f"{rule[0].__name__} from {rule[1]} to {rule[2]}"
-    else: good, allowed = any(type(value) is type(c) and value == c for c in rule), ", ".join(map(repr, rule))
+    else: good, allowed = obeys(value, rule), described(rule)
     if not good: raise ParameterError(f"parameter {name[:60]!r}={value!r:.80}: allowed is {allowed}")
 
 # %% ../nbs/90_engine/50_runner.ipynb #c757cfee

@@ -48,17 +48,17 @@ def section(name):
 
 # %% ../nbs/90_engine/05_settings.ipynb #8ab9b246
 def obeys(value, rule):
-    "Whether a value obeys a rule."
+    "Whether a value obeys a rule; nan obeys none, and a bool is no number."
     if isinstance(rule, list): return isinstance(value, tuple) and len(value) > 0 and all(obeys(item, rule[0]) for item in value)
-    if isinstance(rule, set): return value in rule
-    kind, lowest, highest = rule
-    return type(value) in ((int,) if kind is int else (int, float)) and lowest <= value <= highest
+    kind, *bounds = rule
+    if not isinstance(kind, type): return any(type(value) is type(allowed) and value == allowed for allowed in rule)
+    return type(value) in ((int,) if kind is int else (int, float)) and bounds[0] <= value <= bounds[1]
 
 def described(rule):
     "A rule in words."
     if isinstance(rule, list): return f"a tuple, each {described(rule[0])}"
-    if isinstance(rule, set): return "one of " + ", ".join(map(repr, sorted(rule)))
-    return f"{rule[0].__name__} from {rule[1]:g} to {rule[2]:g}"
+    if isinstance(rule, set): return ", ".join(map(repr, sorted(rule)))
+    return f"{rule[0].__name__} from {rule[1]} to {rule[2]}" if isinstance(rule[0], type) else ", ".join(map(repr, rule))
 
 # %% ../nbs/90_engine/05_settings.ipynb #43c807b0
 def settings(experiment, profile, rules=None):
