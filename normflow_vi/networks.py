@@ -7,7 +7,7 @@ __all__ = ['MLP']
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #580738d9
 from torch import nn
-from .transforms.base import check_int
+from .transforms.base import check_int, check_widths
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #828f0466
 class MLP(nn.Sequential):
@@ -16,8 +16,8 @@ class MLP(nn.Sequential):
     Input `(..., in_dim)`, output `(..., out_dim)` or `(..., hidden[-1])`. Initialisation: Glorot & Bengio 2010, eq. 16.
     """
     def __init__(self, in_dim, hidden, out_dim=None):
-        if not isinstance(hidden, (tuple, list)) or not hidden: raise ValueError(f"hidden={hidden!r}: expected at least one width, as a tuple")
-        widths = [check_int("in_dim", in_dim), *(check_int("hidden", width) for width in hidden)]
+        if not (hidden := check_widths("hidden", hidden)): raise ValueError("hidden=(): expected at least one width")
+        widths = [check_int("in_dim", in_dim), *hidden]
         layers = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
         if out_dim is not None: layers.append(nn.Linear(widths[-1], check_int("out_dim", out_dim)))
         super().__init__(*layers)

@@ -7,17 +7,24 @@ __all__ = ['Affine']
 
 # %% ../../nbs/01_flows/10_affine.ipynb #118a089b
 import torch
-from .base import Transform
+from .base import Transform, bounded, check_positive
 
 # %% ../../nbs/01_flows/10_affine.ipynb #3e7874f7
 class Affine(Transform):
     """Elementwise shift and scale, `y = shift + exp(log_scale) * z`.
 
-    `shift`, `log_scale`: `(..., dim)`, both zero at the start (the identity). Inverse: closed form, same cost.
+    `shift`, `log_scale`: `(..., dim)`, both zero at the start (the identity). `max_log_scale`: bounds `|log_scale|` smoothly. Inverse: closed form,
+    same cost. Raises `ValueError` unless `max_log_scale` is `None` or above 0.
     Source: the location-scale reparameterisation, Rezende & Mohamed 2015, section 2.1.
     """
     decays = True                                            # amortised, it is an ordinary layer of the encoder
 
+    def __init__(self, dim, length=1, context_dim=None, max_log_scale=None):
+        self.max_log_scale = None if max_log_scale is None else check_positive("max_log_scale", max_log_scale)
+        super().__init__(dim, length, context_dim)
+
+    def extra_repr(self): return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
+    def prepare(self, shift, log_scale): return {"shift": shift, "log_scale": bounded(log_scale, self.max_log_scale)}
     def initial(self): return {name: torch.zeros(self.length, self.dim) for name in ("shift", "log_scale")}
 
     def push(self, z, shift, log_scale):

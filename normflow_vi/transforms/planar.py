@@ -8,7 +8,7 @@ __all__ = ['CONSTRAINTS', 'TINY', 'constrain', 'log_slope', 'solve_slope', 'plan
 # %% ../../nbs/01_flows/15_planar.ipynb #36603022
 import math, torch
 from torch.nn.functional import softplus
-from .base import Transform
+from .base import Transform, check_choice
 
 # %% ../../nbs/01_flows/15_planar.ipynb #abb80e78
 CONSTRAINTS = {"identity": math.log(math.e - 1), "paper": 0.}
@@ -67,8 +67,7 @@ class Planar(Transform):
     inverse_kind, derived_axis = "iterative", {"u_hat": -2, "slope": -1}
 
     def __init__(self, dim, length=1, context_dim=None, constraint="identity"):
-        if constraint not in CONSTRAINTS: raise ValueError(f"constraint={constraint!r}: allowed are {', '.join(CONSTRAINTS)}")
-        self.constraint, self.head_scale = constraint, .1 * math.sqrt(10 / max(length, 1))
+        self.constraint, self.head_scale = check_choice("constraint", constraint, CONSTRAINTS), .1 * math.sqrt(10 / max(length, 1))
         super().__init__(dim, length, context_dim)
 
     def initial(self):
