@@ -57,12 +57,13 @@ def sample_loss(samples, draws):
     "The negative mean log-density of random rows of `samples`, as a training loss."
     def loss(q, batch, step, generator):
         rows = torch.randint(len(samples), (draws,), generator=generator, device=samples.device)
-        return estimate(-q().log_prob(samples[rows]))
+        return estimate(-q().log_prob(samples[rows], generator))
     return loss
 
 # %% ../nbs/01_flows/50_fit.ipynb #c5f1051a
 def check_log_density(q, log_density):
     "Raise unless `log_density` maps draws `(8, dim)` to finite values `(8,)` with a gradient."
+    q.eval()                                                 # a trial must not move running statistics
     values = joint(draw_terms(log_density, q(), 8))
     if not values.isfinite().all(): raise ValueError(f"log_density: returned {values.tolist()} for draws of the untrained flow; it must be finite there")
     if not values.requires_grad: raise ValueError("log_density: its values carry no gradient; compute them from z with torch operations")
@@ -84,15 +85,17 @@ def check_fit(q, log_density, samples):
 def fit(q, log_density=None, *, samples=None, steps=5000, seed=0, learning_rate=5e-3, draws=256, evaluation_draws=10_000, progress=None):
     """Train the flow `q` in place on an unnormalised `log_density` `(N, D) -> (N,)` or on `samples` `(N, D)`; returns a `Fit`.
 
-    Adam with a cosine schedule and gradient clipping, `draws` draws an update. The same `seed` gives the same result on one machine.
+    Adam with a cosine schedule and gradient clipping, `draws` draws an update. The same `seed` gives the same result on one machine. The flow is
+    left in evaluation mode.
     Raises `ValueError` or `TypeError` naming the argument; `training.NonFinite` if a value stops being finite.
     """
     check_fit(q, log_density, samples)
     for name, value, least in (("steps", steps, 1), ("draws", draws, 1), ("evaluation_draws", evaluation_draws, 2), ("seed", seed, 0)): check_int(name, value, least)
     loss = sample_loss(samples, draws) if log_density is None else density_loss(log_density, draws, steps // 2)
+    q.train()
     history = Trainer([q], loss, steps=steps, seeds=[seed], optimizer=Optimizer("adam", learning_rate, clip=10.), log_every=max(1, steps // 100),
                       device=str(next(q.parameters()).device), threads=torch.get_num_threads(), progress=progress).run()
-    return judge(q, history, log_density, samples, evaluation_draws, seed)
+    return judge(q.eval(), history, log_density, samples, evaluation_draws, seed)
 
 # %% ../nbs/01_flows/50_fit.ipynb #5e912b4c
 def judge(q, history, log_density, samples, draws, seed):

@@ -10,6 +10,7 @@ import math, torch
 from torch import nn
 from torch.distributions import Distribution, constraints
 from .transforms.base import check_int, check_tensor
+from .transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
 # %% ../nbs/01_flows/30_flow.ipynb #68e7e5fa
 class StandardNormal(nn.Module):
@@ -65,7 +66,7 @@ class FlowDistribution(Distribution):
         with torch.no_grad(): return self.rsample(sample_shape, generator)
 
     def log_prob(self, value, generator=None):
-        "`log q(value)`, through the inverse of the transform; its cost is `transform.inverse_kind`."
+        "`log q(value)`, through the inverse of the transform, at the cost `inverse_kind`; with continuously-indexed layers a random lower bound on it."
         z0, log_det = self.transform.inverse(value, self.context, generator)
         return self.base.log_prob(z0) + log_det
 

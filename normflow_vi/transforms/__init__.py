@@ -7,7 +7,21 @@ __all__ = []
 
 # %% ../../nbs/01_flows/29_transforms.ipynb #2c566060
 from .affine import Affine
+from .autoregressive import Autoregressive, InverseAutoregressive, MaskedAutoregressive
 from .base import Chain, Inverse, Transform
+from .batchnorm import BatchNorm
+from .conf import ConvolutionCoupling
+from .continuously_indexed import ContinuouslyIndexed
+from .convolution import CircularConvolution, SLog, SymmetricConvolution
+from .coupling import AdditiveCoupling, AffineCoupling, Coupling
+from .linear import PLU, Householder
+from .permutation import Orthogonal, Permutation
 from .planar import Planar
+from .prelu import PReLU
+from .radial import Radial
+from .spline_layers import SplineAutoregressive, SplineCoupling
+from .sylvester import Sylvester
 
-__all__ = ["Affine", "Chain", "Inverse", "Planar", "Transform"]
+__all__ = ["AdditiveCoupling", "Affine", "AffineCoupling", "Autoregressive", "BatchNorm", "Chain", "CircularConvolution", "ContinuouslyIndexed", "ConvolutionCoupling",
+           "Coupling", "Householder", "Inverse", "InverseAutoregressive", "MaskedAutoregressive", "Orthogonal", "PLU", "PReLU", "Permutation", "Planar", "Radial", "SLog",
+           "SplineAutoregressive", "SplineCoupling", "Sylvester", "SymmetricConvolution", "Transform"]

@@ -7,7 +7,7 @@ __all__ = ['Affine']
 
 # %% ../../nbs/01_flows/10_affine.ipynb #118a089b
 import torch
-from .base import Transform, bounded, check_positive
+from .base import Transform, bounded, check_limit
 
 # %% ../../nbs/01_flows/10_affine.ipynb #3e7874f7
 class Affine(Transform):
@@ -20,7 +20,7 @@ class Affine(Transform):
     decays = True                                            # amortised, it is an ordinary layer of the encoder
 
     def __init__(self, dim, length=1, context_dim=None, max_log_scale=None):
-        self.max_log_scale = None if max_log_scale is None else check_positive("max_log_scale", max_log_scale)
+        self.max_log_scale = check_limit(max_log_scale)
         super().__init__(dim, length, context_dim)
 
     def extra_repr(self): return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"

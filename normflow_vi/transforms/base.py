@@ -5,7 +5,8 @@ transform of the library."""
 
 # %% auto #0
 __all__ = ['KINDS', 'Owned', 'Amortised', 'check_int', 'check_tensor', 'check_choice', 'check_positive', 'check_widths', 'Layers',
-           'run_layers', 'check_call', 'Sourced', 'fetch', 'Transform', 'bounded', 'Combinator', 'Chain', 'Inverse']
+           'run_layers', 'check_call', 'Sourced', 'precision', 'fetch', 'Transform', 'check_limit', 'bounded',
+           'Combinator', 'Chain', 'Inverse']
 
 # %% ../../nbs/01_flows/05_transform.ipynb #2f581e42
 import math, torch
@@ -134,11 +135,15 @@ class Sourced(Layers):
     def extra_repr(self): return f"dim={self.dim}, length={self.length}, context_dim={self.context_dim}"
 
 # %% ../../nbs/01_flows/05_transform.ipynb #137212ac
+def precision(transform, dtype):
+    "`dtype`, or that of the transform's parameters if it is the higher one."
+    return torch.promote_types(dtype, next((p.dtype for p in transform.parameters()), dtype))
+
 def fetch(transform, context, dtype):
     "The tensors that `push` and `pull` of a transform get for one call, in at least the precision `dtype`."
-    precision = torch.promote_types(dtype, next((p.dtype for p in transform.parameters()), dtype))
-    found = transform.source(context, precision) | {name: getattr(transform, name) for name in transform.constant_names}
-    found = {name: t.to(precision) if t.is_floating_point() else t for name, t in found.items()}
+    dtype = precision(transform, dtype)
+    found = transform.source(context, dtype) | {name: getattr(transform, name) for name in transform.constant_names}
+    found = {name: t.to(dtype) if t.is_floating_point() else t for name, t in found.items()}
     return transform.prepare(**found) | ({"context": context} if transform.context_to == "layers" else {})
 
 # %% ../../nbs/01_flows/05_transform.ipynb #4f935b9a
@@ -153,13 +158,17 @@ class Transform(Sourced):
 
     def forward(self, z, context=None, generator=None):
         check_call(self, "forward", "z", z, context)
-        return self.push_stack(z, **fetch(self, context, z.dtype))
+        return self.push_stack(z.to(precision(self, z.dtype)), **fetch(self, context, z.dtype))
 
     def inverse(self, y, context=None, generator=None):
         check_call(self, "inverse", "y", y, context)
-        return self.pull_stack(y, **fetch(self, context, y.dtype))
+        return self.pull_stack(y.to(precision(self, y.dtype)), **fetch(self, context, y.dtype))
 
 # %% ../../nbs/01_flows/05_transform.ipynb #844fb7b5
+def check_limit(value):
+    "Return `max_log_scale`: `None`, or a finite number above zero."
+    return None if value is None else check_positive("max_log_scale", value)
+
 def bounded(log_scale, limit):
     "`log_scale` itself for `limit=None`, otherwise `limit * tanh(log_scale / limit)`."
     return log_scale if limit is None else limit * (log_scale / limit).tanh()

@@ -1,0 +1,406 @@
+"""Autoregressive layers: exact zeros, stages against the loop of D passes, the kernel against both, and bugs that must be noticed."""
+import sys
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call, jacrev, vmap
+
+from normflow_vi import contract
+from normflow_vi.transforms import autoregressive, made, stagewise
+from normflow_vi.transforms.autoregressive import Autoregressive, InverseAutoregressive, MaskedAutoregressive
+from normflow_vi.transforms.base import fetch
+from normflow_vi.transforms.conditioner import network
+from normflow_vi.transforms.laws import Gate, ScaleShift, Shift
+
+# Hidden widths below, equal to and above D = 5, none, several layers, residual blocks.
+NETWORKS = [((), False), ((3,), False), ((5,), False), ((16,), False), ((3, 7, 4), False), ((8, 8, 8), True), ((4, 4, 4, 4, 4), True)]
+networks = pytest.mark.parametrize("hidden, residual", NETWORKS, ids=lambda value: str(value))
+dims = pytest.mark.parametrize("dim", [1, 2, 5])
+contexts = pytest.mark.parametrize("context_dim", [None, 3], ids=["owned", "context"])
+kinds = pytest.mark.parametrize("kind", [InverseAutoregressive, MaskedAutoregressive])
+needs_numba = pytest.mark.skipif(stagewise.compiled() is None, reason="numba is optional")
+
+
+def jittered(transform, size=.3, dtype=torch.float64):
+    """The same with every weight moved, those too that a mask covers."""
+    with torch.no_grad():
+        for parameter in transform.parameters(): parameter.add_(size * parameter.abs().mean() * torch.randn_like(parameter))
+    return transform.to(dtype)
+
+
+def context_of(n, context_dim, dtype=torch.float64): return None if context_dim is None else torch.randn(n, context_dim, dtype=dtype)
+def layers_of(transform, kind, context=None): return transform.unstacked(transform.masked(kind, fetch(transform, context, torch.float64)))
+
+
+def by_passes(transform, value, context=None):
+    """The sequential direction by D passes of the whole network, the oracle of this file."""
+    forward = transform.forward_kind == "sequential"
+    step, layers, total = transform.law.push if forward else transform.law.pull, layers_of(transform, "closed form", context), 0.
+    for layer in layers if forward else reversed(layers):
+        found = torch.zeros_like(value)
+        for i in layer["sequence"].tolist():
+            theta = network(found, layer, context, transform.activation, transform.residual).unflatten(-1, (transform.dim, transform.law.size))
+            moved, log_slope = step(value, theta)
+            found = torch.where(torch.arange(transform.dim) == i, moved, found)
+        value, total = found, total + log_slope.sum(-1)
+    return value, total
+
+
+def slow(transform): return transform.forward if transform.forward_kind == "sequential" else transform.inverse
+def gap(found, expected): return max(((a - b).abs() / (1 + b.abs())).max().item() for a, b in zip(found, expected))
+
+
+# Structure
+
+def check_structure(make, dim, context_dim=None):
+    """One layer in either order, both directions: exact zeros where an earlier variable would see a later one, and slopes that are not zero."""
+    transform = jittered(make(dim, context_dim))
+    point, context = torch.randn(dim, dtype=torch.float64), context_of(1, context_dim)
+    if context is not None: context = context[0]
+    for direction, kind in ((transform.push, transform.forward_kind), (transform.pull, transform.inverse_kind)):
+        for k, layer in enumerate(layers_of(transform, kind, context)):
+            jacobian = jacrev(lambda value: direction(value, **layer)[0])(point)
+            assert torch.equal(jacobian, jacobian.triu() if k % 2 and transform.order == "alternate" else jacobian.tril()), "a variable sees one that it must not see"
+            assert jacobian.diag().all() and jacobian.isfinite().all()
+
+
+@networks
+@dims
+@kinds
+@pytest.mark.parametrize("order", ["alternate", "natural"])
+def test_exact_zeros_in_the_jacobian(kind, dim, hidden, residual, order):
+    for context_dim in (None, 3):
+        check_structure(lambda d, c: kind(d, 2, c, hidden, "tanh", order, residual), dim, context_dim)
+
+
+@kinds
+def test_nothing_is_cut_that_may_stay(kind):
+    "A network wide enough lets every variable see all before it, and the context reaches all of them, the first too."
+    transform = jittered(kind(5, 1, 3, (20,), "tanh")).double()
+    z, context = torch.randn(5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    assert jacrev(lambda z: transform.forward(z, context)[0])(z).tril(-1).bool().sum() == 10
+    assert jacrev(lambda c: transform.forward(z, c)[0])(context).all()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5, 40])
+@pytest.mark.parametrize("hidden", [(), (1,), (3,), (5,), (16,), (3, 7, 4)], ids=str)
+def test_each_live_weight_is_used_once(dim, hidden):
+    "The kernel's loop bounds count exactly the weights that the masks leave, in at most min(D, units) + 1 stages."
+    for least in (0, 1):
+        live = sum(mask.sum().item() for mask in made.masks(torch.arange(dim), hidden, least)[:-1]) + 2 * made.masks(torch.arange(dim), hidden, least)[-1].sum().item()
+        for flipped in (False, True):
+            ends, starts, spans, order = stagewise.stage_tables(stagewise.stage_edges(dim, hidden, least), flipped)
+            assert (np.diff(ends) * (spans[..., 1] - spans[..., 0])).sum() == live
+            assert ends.shape[1] - 1 <= (min(dim, sum(hidden)) + 1 if hidden else dim)
+
+
+# The sequential direction
+
+@networks
+@dims
+@kinds
+@contexts
+def test_stages_are_the_loop_of_passes(kind, dim, hidden, residual, context_dim):
+    for form in ("gated", "plain"):
+        transform = jittered(kind(dim, 2, context_dim, hidden, "tanh", residual=residual, form=form))
+        value, context = torch.randn(4, 6, dim, dtype=torch.float64), context_of(6, context_dim)
+        assert gap(slow(transform)(value, context), by_passes(transform, value, context)) <= 1e-12
+
+
+def test_stages_with_a_law_of_another_size():
+    transform = jittered(Autoregressive(6, Shift(), 3, None, (4, 9)))
+    value = torch.randn(10, 6, dtype=torch.float64)
+    assert gap(transform.inverse(value), by_passes(transform, value)) <= 1e-12
+
+
+@needs_numba
+@kinds
+@contexts
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_the_kernel_is_the_loop_of_passes(kind, context_dim, dtype, tolerance, kernel_calls):
+    for (hidden, residual), dim in [(net, dim) for net in NETWORKS if not net[1] for dim in (1, 2, 5, 23)]:
+        for activation, how in [("relu", {"form": "gated"}), ("tanh", {"form": "plain"}), ("elu", {"form": "plain", "max_log_scale": 2.})]:
+            transform = jittered(kind(dim, 2, context_dim, hidden, activation, **how))
+            value, context = torch.randn(2, 17, dim, dtype=torch.float64), context_of(17, context_dim)
+            with torch.no_grad():
+                expected = by_passes(transform, value, context)
+                found = slow(transform.to(dtype))(value.to(dtype), None if context is None else context.to(dtype))
+            assert found[0].dtype == found[1].dtype == dtype and gap(found, expected) <= tolerance
+    assert kernel_calls
+
+
+def test_the_kernel_without_a_compiler(monkeypatch):
+    "Its loops are plain Python: uncompiled they give the same."
+    monkeypatch.setattr(stagewise, "compiled", lambda: stagewise.sweep)
+    for kind in (InverseAutoregressive, MaskedAutoregressive):
+        transform, value = jittered(kind(4, 2, None, (3, 6))), torch.randn(18, 4, dtype=torch.float64)
+        with torch.no_grad(): assert gap(slow(transform)(value), by_passes(transform, value)) <= 1e-12
+
+
+@kinds
+def test_gradients_of_the_stages_are_implicit_ones(kind):
+    "`x = f(z; p)` solves `g(x; p) = z` with the parallel direction g, so `dx/dz = G^-1` and `dx/dp = -G^-1 dg/dp` with `G = dg/dx`."
+    transform = jittered(kind(4, 2, None, (6, 6), "tanh"))
+    fast = transform.forward if transform.inverse_kind == "sequential" else transform.inverse
+    z, parameters = torch.randn(4, dtype=torch.float64), dict(transform.named_parameters())
+    x = slow(transform)(z)[0].detach()
+    G = jacrev(lambda x: fast(x)[0])(x)
+    assert torch.allclose(jacrev(lambda z: slow(transform)(z)[0])(z), G.inverse(), atol=1e-10)
+    names = {transform.forward: "forward", transform.inverse: "inverse"}
+    def at(call, p, value): return functional_call(contract.Direction(transform, names[call]), {f"transform.{name}": t for name, t in p.items()}, (value,))[0]
+    of_slow, of_fast = jacrev(lambda p: at(slow(transform), p, z))(parameters), jacrev(lambda p: at(fast, p, x))(parameters)
+    for name in parameters: assert torch.allclose(of_slow[name], -torch.einsum("ij,j...->i...", G.inverse(), of_fast[name]), atol=1e-10), name
+
+
+def test_a_value_is_broadcast_against_a_larger_context():
+    for kind in (InverseAutoregressive, MaskedAutoregressive):
+        transform, z, context = jittered(kind(3, 2, 2, (8,))), torch.randn(1, 3, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
+        for call in (transform.forward, transform.inverse):
+            assert gap(call(z, context), call(z.expand(7, 3), context)) <= 1e-12
+            with torch.no_grad(): assert gap(call(z, context), call(z.expand(7, 3), context)) <= 1e-12
+
+
+# Kernel or reference
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    calls, run = [], stagewise.stagewise_numba
+    monkeypatch.setattr(stagewise, "stagewise_numba", lambda *args: (calls.append(1), run(*args))[1])
+    return calls
+
+
+def maf(**how): return MaskedAutoregressive(4, 2, hidden=(6,) if not how.get("residual") else (6, 6, 6), **how)
+
+
+@needs_numba
+def test_the_kernel_runs_where_nobody_records(kernel_calls):
+    with torch.no_grad(): maf().forward(torch.randn(3, 4))
+    with torch.inference_mode(): maf().forward(torch.randn(3, 4))
+    maf().requires_grad_(False).forward(torch.randn(3, 4))
+    assert len(kernel_calls) == 6                                                           # two layers each
+
+
+def in_dual_level(model, z):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(model.forward(torch.autograd.forward_ad.make_dual(z, torch.ones_like(z)))[0]).tangent
+
+
+def in_a_mode(model, z):
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False): return model.forward(z)[0]
+
+
+RECORDED = {
+    "parameters want a gradient": lambda model, z: model.requires_grad_().forward(z)[0],
+    "the value wants a gradient": lambda model, z: model.forward(z.clone().requires_grad_())[0],
+    "grad": lambda model, z: torch.func.grad(lambda z: model.forward(z)[1].sum())(z),
+    "vmap": lambda model, z: vmap(lambda z: model.forward(z)[0])(z),
+    "jacrev": lambda model, z: jacrev(lambda z: model.forward(z)[0])(z),
+    "jvp": lambda model, z: torch.func.jvp(lambda z: model.forward(z)[0], (z,), (z,))[1],
+    "dual numbers": in_dual_level,
+    "compile": lambda model, z: torch.compile(lambda z: model.forward(z)[0], fullgraph=True, backend="eager")(z),
+    "jit trace": lambda model, z: torch.jit.trace(lambda z: model.forward(z)[0], z, check_trace=False)(z),
+    "make_fx": lambda model, z: torch.fx.experimental.proxy_tensor.make_fx(lambda z: model.forward(z)[0])(z)(z),
+    "a dispatch mode": in_a_mode,
+    "another device": lambda model, z: model.to("meta").forward(z.to("meta"))[0],
+    "another precision": lambda model, z: model.bfloat16().forward(z.bfloat16())[0],
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_reference_runs_where_somebody_records(name, kernel_calls):
+    model, z = maf().requires_grad_(False), torch.randn(3, 4)
+    expected = model.forward(z)[0]
+    kernel_calls.clear()
+    found = RECORDED[name](model, z)
+    assert not kernel_calls and found is not None
+    if name in ("parameters want a gradient", "the value wants a gradient", "vmap", "compile", "jit trace", "make_fx", "a dispatch mode"): assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_the_reference_runs_what_the_kernel_does_not_know(kernel_calls):
+    class Doubled(ScaleShift): pass
+    with torch.no_grad():
+        for model in (maf(residual=True), Autoregressive(4, Shift(), hidden=(6,)), Autoregressive(4, Doubled(), hidden=(6,))): slow(model)(torch.randn(3, 4))
+    assert not kernel_calls
+
+
+@pytest.fixture
+def fresh_compiler():
+    stagewise.compiled.cache_clear()
+    yield
+    stagewise.compiled.cache_clear()
+
+
+def test_without_numba(monkeypatch, kernel_calls, fresh_compiler):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    model, z = maf(), torch.randn(3, 4)
+    with torch.no_grad(): assert stagewise.compiled() is None and gap(model.forward(z), by_passes(model.double(), z.double())) <= 1e-5
+    assert not kernel_calls
+
+
+@needs_numba
+def test_without_a_folder_for_compiled_code(monkeypatch, fresh_compiler):
+    "Numba refuses to keep code where it finds no place to write; then it compiles for this process alone."
+    import numba
+    kept, njit = [], numba.njit
+    def without_folder(*args, cache=False, **how):
+        kept.append(cache)
+        if cache: raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args, **how)
+    monkeypatch.setattr(numba, "njit", without_folder)
+    assert stagewise.compiled() is not None and kept == [True, False] * 4
+
+
+# Numbers
+
+def in_extended_precision(transform, z, scale_of):
+    "`log|det|` of one layer, read from `z`, by 50-digit arithmetic: the network's weights, degree by degree, and the law."
+    layer = layers_of(transform, "closed form")[0]
+    with mpmath.workdps(50):
+        h = [mpmath.mpf(float(v)) for v in z]
+        count = len(transform.hidden) + 1
+        for i in range(count):
+            weight, bias = layer[f"weight_{i}"].tolist(), layer[f"bias_{i}"].tolist()
+            h = [mpmath.mpf(b) + sum(x * mpmath.mpf(row[j]) for x, row in zip(h, weight)) for j, b in enumerate(bias)]
+            if i < count - 1: h = [max(x, mpmath.mpf(0)) if transform.activation == "relu" else mpmath.tanh(x) for x in h]
+        return float(sum(scale_of(s) for s in h[1::2]))
+
+
+LOG_SCALES = {"gated": lambda s: -mpmath.log1p(mpmath.exp(-s)), "plain": lambda s: s, "bounded": lambda s: 5 * mpmath.tanh(s / 5)}
+
+
+@pytest.mark.parametrize("scale", [1., 10., 100.])
+@pytest.mark.parametrize("form", LOG_SCALES)
+@kinds
+def test_log_det_against_extended_precision(kind, form, scale):
+    how = {"form": "plain", "max_log_scale": 5.} if form == "bounded" else {"form": form}
+    for activation in ("relu", "tanh"):
+        for _ in range(5):
+            transform = jittered(kind(3, 1, None, (5, 4), activation, **how))
+            with torch.no_grad():
+                for parameter in transform.parameters(): parameter.mul_(scale)
+            z = torch.randn(3, dtype=torch.float64) / scale
+            parallel, sign = (transform.forward, 1) if kind is InverseAutoregressive else (transform.inverse, -1)
+            expected = sign * in_extended_precision(transform, z, LOG_SCALES[form])
+            assert abs(parallel(z)[1].item() - expected) <= 1e-10 * (1 + abs(expected))
+
+
+@pytest.mark.parametrize("draws", [2000, pytest.param(100_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1., 10., 100.])
+@kinds
+def test_many_draws_stay_finite(kind, scale, dtype, draws):
+    "Weights belong to the layers, so the draws are stacked and mapped: finite values and log-dets, and no determinant changes sign. Gates in the direction in which they contract, the plain form in the parallel one."
+    for how in ({"form": "gated"}, {"form": "plain", "max_log_scale": 5.}, {"form": "plain"}):
+        transform = kind(3, 2, None, (4,), "tanh", **how).to(dtype)
+        free = {f"transform.{name}": scale * torch.randn(draws, *p.shape, dtype=dtype) for name, p in transform.named_parameters()}
+        if how == {"form": "plain"}:                                                         # log-scales within +-5
+            free["transform.source.weight_1"][..., 1::2] = 0.
+            free["transform.source.bias_1"][..., 1::2] = 5 * torch.rand(draws, 2, 3, dtype=dtype) * torch.randn(draws, 2, 3, dtype=dtype).sign()
+        name = "forward" if kind is InverseAutoregressive or how["form"] == "gated" else "inverse"
+        def call(p, z): return functional_call(contract.Direction(transform, name), p, (z,))
+        z = torch.randn(draws, 3, dtype=dtype)
+        y, log_det = vmap(call)(free, z)
+        assert y.isfinite().all() and log_det.isfinite().all()
+        if dtype == torch.float64 and scale == 1.: assert (torch.linalg.slogdet(vmap(jacrev(lambda z, p: call(p, z)[0]))(z, free)).sign > 0).all()
+
+
+def test_gates_that_are_all_but_shut():
+    "ReLU networks shut gates to e^-50 far out, where a Jacobian's determinant is beyond double precision; its diagonal, of one triangular layer, is not."
+    iaf = jittered(InverseAutoregressive(5, 1, None, (16, 16)))
+    with torch.no_grad(): iaf.source.weight_2.mul_(30)
+    z = 100 * torch.randn(200, 5, dtype=torch.float64)
+    log_det = iaf.forward(z)[1]
+    diagonal = vmap(jacrev(lambda z: iaf.forward(z)[0]))(z).diagonal(dim1=-2, dim2=-1)
+    assert log_det.min() < -20 and torch.allclose(log_det, diagonal.log().sum(-1), rtol=1e-10, atol=1e-10)
+
+
+# What is stored and said
+
+def test_masks_are_derived_and_the_order_is_saved():
+    state = MaskedAutoregressive(4, 2).state_dict()
+    assert not [name for name in state if "mask" in name] and state["sequence"].tolist() == [[0, 1, 2, 3], [3, 2, 1, 0]]
+    assert MaskedAutoregressive(4, 2, order="natural").state_dict()["sequence"].tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_options_appear_in_the_text():
+    options = [{}, {"form": "gated"}, {"max_log_scale": 2.}, {"activation": "tanh"}, {"order": "natural"}, {"hidden": (8,)}, {"hidden": (64, 64, 64)}, {"hidden": (64, 64, 64), "residual": True}]
+    assert len({repr(MaskedAutoregressive(3, **how)) for how in options}) == len(options)
+
+
+@kinds
+def test_gated_layers_start_near_the_identity(kind):
+    transform, z = kind(6, 1, form="gated"), torch.randn(100, 6)
+    assert (transform.forward(z)[1] / 6 - torch.sigmoid(torch.tensor(1.5)).log()).abs().mean() < .1
+
+
+# Planted bugs: the kit, or the structure, must notice each.
+
+def iaf_case(**how): return contract.Case("iaf", lambda dim, length, context_dim: InverseAutoregressive(dim, length, context_dim, (6, 6), "tanh", **how))
+def maf_case(**how): return contract.Case("maf", lambda dim, length, context_dim: MaskedAutoregressive(dim, length, context_dim, (6, 6), "tanh", **how))
+
+
+def not_strict(order, hidden, least=1):
+    *inner, last = made.masks(order, hidden, least)
+    degree, units = order.argsort(-1) + 1, made.hidden_degrees(order.shape[-1], hidden[-1], least)
+    return [*inner, units[..., :, None] <= degree[..., None, :]]
+
+
+def one_too_many(order, hidden, least=1):
+    first, *rest = made.masks(order, hidden, least)
+    degree = order.argsort(-1) + 1
+    return [degree[..., :, None] - 1 <= made.hidden_degrees(order.shape[-1], hidden[0], least)[None, :], *rest]
+
+
+def edges_off_by_one(dim, hidden, least=1):
+    variables, *units = _edges(dim, hidden, least)
+    return variables, *((0, *(max(n - 1, 0) for n in ends[1:-1]), ends[-1]) for ends in units)
+
+
+_edges, _stagewise, _push, _pull = stagewise.stage_edges, stagewise.stagewise, Gate.push, ScaleShift.pull
+BUGS = {
+    "a weight without its mask": (iaf_case, autoregressive, "masked", lambda tensors, masks: tensors),
+    "the last inequality not strict": (iaf_case, autoregressive, "masks", not_strict),
+    "hidden units see one variable too many": (maf_case, autoregressive, "masks", one_too_many),
+    "the gate's log-det with the wrong sign": (iaf_case, Gate, "push", lambda self, z, theta: (_push(self, z, theta)[0], -_push(self, z, theta)[1])),
+    "the gate's forget and input exchanged": (iaf_case, Gate, "push", lambda self, z, theta: _push(self, z, torch.stack([theta[..., 0], -theta[..., 1]], -1))),
+    "the log-det of one direction with the wrong sign": (maf_case, ScaleShift, "pull", lambda self, y, theta: (_pull(self, y, theta)[0], -_pull(self, y, theta)[1])),
+    "a stage ends one unit early": (maf_case, autoregressive, "stage_edges", edges_off_by_one),
+    "stages forget the reversed order": (maf_case, autoregressive, "stagewise", lambda b, step, layer, edges, sequence, *more: _stagewise(b, step, layer, edges, torch.arange(b.shape[-1]), *more)),
+    "stages forget the context": (iaf_case, autoregressive, "stagewise", lambda b, step, layer, edges, sequence, context, *more: _stagewise(b, step, layer, edges, sequence, None if context is None else 0 * context, *more)),
+    "stages forget the activation": (maf_case, autoregressive, "stagewise", lambda b, step, layer, edges, sequence, context, activation, residual: _stagewise(b, step, layer, edges, sequence, context, "relu", residual)),
+    "stages without a gradient": (maf_case, autoregressive, "stagewise", lambda *args: tuple(t.detach() for t in _stagewise(*args))),
+}
+
+
+def noticed(case):
+    for name in ("log_det", "inverse", "slopes", "inverse_slopes"):
+        for context_dim in (None, contract.C):
+            try: getattr(contract, name)(case, context_dim, *([2] if name == "log_det" else []))
+            except (AssertionError, RuntimeError): return name
+    try: check_structure(lambda dim, context_dim: case.make(dim, 2, context_dim), 5)
+    except AssertionError: return "structure"
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug, monkeypatch):
+    make, where, name, wrong = BUGS[bug]
+    assert noticed(make()) is None, "without the bug nothing is to be noticed"
+    monkeypatch.setattr(where, name, wrong)
+    assert noticed(make()), f"nothing noticed: {bug}"
+
+
+@needs_numba
+@pytest.mark.parametrize("bug", ["spans", "order"])
+def test_planted_bugs_of_the_kernel_are_caught(bug, monkeypatch, kernel_calls):
+    tables = stagewise.stage_tables
+    def wrong(edges, flipped):
+        ends, starts, spans, order = tables(edges, flipped)
+        if bug == "order": return ends, starts, spans, order[::-1].copy()
+        later = spans.copy(); later[-1, 0, 0] += 2
+        return ends, starts, later, order
+    monkeypatch.setattr(stagewise, "stage_tables", wrong)
+    with pytest.raises(AssertionError): test_the_kernel_is_the_loop_of_passes(MaskedAutoregressive, None, torch.float64, 1e-12, kernel_calls)

@@ -1,0 +1,341 @@
+"""Convolutions beyond the walked contract: explicit matrices in extended precision, ends, gates, many draws, planted bugs."""
+import mpmath
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call, jacrev, vmap
+
+from normflow_vi import contract
+from normflow_vi.contract import C, Case
+from normflow_vi.transforms import Affine, Chain
+from normflow_vi.transforms.conf import ConvolutionCoupling, Convolve
+from normflow_vi.transforms.convolution import CircularConvolution, SLog, SymmetricConvolution, all_gains, cosine_basis, filtered, slog
+
+DOUBLE = torch.zeros((), dtype=torch.float64)
+KINDS = (CircularConvolution, SymmetricConvolution, SLog)
+sizes = pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 40, 63, 64])
+
+
+def randomised(transform, scale=1.):
+    with torch.no_grad():
+        for p in transform.parameters(): p.copy_(scale * torch.randn_like(p))
+    return transform.double()
+
+
+# Explicit matrices
+
+def filter_with_numpy(log_gain, phase, n):
+    "The real filter, from the sum over all `n` frequencies; fails if it is not real."
+    spectrum = np.zeros(n, dtype=complex)
+    spectrum[:n // 2 + 1] = np.exp(log_gain + 1j * np.pad(phase, (1, n // 2 - len(phase))))
+    for k in range(n // 2 + 1, n): spectrum[k] = spectrum[n - k].conj()
+    w = [sum(spectrum[k] * np.exp(2j * np.pi * k * i / n) for k in range(n)) / n for i in range(n)]
+    assert np.abs(np.imag(w)).max() < 1e-12 * np.abs(w).max()
+    return np.real(w)
+
+
+@sizes
+def test_circular_layer_is_its_matrix(n):
+    "`y_i = sum_n x_n w_{(i-n) mod N}`, inverse and determinant included."
+    layer, x = randomised(CircularConvolution(n)), torch.randn(20, n, dtype=torch.float64)
+    w = filter_with_numpy(layer.source.log_gain[0].detach().numpy(), layer.source.phase[0].detach().numpy(), n)
+    matrix = np.array([[w[(i - m) % n] for m in range(n)] for i in range(n)])
+    y, log_det = layer.forward(x)
+    assert np.allclose(y.detach(), x.numpy() @ matrix.T, atol=1e-12 * n)
+    sign, expected = np.linalg.slogdet(matrix)
+    assert sign == 1 and np.allclose(log_det.detach(), expected, rtol=0, atol=1e-10)
+    back, minus = layer.inverse(y)
+    assert torch.allclose(back, x, atol=1e-9) and torch.equal(minus, -log_det)
+
+
+@sizes
+def test_symmetric_layer_is_its_matrix(n):
+    layer, x = randomised(SymmetricConvolution(n)), torch.randn(20, n, dtype=torch.float64)
+    k, i = np.mgrid[:n, :n]
+    basis = np.cos(np.pi * k * (2 * i + 1) / (2 * n)) * np.where(k == 0, np.sqrt(1 / n), np.sqrt(2 / n))
+    matrix = basis.T @ np.diag(layer.source.log_gain[0].exp().detach()) @ basis
+    y, log_det = layer.forward(x)
+    assert np.allclose(basis @ basis.T, np.eye(n), atol=1e-12) and np.allclose(y.detach(), x.numpy() @ matrix.T, atol=1e-11)
+    assert np.allclose(log_det.detach(), np.linalg.slogdet(matrix)[1], rtol=0, atol=1e-10)
+    assert np.linalg.eigvalsh(matrix).min() > 0
+    assert torch.allclose(layer.inverse(y)[0], x, atol=1e-9)
+
+
+def determinant(rows):
+    "log|det| with as many digits as the spread of the spectrum asks for."
+    return float(mpmath.log(abs(mpmath.det(mpmath.matrix(rows)))))
+
+
+@pytest.mark.parametrize("scale, digits", [(1., 50), (10., 150), (100., 1500)])
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
+def test_determinants_in_extended_precision(n, scale, digits):
+    for _ in range(3):
+        circular, symmetric = randomised(CircularConvolution(n), scale), randomised(SymmetricConvolution(n), scale)
+        x = torch.randn(n, dtype=torch.float64)
+        with mpmath.workdps(digits):
+            a, phi = ([mpmath.mpf(v) for v in getattr(circular.source, name)[0].tolist()] for name in ("log_gain", "phase"))
+            half = [mpmath.exp(a[k] + mpmath.j * (phi[k - 1] if 0 < k <= len(phi) else 0)) for k in range(n // 2 + 1)]
+            spectrum = [half[k] if k <= n // 2 else mpmath.conj(half[n - k]) for k in range(n)]
+            w = [mpmath.re(mpmath.fsum(spectrum[k] * mpmath.expjpi(mpmath.mpf(2 * k * i) / n) for k in range(n))) / n for i in range(n)]
+            expected = determinant([[w[(i - m) % n] for m in range(n)] for i in range(n)])
+            assert abs(circular.forward(x)[1].item() - expected) <= 1e-10 * (1 + abs(expected))
+
+            s = [mpmath.exp(mpmath.mpf(v)) for v in symmetric.source.log_gain[0].tolist()]
+            basis = [[mpmath.sqrt(mpmath.mpf(1 if k == 0 else 2) / n) * mpmath.cospi(mpmath.mpf(k * (2 * i + 1)) / (2 * n)) for i in range(n)] for k in range(n)]
+            expected = determinant([[mpmath.fsum(basis[k][i] * s[k] * basis[k][m] for k in range(n)) for m in range(n)] for i in range(n)])
+            assert abs(symmetric.forward(x)[1].item() - expected) <= 1e-10 * (1 + abs(expected))
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_cosine_basis_is_orthogonal_to_working_precision(dtype, atol):
+    "Also where the parameters are in single precision and only the values are not."
+    for n in (1, 2, 40, 784):
+        basis = cosine_basis(n, torch.zeros((), dtype=dtype))
+        assert basis.dtype == dtype and (basis @ basis.T - torch.eye(n)).abs().max() <= atol
+    layer = SymmetricConvolution(40)
+    matrix = jacrev(lambda z: layer.forward(z)[0])(torch.randn(40, dtype=dtype)).detach()
+    assert matrix.dtype == dtype and (matrix - torch.eye(40)).abs().max() <= atol
+
+
+# What the layers are for
+
+@pytest.mark.parametrize("n", [2, 5, 6])
+def test_every_filter_with_positive_sums_is_reached(n):
+    "Positive at frequency zero and, for even `n`, at the highest one; the map back is the logarithm of the spectrum."
+    for _ in range(20):
+        w = torch.randn(n, dtype=torch.float64)
+        w = w + 1e-3 + (-w.sum()).clamp(min=0) / n * 1.1
+        if n % 2 == 0:
+            wave = 1 - 2 * (torch.arange(n) % 2).double()
+            w = w + wave * (1e-3 + (-(w * wave).sum()).clamp(min=0) / n * 1.1)
+        spectrum = torch.fft.rfft(w)
+        found = filtered(torch.eye(n, dtype=torch.float64)[0], spectrum.abs().log(), spectrum.angle()[1:(n + 1) // 2])
+        assert torch.allclose(found, w, atol=1e-10)
+
+
+def test_a_ring_has_no_beginning():
+    layer, x = randomised(CircularConvolution(9, 2)), torch.randn(5, 9, dtype=torch.float64)
+    y, log_det = layer.forward(x)
+    turned, same = layer.forward(x.roll(4, -1))
+    assert torch.allclose(turned, y.roll(4, -1)) and torch.equal(same, log_det)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 9])
+def test_mirrors(n):
+    "A symmetric convolution is an even filter along the reflected signal, and commutes with reading backwards."
+    layer, x = randomised(SymmetricConvolution(n)), torch.randn(5, n, dtype=torch.float64)
+    s = layer.source.log_gain[0].exp().detach()
+    even = [(s[0] + 2 * sum(s[k] * np.cos(np.pi * k * m / n) for k in range(1, n))) / (2 * n) for m in range(2 * n)]
+    ring = torch.cat([x, x.flip(-1)], -1)
+    expected = torch.stack([sum(ring[:, (i - m) % (2 * n)] * even[m] for m in range(2 * n)) for i in range(n)], -1)
+    y = layer.forward(x)[0]
+    assert torch.allclose(y, expected) and torch.allclose(layer.forward(x.flip(-1))[0], y.flip(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_stack_is_the_composition_of_its_layers(kind):
+    stack, x = randomised(kind(7, 3, max_log_scale=2.)), torch.randn(5, 7, dtype=torch.float64)
+    y, total = x, 0
+    for k in range(3):
+        one = kind(7, max_log_scale=2.).double()
+        with torch.no_grad():
+            for name, tensor in stack.source().items(): one.source()[name].copy_(tensor[k:k + 1])
+        y, log_det = one.forward(y)
+        total = total + log_det
+    assert torch.allclose(stack.forward(x)[0], y) and torch.allclose(stack.forward(x)[1], total)
+
+
+def test_multiplication_and_convolution():
+    "`y = w (*) (d . x) + t`: log-dets of both add."
+    layers, x = randomised(Chain(Affine(6), CircularConvolution(6))), torch.randn(5, 6, dtype=torch.float64)
+    d, log_gain, phase = layers.transforms[0].source.log_scale[0].exp(), *(p[0] for p in layers.transforms[1].parameters())
+    y, log_det = layers.forward(x)
+    assert torch.allclose(y - layers.forward(0 * x)[0], filtered(d * x, log_gain, phase))
+    assert torch.allclose(log_det, all_gains(log_gain, 6).sum() + d.log().sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_identity_at_the_start(kind):
+    x = torch.randn(50, 6)
+    y, log_det = kind(6, 2).forward(x) if kind is not SLog else kind(6, 2, alpha=1e-12).forward(x)
+    assert torch.allclose(y, x, atol=1e-6) and torch.allclose(log_det, torch.zeros(50), atol=1e-6)
+
+
+def test_what_is_refused():
+    for make in (CircularConvolution, SymmetricConvolution, SLog, ConvolutionCoupling):
+        for bad in (0, -1., float("inf"), "2"):
+            with pytest.raises(ValueError, match="max_log_scale"): make(4, max_log_scale=bad)
+        assert repr(make(4)) != repr(make(4, max_log_scale=2.))
+    for bad in (0, -.1, float("nan"), float("inf"), True):
+        with pytest.raises(ValueError, match="alpha"): SLog(4, alpha=bad)
+    assert repr(SLog(4)) != repr(SLog(4, alpha=.1))
+
+
+# The gate
+
+@pytest.mark.parametrize("scale", [1., 10., 100.])
+def test_gate_in_extended_precision(scale):
+    "Values, slopes and inverse from 1e-300 to 1e6; for `alpha` down to e^-250 and up to e^250."
+    gate = randomised(SLog(40, alpha=1.), scale)
+    x = torch.randn(40, dtype=torch.float64).sign() * 10 ** torch.linspace(-300, 6, 40, dtype=torch.float64)
+    x[0] = 0
+    y, log_det = gate.forward(x)
+    with mpmath.workdps(400):
+        terms = []
+        for xi, yi, r in zip(x.tolist(), y.tolist(), gate.source.log_ratio[0].tolist()):
+            alpha = mpmath.exp(mpmath.mpf(r))
+            terms.append(mpmath.log(1 + alpha * abs(mpmath.mpf(xi))))
+            expected = mpmath.sign(xi) * terms[-1] / alpha
+            if abs(expected) * min(alpha, 1) > 1e-300: assert abs(yi - expected) <= 1e-12 * abs(expected) * (1 + abs(r))          # beyond, numbers lose digits
+        expected = -float(mpmath.fsum(terms))
+    assert abs(log_det.item() - expected) <= 1e-10 * (1 + abs(expected))
+    back, minus = gate.inverse(y)
+    assert torch.allclose(gate.forward(back)[0], y, rtol=1e-10, atol=0) and torch.allclose(minus, -log_det, rtol=1e-10)
+
+
+def test_gate_at_zero_and_far_out():
+    gate = SLog(1, alpha=.5).double()
+    for value in (0., -0., 1e-300, 1e6, -1e6, 1e300):
+        x = torch.tensor([value], dtype=torch.float64)
+        slope, = jacrev(lambda x: gate.forward(x)[0])(x)
+        assert slope.isfinite() and torch.allclose(slope.log(), gate.forward(x)[1].detach(), atol=1e-12)
+        assert jacrev(lambda x: gate.inverse(x)[0])(x / (1 + x.abs())).isfinite().all()
+    x = torch.linspace(-50, 50, 1001)[:, None].double()
+    assert (gate.forward(x)[0].diff(dim=0) > 0).all() and torch.equal(gate.forward(-x)[0], -gate.forward(x)[0])
+
+
+# The data-adaptive coupling
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
+@pytest.mark.parametrize("scale, digits", [(1., 50), (10., 150), (100., 1500)])
+def test_adaptive_filter_in_extended_precision(n, scale, digits):
+    "The determinant of `circulant(w) diag(d)` for `w`, `d` from the law's parameters."
+    theta = scale * torch.randn(n, 3, dtype=torch.float64)
+    _, log_slopes = Convolve().push(torch.randn(n, dtype=torch.float64), theta)
+    with mpmath.workdps(digits):
+        log_d, packed = ([mpmath.mpf(v) for v in theta[:, i].tolist()] for i in (1, 2))
+        a, phi = packed[:n // 2 + 1], packed[n // 2 + 1:]
+        half = [mpmath.exp(a[k] + mpmath.j * (phi[k - 1] if 0 < k <= len(phi) else 0)) for k in range(n // 2 + 1)]
+        spectrum = [half[k] if k <= n // 2 else mpmath.conj(half[n - k]) for k in range(n)]
+        w = [mpmath.re(mpmath.fsum(spectrum[k] * mpmath.expjpi(mpmath.mpf(2 * k * i) / n) for k in range(n))) / n for i in range(n)]
+        expected = determinant([[w[(i - m) % n] * mpmath.exp(log_d[m]) for m in range(n)] for i in range(n)])
+    assert abs(log_slopes.sum().item() - expected) <= 1e-10 * (1 + abs(expected))
+
+
+def test_adaptive_coupling_keeps_convolves_and_adapts():
+    conf = randomised(ConvolutionCoupling(10, hidden=(6,), activation="tanh", mask="checkerboard"), .5)
+    z = torch.randn(10, dtype=torch.float64)
+    at, elsewhere = (jacrev(lambda z: conf.forward(z)[0])(z + shift).detach() for shift in (0., torch.arange(10) % 2))
+    kept, moved = torch.arange(1, 10, 2), torch.arange(0, 10, 2)
+    assert torch.equal(at[kept], torch.eye(10, dtype=torch.float64)[kept])
+    for matrix in (at, elsewhere):
+        block = matrix[moved][:, moved]
+        block = block / block.sum(0)                                             # the sum of a filter is the same in every column
+        assert (block.diagonal() != block[0, 1]).all() and all(torch.allclose(block[:, k].roll(-k), block[:, 0]) for k in range(5))
+    assert not torch.allclose(at[moved][:, moved], elsewhere[moved][:, moved], atol=1e-3)
+
+
+# Many draws
+
+def emitting(kind, draws, dtype, scale, **options):
+    "One amortised transform whose context is its parameters: a draw a row."
+    size = sum(t[0].numel() for t in kind(6, **options).source().values())
+    transform = kind(6, context_dim=size, **options).to(dtype)
+    with torch.no_grad():
+        transform.source.linear.weight.copy_(torch.eye(size) / transform.head_scale); transform.source.linear.bias.zero_()
+    return transform, scale * torch.randn(draws, size, dtype=dtype)
+
+
+@pytest.mark.parametrize("draws", [2000, pytest.param(100_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1., 10., 100.])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_draws(kind, draws, dtype, scale):
+    "Finite values and log-dets, both directions, and positive determinants: log-scales cut at +-5, and free ones within `max_log_scale`."
+    x = torch.randn(draws, 6, dtype=dtype)
+    for options, limit in (({}, 5.), ({"max_log_scale": 5.}, None)):
+        transform, context = emitting(kind, draws, dtype, scale, **options)
+        if limit: context = context.clamp(-limit, limit)
+        y, log_det = transform.forward(x, context)
+        back, minus = transform.inverse(y, context)
+        assert all(t.isfinite().all() for t in (y, log_det, back, minus)) and (log_det.abs() <= 6 * 5 * (1 + 1e-5) + (kind is SLog) * 1e3).all()
+        if kind is SLog: continue                                                # elementwise and increasing
+        matrices = vmap(jacrev(lambda x, c: transform.forward(x, c)[0]))(x[:500].double(), context[:500].double())
+        sign, expected = torch.linalg.slogdet(matrices)
+        assert (sign == 1).all() and torch.allclose(log_det[:500].double(), expected, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-4 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("draws", [2000, pytest.param(100_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1., 10., 100.])
+def test_many_draws_of_adaptive_couplings(draws, dtype, scale):
+    "Networks of their own in every draw; the filter's and the scales' logarithms within +-5."
+    conf = ConvolutionCoupling(5, 2, hidden=(6,), activation="tanh", max_log_scale=5.).to(dtype)
+    drawn = {name: scale * torch.randn(draws, *p.shape, dtype=dtype) for name, p in conf.named_parameters()}
+    y, log_det = vmap(lambda p, z: functional_call(conf, p, (z,)))(drawn, torch.randn(draws, 5, dtype=dtype))
+    assert y.isfinite().all() and log_det.isfinite().all() and (log_det.abs() <= 2 * 2 * 3 * 5 * (1 + 1e-5)).all() and log_det.std() > 1
+
+
+# Planted bugs: the kit must notice each of them.
+
+CASES = {kind.__name__: Case(kind.__name__, lambda dim, length, context_dim, kind=kind: kind(dim, length, context_dim), dims=(2, 5, 6)) for kind in KINDS}
+CASES["ConvolutionCoupling"] = Case("conf", lambda dim, length, context_dim: ConvolutionCoupling(dim, length, context_dim, hidden=(6,), activation="tanh"), dims=(2, 5, 8))
+QUICK = {"log_det": {"draws": 2}, "inverse": {}, "double": {}, "axes": {}, "slopes": {}, "inverse_slopes": {}}
+
+
+def quick_walk(case):
+    for name, options in QUICK.items():
+        for context_dim in (None, C): contract.CHECKS[name](case, context_dim, **options)
+    transform = contract.drawn(case, 6)
+    y, log_det = transform.forward(torch.randn(9, 6, dtype=torch.float64))
+    (y.sin().sum() + log_det.sum()).backward()                                   # a phase leaves the sum of squares as it is: it has no slope in that
+    assert all(p.grad is not None and p.grad.abs().max() > 1e-9 for p in transform.parameters())
+
+
+def _no_nyquist(log_gain, n): return torch.cat([log_gain, log_gain[..., 1:]], -1)[..., :n + 1]
+def _each_once(log_gain, n): return log_gain
+def _phases_lost(x, log_gain, phase): return filtered(x, log_gain, 0 * phase)
+def _phases_never_turned_back(x, log_gain, phase): return filtered(x, log_gain, phase.abs())
+def _complex_spectrum(x, log_gain, phase): return torch.fft.ifft(torch.fft.fft(x) * all_gains(log_gain, x.shape[-1]).exp()).real
+def _even_length(x, log_gain, phase): return torch.fft.irfft(torch.fft.rfft(x) * torch.complex(log_gain, torch.zeros_like(log_gain)).exp(), 2 * (x.shape[-1] // 2) + 2)[..., :x.shape[-1]]
+def _single(n, like): return cosine_basis(n, torch.zeros(())).to(like.dtype)
+def _first_row_too_long(n, like): return torch.cat([cosine_basis(n, like)[:1] * 2**.5, cosine_basis(n, like)[1:]])
+def _fixed_filter(x, log_gain, phase): return filtered(x, log_gain.detach(), phase)
+
+def _gate(wrong):
+    def push(self, z, alpha): return wrong(*slog(z, alpha), alpha)
+    return push
+
+def _undone_in_order(self, y, theta):
+    shift, log_scale, log_gain, phase = self.parts(theta)
+    return filtered((-log_scale).exp() * (y - shift), -log_gain, -phase), -log_scale - all_gains(log_gain, y.shape[-1])
+
+BUGS = {
+    "the highest frequency counted twice": ("CircularConvolution", "all_gains", _no_nyquist),
+    "inner frequencies counted once": ("CircularConvolution", "all_gains", _each_once),
+    "no gradient in the phases": ("CircularConvolution", "filtered", _phases_lost),
+    "phases of the inverse not negated": ("CircularConvolution", "filtered", _phases_never_turned_back),
+    "gains mirrored in the wrong order": ("CircularConvolution", "filtered", _complex_spectrum),
+    "length lost in the transform back": ("CircularConvolution", "filtered", _even_length),
+    "no gradient in the gains": ("CircularConvolution", "filtered", _fixed_filter),
+    "cosines in single precision": ("SymmetricConvolution", "cosine_basis", _single),
+    "cosines that are not orthonormal": ("SymmetricConvolution", "cosine_basis", _first_row_too_long),
+    "gate: log-det with the wrong sign": ("SLog", "SLog.push", _gate(lambda y, log_slope, alpha: (y, -log_slope.sum(-1)))),
+    "gate: not divided by alpha": ("SLog", "SLog.push", _gate(lambda y, log_slope, alpha: (alpha * y, log_slope.sum(-1)))),
+    "gate: log-det without gradient": ("SLog", "SLog.push", _gate(lambda y, log_slope, alpha: (y, log_slope.sum(-1).detach()))),
+    "adaptive: the highest frequency counted twice": ("ConvolutionCoupling", "all_gains", _no_nyquist),
+    "adaptive: phases of the inverse not negated": ("ConvolutionCoupling", "filtered", _phases_never_turned_back),
+    "adaptive: scaled before the filter is undone": ("ConvolutionCoupling", "Convolve.pull", _undone_in_order),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_planted_yet(name): quick_walk(CASES[name])
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug, monkeypatch):
+    case, name, wrong = BUGS[bug]
+    module = "conf" if case == "ConvolutionCoupling" else "convolution"
+    monkeypatch.setattr(f"normflow_vi.transforms.{module}.{name}", wrong)
+    with pytest.raises((AssertionError, RuntimeError)): quick_walk(CASES[case])

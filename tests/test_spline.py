@@ -1,0 +1,326 @@
+"""Rational-quadratic splines and the layers made of them: exact, finite everywhere, and checked by checks that notice."""
+import mpmath
+import pytest
+import torch
+from torch.func import grad, jacrev, vmap
+
+from normflow_vi import contract
+from normflow_vi.contract import Case
+from normflow_vi.transforms import Inverse, spline as module
+from normflow_vi.transforms.spline import Spline, knots
+from normflow_vi.transforms.spline_layers import SplineAutoregressive, SplineCoupling
+
+SIZES = [2000, pytest.param(100_000, marks=pytest.mark.full)]
+scales = pytest.mark.parametrize("scale", [1., 10., 100.])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+DIRECTIONS = {"push": lambda *a: Spline().push(*a), "pull": lambda *a: Spline().pull(*a)}
+
+
+def thetas(n, scale, dtype=torch.float64, bins=8): return scale * torch.randn(n, 1, 3 * bins - 1, dtype=dtype)
+
+
+def edges(dtype, bound=3.):
+    "What breaks splines: the bound, one unit in the last place to either side, zero, the smallest numbers, far outside."
+    b, zero = torch.tensor(bound, dtype=dtype), torch.zeros((), dtype=dtype)
+    right = torch.stack([b, b.nextafter(zero), b.nextafter(2 * b), zero, zero.nextafter(b), 2 * b, torch.tensor(1e6, dtype=dtype)])
+    return torch.cat([right, -right])
+
+
+def and_knots(theta, row, bins=8, bound=3.):
+    "The edges, every knot of each spline and both its neighbours, and points in between: `(n, m)`."
+    at = knots(theta, bins, bound)[:, 0, row].detach()
+    far, inside = torch.full_like(at, 2 * bound), bound * (2 * torch.rand(len(theta), 8, dtype=theta.dtype) - 1)
+    return torch.cat([edges(theta.dtype, bound).expand(len(theta), -1), at, at.nextafter(far), at.nextafter(-far), inside], -1)
+
+
+# Against the formulas of the paper, with 50 digits
+
+def in_extended_precision(z, theta, bins=8, bound=3.):
+    "`(y, log dy/dz)` by eqs. 4 and 5 of Durkan et al. 2019 as printed, with the floors of their code."
+    theta, floor = [mpmath.mpf(float(t)) for t in theta], mpmath.mpf(module.FLOOR)
+    def places(raw):
+        e = [mpmath.exp(r) for r in raw]
+        shares = [floor + (1 - floor * bins) * x / mpmath.fsum(e) for x in e]
+        return [bound * (2 * mpmath.fsum(shares[:k]) - 1) for k in range(bins)] + [mpmath.mpf(bound)]
+    x, y = places(theta[:bins]), places(theta[bins:2 * bins])
+    offset = mpmath.log(mpmath.expm1(1 - floor))
+    d = [mpmath.mpf(1), *(mpmath.log1p(mpmath.exp(t + offset)) + floor for t in theta[2 * bins:]), mpmath.mpf(1)]
+    z = mpmath.mpf(float(z))
+    k = sum(z >= knot for knot in x[1:-1])
+    w, h = x[k + 1] - x[k], y[k + 1] - y[k]
+    xi, s = (z - x[k]) / w, h / w
+    below = s + (d[k + 1] + d[k] - 2 * s) * xi * (1 - xi)
+    slope = s**2 * (d[k + 1] * xi**2 + 2 * s * xi * (1 - xi) + d[k] * (1 - xi)**2) / below**2
+    return y[k] + h * (s * xi**2 + d[k] * xi * (1 - xi)) / below, mpmath.log(slope)
+
+
+@scales
+def test_against_extended_precision(scale):
+    theta = thetas(40, scale)
+    z = 6 * torch.rand(40, 1, dtype=torch.float64) - 3
+    y, log_slope = Spline().push(z, theta)
+    back, minus = Spline().pull(y, theta)
+    with mpmath.workdps(50):
+        for i in range(40):
+            expected, expected_slope = in_extended_precision(z[i, 0], theta[i, 0])
+            assert abs(y[i, 0].item() - expected) <= 1e-10 * (1 + abs(expected))
+            assert abs(log_slope[i, 0].item() - expected_slope) <= 1e-10 * (1 + abs(expected_slope))
+            again, slope_there = in_extended_precision(back[i, 0], theta[i, 0])               # the inverse by its residual, and by its slope where it landed
+            assert abs(again - y[i, 0].item()) <= 1e-10 * (1 + abs(expected))
+            assert abs(-minus[i, 0].item() - slope_there) <= 1e-10 * (1 + abs(slope_there))
+
+
+# Many draws
+
+def check_draws(n, scale, dtype):
+    "Finite, monotone, slopes above 0, and an inverse that comes back."
+    theta = thetas(n, scale, dtype)
+    z = and_knots(theta, 0).sort(-1).values
+    tolerance = 8 * 3 * torch.finfo(dtype).eps                                                 # a few units in the last place at the bound
+    for name, direction in DIRECTIONS.items():
+        out, log_slope = direction(z, theta)
+        assert out.isfinite().all() and log_slope.isfinite().all(), f"{name} is not finite"
+        assert (out.diff(dim=-1) >= -tolerance).all(), f"{name} falls"
+        assert torch.equal(out[~(z.abs() < 3)], z[~(z.abs() < 3)]) and (log_slope[~(z.abs() < 3)] == 0).all(), "not the identity outside"
+        assert (log_slope.exp() > 0).all()
+    y = and_knots(theta, 1)
+    again, log_slope = Spline().push(Spline().pull(y, theta)[0], theta)                        # a unit in the last place of z moves y by the slope
+    assert ((again - y).abs() <= tolerance * log_slope.exp().clamp(min=1)).all(), "the inverse does not come back"
+
+
+@pytest.mark.parametrize("draws", SIZES)
+@dtypes
+@scales
+def test_finite_monotone_and_invertible(draws, dtype, scale):
+    for _ in range(draws // 2000): check_draws(2000, scale, dtype)
+
+
+@pytest.mark.parametrize("draws", SIZES)
+@dtypes
+@scales
+def test_amortised_layer_on_many_draws(draws, dtype, scale):
+    "One call of a layer whose context is theta itself."
+    layer = SplineCoupling(1, context_dim=23, hidden=()).to(dtype)
+    with torch.no_grad(): layer.source.context_0.copy_(torch.eye(23)[None]); layer.source.bias_0.zero_()
+    theta = thetas(draws, scale, dtype)
+    z = 2 * torch.randn(draws, 1, dtype=dtype)
+    y, log_det = layer.forward(z, theta[:, 0])
+    expected, expected_slope = Spline().push(z, theta)
+    assert y.isfinite().all() and log_det.isfinite().all()
+    assert torch.equal(y, expected) and torch.equal(log_det, expected_slope[:, 0])
+
+
+# Gradients
+
+def check_gradients(n, scale, dtype):
+    theta = thetas(n, scale, dtype)
+    for row, (name, direction) in enumerate(DIRECTIONS.items()):
+        value, parameters = and_knots(theta, row).requires_grad_(), theta.clone().requires_grad_()
+        out, log_slope = direction(value, parameters)
+        for output in (out, log_slope):
+            for g in torch.autograd.grad(output.sum(), (value, parameters), retain_graph=True): assert g.isfinite().all(), f"gradient of {name}"
+
+
+@dtypes
+@scales
+def test_gradients_are_finite_at_every_edge(dtype, scale): check_gradients(500, scale, dtype)
+
+
+@dtypes
+def test_gradients_at_the_identity(dtype):
+    "Zero parameters: the middle of a bin is where the quadratic of the inverse has b = 0."
+    value = torch.cat([torch.linspace(-3, 3, 17, dtype=dtype), edges(dtype)])[:, None]
+    for direction in DIRECTIONS.values():
+        found = value.clone().requires_grad_()
+        out, log_slope = direction(found, torch.zeros(1, 23, dtype=dtype))
+        assert torch.allclose(out, value, rtol=1e-6, atol=1e-6) and torch.allclose(log_slope, 0 * value, atol=1e-6)
+        assert torch.allclose(torch.autograd.grad(out.sum(), found)[0], torch.ones_like(value), atol=1e-5)
+
+
+def test_first_and_second_derivatives():
+    theta, z = thetas(3, .5, bins=3).requires_grad_(), torch.tensor([[-2.2, .1], [-.6, 1.7], [2.9, 3.5]], dtype=torch.float64, requires_grad=True)
+    law = Spline(bins=3)
+    for direction in (law.push, law.pull):
+        assert torch.autograd.gradcheck(direction, (z, theta)) and torch.autograd.gradgradcheck(direction, (z, theta))
+
+
+def test_function_transforms():
+    law, theta = Spline(), thetas(7, 1.)[:, 0]
+    z = torch.randn(7, dtype=torch.float64)
+    for direction in (law.push, law.pull):
+        def value(z, t): return direction(z[None], t[None])[0][0]
+        slopes = vmap(grad(value))(z, theta)
+        assert torch.allclose(slopes, vmap(jacrev(value))(z, theta))
+        assert torch.allclose(slopes, direction(z[:, None], theta[:, None])[1][:, 0].exp())
+        torch._dynamo.reset()
+        traced = torch.compile(direction, fullgraph=True, backend="eager")
+        assert all(torch.equal(a, b) for a, b in zip(traced(z, theta), direction(z, theta)))
+
+
+# Single precision at the places that break
+
+@pytest.mark.parametrize("inputs", [20_000, pytest.param(1_000_000, marks=pytest.mark.full)])
+def test_knots_and_edges_in_single_precision(inputs):
+    "Nothing non-finite on knots, bounds and their neighbours; the residual of the inverse is below 1e-5."
+    for _ in range(inputs // 20_000):
+        theta = thetas(408, 1., torch.float32)
+        y = and_knots(theta, 1)                                                                # 49 a spline
+        assert y.numel() == 19_992
+        z, minus = Spline().pull(y, theta)
+        again, log_slope = Spline().push(z, theta)
+        assert all(t.isfinite().all() for t in (z, minus, again, log_slope))
+        assert ((again - y).abs() <= 1e-5 * log_slope.exp().clamp(min=1) * y.abs().clamp(min=1)).all()
+
+
+# Facts about splines
+
+def check_meets_the_identity(dtype=torch.float32):
+    "The last knots are the bound itself; one unit in the last place inside, value and slope are those outside but for rounding."
+    b, eps, theta = torch.tensor(3., dtype=dtype), torch.finfo(dtype).eps, thetas(1000, .5, dtype)
+    assert (module.knots(theta, 8, 3.)[..., :2, 0] == -3).all() and (module.knots(theta, 8, 3.)[..., :2, -1] == 3).all()
+    for sign in (1, -1):
+        inside = sign * b.nextafter(0 * b)
+        for direction in DIRECTIONS.values():
+            out, log_slope = direction(inside.expand(1000, 1), theta)
+            assert (out - inside).abs().max() <= 16 * eps and log_slope.abs().max() < 1e5 * eps
+
+
+@dtypes
+def test_meets_the_identity_at_the_bound(dtype): check_meets_the_identity(dtype)
+
+
+@pytest.mark.parametrize("bins, bound", [(2, 1.), (5, .1), (40, 3.), (999, 1e3)])
+@dtypes
+def test_any_number_of_bins_and_any_bound(bins, bound, dtype):
+    "With 999 bins the floors take nearly all: the spline is close to the identity, and still exact at its ends."
+    law, theta = Spline(bins, bound), thetas(2, 10., dtype, bins)
+    z = and_knots(theta, 0, bins, bound)
+    y, log_slope = law.push(z, theta)
+    z, minus = law.pull(y, theta)
+    assert all(t.isfinite().all() for t in (y, log_slope, z, minus))
+    assert torch.equal(y[:, [0, 7]], torch.tensor([bound, -bound], dtype=dtype).expand(2, 2))
+
+
+def test_densities_integrate_to_one():
+    "`int N(g^{-1}(y)) |dg^{-1}/dy| dy = 1`."
+    y = (torch.arange(200_000, dtype=torch.float64) + .5) / 200_000 * 16 - 8
+    for theta in thetas(4, .5)[:, 0]:
+        z, log_slope = Spline().pull(y, theta)
+        assert abs((torch.distributions.Normal(0., 1.).log_prob(z) + log_slope).exp().sum() * 16 / 200_000 - 1) < 1e-3
+
+
+def test_parameters_have_the_order_widths_heights_slopes():
+    theta = torch.zeros(3, 1, 11, dtype=torch.float64)
+    theta[0, 0, 0], theta[1, 0, 4], theta[2, 0, 8] = 2., 2., 2.
+    x, y, slope = knots(theta[:, 0], 4, 3.).unbind(-2)
+    equal, one = torch.linspace(-3, 3, 5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    for i, (tensor, rest) in enumerate(((x, equal), (y, equal), (slope, one))):
+        assert (tensor[i] - rest).abs().max() > .1 and all(torch.allclose(tensor[j], rest) for j in range(3) if j != i)
+
+
+def test_slopes_at_knots_have_all_their_digits():
+    "Also where a softplus goes over to its asymptote."
+    theta = torch.zeros(1000, 5, dtype=torch.float64)
+    theta[:, 4] = torch.linspace(-60, 60, 1000)
+    expected = torch.logaddexp(theta[:, 4] + module.OFFSET, torch.zeros(1000, dtype=torch.float64)) + module.FLOOR
+    assert torch.allclose(knots(theta, 2, 3.)[:, 2, 1], expected, rtol=1e-14, atol=0)
+
+
+def test_options_are_checked():
+    for make in (lambda **options: Spline(**options), lambda **options: SplineCoupling(2, **options), lambda **options: SplineAutoregressive(2, **options)):
+        for word, wrong in [("bins", 1), ("bins", 2.5), ("bins", 1000), ("bound", 0), ("bound", -1.), ("bound", float("inf")), ("bound", "3")]:
+            with pytest.raises(ValueError, match=word): make(**{word: wrong})
+    assert "'bins': 5" in repr(SplineCoupling(2, bins=5)) or "bins=5" in repr(SplineCoupling(2, bins=5))
+
+
+def test_inputs_that_are_not_finite_do_not_spread():
+    z = torch.tensor([[float("nan"), 1., float("inf")]])
+    y, log_slope = Spline().push(z, torch.zeros(1, 3, 23))
+    assert y[0, 0].isnan() and y[0, 2].isposinf() and y[0, 1].isfinite() and log_slope[0, 1].isfinite()
+
+
+# Layers
+
+COUPLING = Case("spline-coupling", lambda dim, length, context_dim: SplineCoupling(dim, length, context_dim, hidden=(16,), activation="tanh"))
+AUTOREGRESSIVE = Case("spline-autoregressive", lambda dim, length, context_dim: SplineAutoregressive(dim, length, context_dim, hidden=(16,), activation="tanh"))
+
+
+@pytest.mark.parametrize("dim, hidden", [(1, (4,)), (2, (4,)), (5, (3,)), (5, (5,)), (5, (16,)), (5, (8, 8, 8))])
+def test_autoregressive_jacobian_has_exact_zeros(dim, hidden):
+    layer = SplineAutoregressive(dim, hidden=hidden, activation="tanh", residual=len(hidden) == 3).double()
+    for z in 2 * torch.randn(5, dim, dtype=torch.float64):
+        jacobian = jacrev(lambda z: layer.forward(z)[0])(z)
+        assert not jacobian.triu(1).any() and (jacobian.diagonal() > 0).all()
+        assert dim == 1 or jacobian.tril(-1).any()
+
+
+def test_directions_are_what_they_say():
+    layer = SplineAutoregressive(3, length=2)
+    assert (layer.forward_kind, layer.inverse_kind) == ("closed form", "sequential")
+    assert (Inverse(layer).forward_kind, Inverse(layer).inverse_kind) == ("sequential", "closed form")
+    assert SplineCoupling(3).forward_kind == SplineCoupling(3).inverse_kind == "closed form"
+
+
+# Planted bugs: a check must notice each of them.
+
+def _wrong_derivative(xi, eta, s, d0, d1):
+    part, log_slope = _curve(xi, eta, s, d0, d1)
+    return part, log_slope - (d1 * xi * xi + 2 * s * xi * eta + d0 * eta * eta).log() + (d1 * xi * xi + s * xi * eta + d0 * eta * eta).log()
+
+def _slopes_swapped(xi, eta, s, d0, d1):
+    return _curve(xi, eta, s, d0, d1)[0], _curve(xi, eta, s, d1, d0)[1]
+
+def _wrong_root(tau, rest, s, d0, d1):
+    b = d0 * rest - d1 * tau
+    xi = (2 * s * tau / (b - (b * b + 4 * s * s * tau * rest).sqrt())).abs()
+    return xi / (1 + xi), 1 / (1 + xi)
+
+def _cancelling_root(tau, rest, s, d0, d1):
+    b = d0 * rest - d1 * tau
+    odds = ((b * b + 4 * s * s * tau * rest).sqrt() - b) / (2 * s * rest)
+    return odds / (1 + odds), 1 / (1 + odds)
+
+def _free_boundary(theta, bins, bound):
+    table = _knots(theta, bins, bound)
+    return torch.cat([table[..., :2, :], torch.nn.functional.pad(table[..., 2:, 1:-1], (1, 1), value=.7)], -2)
+
+def _last_knot_is_a_sum(theta, bins, bound):
+    shares = module.FLOOR + (1 - module.FLOOR * bins) * theta[..., :2 * bins].unflatten(-1, (2, bins)).softmax(-1)
+    table = _knots(theta, bins, bound)
+    last = bound * (2 * shares.sum(-1) - 1)
+    return torch.cat([table[..., :-1], torch.cat([last, table[..., 2, -1:]], -1)[..., None]], -1)
+
+def _not_clipped(value, theta, bins, bound, row):
+    (x0, y0, d0), (x1, y1, d1) = module.ends(value, module.knots(theta, bins, bound), row)
+    return value, (x0, x1), (y0, y1), ((y1 - y0) / (x1 - x0), d0, d1)
+
+def _next_bin(value, table, row):
+    past = (value[..., None] >= table[..., row, :-2]).to(table.dtype)
+    mask = (module.pad(past, (1, 0), value=1.) - module.pad(past, (0, 1)))[..., None, :]
+    return (mask * table[..., :-1]).sum(-1).unbind(-1), (mask * table[..., 1:]).sum(-1).unbind(-1)
+
+from normflow_vi.transforms.spline import curve as _curve, knots as _knots, rq_spline_inverse as _rq_spline_inverse
+
+KIT = {name: lambda name=name: contract.CHECKS[name](COUPLING, None) for name in ("inverse", "slopes", "normalised")} | {
+    "log_det": lambda: contract.log_det(COUPLING, None, draws=2)}
+BUGS = {
+    "wrong derivative": ("curve", _wrong_derivative, KIT["log_det"]),
+    "slopes at the ends of a bin swapped": ("curve", _slopes_swapped, KIT["log_det"]),
+    "log-slope without gradient": ("curve", lambda *a: (_curve(*a)[0], _curve(*a)[1].detach()), KIT["slopes"]),
+    "the other root": ("uncurve", _wrong_root, KIT["inverse"]),
+    "sign of the inverse log-slope": ("rq_spline_inverse", lambda *a: (_rq_spline_inverse(*a)[0], -_rq_spline_inverse(*a)[1]), KIT["normalised"]),
+    "the bin before": ("ends", _next_bin, KIT["inverse"]),
+    "slopes not matched at the bound": ("knots", _free_boundary, check_meets_the_identity),
+    "last knot a sum of shares": ("knots", _last_knot_is_a_sum, check_meets_the_identity),
+    "floors dropped": ("FLOOR", 0., lambda: check_draws(500, 100., torch.float32)),
+    "position not clipped": ("clipped_bin", _not_clipped, lambda: check_gradients(500, 10., torch.float32)),
+    "root that cancels": ("uncurve", _cancelling_root, lambda: check_gradients(500, 10., torch.float32)),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug, monkeypatch):
+    name, wrong, check = BUGS[bug]
+    check()                                                                                    # passes without the bug,
+    monkeypatch.setattr(module, name, wrong)
+    with pytest.raises(AssertionError): check()                                                # and not with it
