@@ -82,16 +82,17 @@ def check_fit(q, log_density, samples):
     if q.transform.inverse_kind == "none": raise ValueError("q: its transform has no inverse, so its density at samples is unknown")
 
 # %% ../nbs/01_flows/50_fit.ipynb #f296b230
-def fit(q, log_density=None, *, samples=None, steps=5000, seed=0, learning_rate=5e-3, draws=256, evaluation_draws=10_000, progress=None):
+def fit(q, log_density=None, *, samples=None, steps=5000, seed=0, learning_rate=5e-3, draws=256, anneal=True, evaluation_draws=10_000, progress=None):
     """Train the flow `q` in place on an unnormalised `log_density` `(N, D) -> (N,)` or on `samples` `(N, D)`; returns a `Fit`.
 
-    Adam with a cosine schedule and gradient clipping, `draws` draws an update. The same `seed` gives the same result on one machine. The flow is
+    Adam with a cosine schedule and gradient clipping, `draws` draws an update. `anneal`: temper the log-density over the first half of the steps, which finds
+    modes but lets free scales grow early; for flows with exponential scales set it to `False`, or give them a `max_log_scale`. The same `seed` gives the same result on one machine. The flow is
     left in evaluation mode.
     Raises `ValueError` or `TypeError` naming the argument; `training.NonFinite` if a value stops being finite.
     """
     check_fit(q, log_density, samples)
     for name, value, least in (("steps", steps, 1), ("draws", draws, 1), ("evaluation_draws", evaluation_draws, 2), ("seed", seed, 0)): check_int(name, value, least)
-    loss = sample_loss(samples, draws) if log_density is None else density_loss(log_density, draws, steps // 2)
+    loss = sample_loss(samples, draws) if log_density is None else density_loss(log_density, draws, steps // 2 if anneal else 0)
     q.train()
     history = Trainer([q], loss, steps=steps, seeds=[seed], optimizer=Optimizer("adam", learning_rate, clip=10.), log_every=max(1, steps // 100),
                       device=str(next(q.parameters()).device), threads=torch.get_num_threads(), progress=progress).run()

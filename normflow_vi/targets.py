@@ -25,6 +25,8 @@ class Target:
     support: str = "plane"
     sampler: Callable | None = None                            # (n, generator) -> (n, 2), exact
 
+    def __call__(self, z): return self.log_density(z)
+
     def grid(self, points=400, dtype=torch.float64):
         "`(points^2, 2)` midpoints of a square grid over the window, and the area of one cell."
         step = 2 * self.window / check_int("points", points, 1)

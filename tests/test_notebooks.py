@@ -57,6 +57,18 @@ def test_is_written_to_be_read(path):
     assert first["cell_type"] == "markdown" and source(first).startswith("# "), "begins with a title"
 
 
+DRAWS = r"torch\.(rand|randn|randperm|randint|bernoulli)\b|\b(Flow|Trainer|VAE|MLP|Planar)\("
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT/"nbs")))
+def test_draws_the_same_numbers_at_every_run(path):
+    """Torch starts with a seed of its own in every process; a page that draws begins by setting it, so that what it asserts does not depend on luck."""
+    shown = [source(cell) for cell in cells(path) if cell["cell_type"] == "code" and not is_export(cell)]
+    drawing = [i for i, text in enumerate(shown) if re.search(DRAWS, text)]
+    seeded = [i for i, text in enumerate(shown) if "torch.manual_seed(" in text]
+    assert not drawing or (seeded and seeded[0] <= drawing[0])
+
+
 @each
 def test_names_no_machine(path):
     assert not re.search(r"(?<![\w.])/(home|root|work|Users)/", path.read_text()), "a path of somebody's machine"

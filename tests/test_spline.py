@@ -2,17 +2,13 @@
 import mpmath
 import pytest
 import torch
-from torch.func import grad, jacrev, vmap
+from helpers import dtypes, exact, many_draws, near, plant, scales
+from torch.func import jacrev
 
-from normflow_vi import contract
-from normflow_vi.contract import Case
 from normflow_vi.transforms import Inverse, spline as module
 from normflow_vi.transforms.spline import Spline, knots
 from normflow_vi.transforms.spline_layers import SplineAutoregressive, SplineCoupling
 
-SIZES = [2000, pytest.param(100_000, marks=pytest.mark.full)]
-scales = pytest.mark.parametrize("scale", [1., 10., 100.])
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 DIRECTIONS = {"push": lambda *a: Spline().push(*a), "pull": lambda *a: Spline().pull(*a)}
 
 
@@ -37,7 +33,7 @@ def and_knots(theta, row, bins=8, bound=3.):
 
 def in_extended_precision(z, theta, bins=8, bound=3.):
     "`(y, log dy/dz)` by eqs. 4 and 5 of Durkan et al. 2019 as printed, with the floors of their code."
-    theta, floor = [mpmath.mpf(float(t)) for t in theta], mpmath.mpf(module.FLOOR)
+    z, theta, floor = exact(z), exact(theta), mpmath.mpf(module.FLOOR)
     def places(raw):
         e = [mpmath.exp(r) for r in raw]
         shares = [floor + (1 - floor * bins) * x / mpmath.fsum(e) for x in e]
@@ -45,7 +41,6 @@ def in_extended_precision(z, theta, bins=8, bound=3.):
     x, y = places(theta[:bins]), places(theta[bins:2 * bins])
     offset = mpmath.log(mpmath.expm1(1 - floor))
     d = [mpmath.mpf(1), *(mpmath.log1p(mpmath.exp(t + offset)) + floor for t in theta[2 * bins:]), mpmath.mpf(1)]
-    z = mpmath.mpf(float(z))
     k = sum(z >= knot for knot in x[1:-1])
     w, h = x[k + 1] - x[k], y[k + 1] - y[k]
     xi, s = (z - x[k]) / w, h / w
@@ -63,11 +58,9 @@ def test_against_extended_precision(scale):
     with mpmath.workdps(50):
         for i in range(40):
             expected, expected_slope = in_extended_precision(z[i, 0], theta[i, 0])
-            assert abs(y[i, 0].item() - expected) <= 1e-10 * (1 + abs(expected))
-            assert abs(log_slope[i, 0].item() - expected_slope) <= 1e-10 * (1 + abs(expected_slope))
+            assert near(y[i, 0], expected) and near(log_slope[i, 0], expected_slope)
             again, slope_there = in_extended_precision(back[i, 0], theta[i, 0])               # the inverse by its residual, and by its slope where it landed
-            assert abs(again - y[i, 0].item()) <= 1e-10 * (1 + abs(expected))
-            assert abs(-minus[i, 0].item() - slope_there) <= 1e-10 * (1 + abs(slope_there))
+            assert near(y[i, 0], again) and near(-minus[i, 0], slope_there)
 
 
 # Many draws
@@ -88,14 +81,14 @@ def check_draws(n, scale, dtype):
     assert ((again - y).abs() <= tolerance * log_slope.exp().clamp(min=1)).all(), "the inverse does not come back"
 
 
-@pytest.mark.parametrize("draws", SIZES)
+@many_draws
 @dtypes
 @scales
 def test_finite_monotone_and_invertible(draws, dtype, scale):
     for _ in range(draws // 2000): check_draws(2000, scale, dtype)
 
 
-@pytest.mark.parametrize("draws", SIZES)
+@many_draws
 @dtypes
 @scales
 def test_amortised_layer_on_many_draws(draws, dtype, scale):
@@ -142,19 +135,6 @@ def test_first_and_second_derivatives():
     law = Spline(bins=3)
     for direction in (law.push, law.pull):
         assert torch.autograd.gradcheck(direction, (z, theta)) and torch.autograd.gradgradcheck(direction, (z, theta))
-
-
-def test_function_transforms():
-    law, theta = Spline(), thetas(7, 1.)[:, 0]
-    z = torch.randn(7, dtype=torch.float64)
-    for direction in (law.push, law.pull):
-        def value(z, t): return direction(z[None], t[None])[0][0]
-        slopes = vmap(grad(value))(z, theta)
-        assert torch.allclose(slopes, vmap(jacrev(value))(z, theta))
-        assert torch.allclose(slopes, direction(z[:, None], theta[:, None])[1][:, 0].exp())
-        torch._dynamo.reset()
-        traced = torch.compile(direction, fullgraph=True, backend="eager")
-        assert all(torch.equal(a, b) for a, b in zip(traced(z, theta), direction(z, theta)))
 
 
 # Single precision at the places that break
@@ -230,7 +210,6 @@ def test_options_are_checked():
     for make in (lambda **options: Spline(**options), lambda **options: SplineCoupling(2, **options), lambda **options: SplineAutoregressive(2, **options)):
         for word, wrong in [("bins", 1), ("bins", 2.5), ("bins", 1000), ("bound", 0), ("bound", -1.), ("bound", float("inf")), ("bound", "3")]:
             with pytest.raises(ValueError, match=word): make(**{word: wrong})
-    assert "'bins': 5" in repr(SplineCoupling(2, bins=5)) or "bins=5" in repr(SplineCoupling(2, bins=5))
 
 
 def test_inputs_that_are_not_finite_do_not_spread():
@@ -240,10 +219,6 @@ def test_inputs_that_are_not_finite_do_not_spread():
 
 
 # Layers
-
-COUPLING = Case("spline-coupling", lambda dim, length, context_dim: SplineCoupling(dim, length, context_dim, hidden=(16,), activation="tanh"))
-AUTOREGRESSIVE = Case("spline-autoregressive", lambda dim, length, context_dim: SplineAutoregressive(dim, length, context_dim, hidden=(16,), activation="tanh"))
-
 
 @pytest.mark.parametrize("dim, hidden", [(1, (4,)), (2, (4,)), (5, (3,)), (5, (5,)), (5, (16,)), (5, (8, 8, 8))])
 def test_autoregressive_jacobian_has_exact_zeros(dim, hidden):
@@ -261,66 +236,21 @@ def test_directions_are_what_they_say():
     assert SplineCoupling(3).forward_kind == SplineCoupling(3).inverse_kind == "closed form"
 
 
-# Planted bugs: a check must notice each of them.
+# Planted bugs that the kit has no eye for; those which it catches are in tests/test_planted_bugs.py.
 
-def _wrong_derivative(xi, eta, s, d0, d1):
-    part, log_slope = _curve(xi, eta, s, d0, d1)
-    return part, log_slope - (d1 * xi * xi + 2 * s * xi * eta + d0 * eta * eta).log() + (d1 * xi * xi + s * xi * eta + d0 * eta * eta).log()
-
-def _slopes_swapped(xi, eta, s, d0, d1):
-    return _curve(xi, eta, s, d0, d1)[0], _curve(xi, eta, s, d1, d0)[1]
-
-def _wrong_root(tau, rest, s, d0, d1):
-    b = d0 * rest - d1 * tau
-    xi = (2 * s * tau / (b - (b * b + 4 * s * s * tau * rest).sqrt())).abs()
-    return xi / (1 + xi), 1 / (1 + xi)
-
-def _cancelling_root(tau, rest, s, d0, d1):
-    b = d0 * rest - d1 * tau
-    odds = ((b * b + 4 * s * s * tau * rest).sqrt() - b) / (2 * s * rest)
-    return odds / (1 + odds), 1 / (1 + odds)
-
-def _free_boundary(theta, bins, bound):
-    table = _knots(theta, bins, bound)
-    return torch.cat([table[..., :2, :], torch.nn.functional.pad(table[..., 2:, 1:-1], (1, 1), value=.7)], -2)
-
-def _last_knot_is_a_sum(theta, bins, bound):
-    shares = module.FLOOR + (1 - module.FLOOR * bins) * theta[..., :2 * bins].unflatten(-1, (2, bins)).softmax(-1)
-    table = _knots(theta, bins, bound)
-    last = bound * (2 * shares.sum(-1) - 1)
-    return torch.cat([table[..., :-1], torch.cat([last, table[..., 2, -1:]], -1)[..., None]], -1)
-
-def _not_clipped(value, theta, bins, bound, row):
-    (x0, y0, d0), (x1, y1, d1) = module.ends(value, module.knots(theta, bins, bound), row)
-    return value, (x0, x1), (y0, y1), ((y1 - y0) / (x1 - x0), d0, d1)
-
-def _next_bin(value, table, row):
-    past = (value[..., None] >= table[..., row, :-2]).to(table.dtype)
-    mask = (module.pad(past, (1, 0), value=1.) - module.pad(past, (0, 1)))[..., None, :]
-    return (mask * table[..., :-1]).sum(-1).unbind(-1), (mask * table[..., 1:]).sum(-1).unbind(-1)
-
-from normflow_vi.transforms.spline import curve as _curve, knots as _knots, rq_spline_inverse as _rq_spline_inverse
-
-KIT = {name: lambda name=name: contract.CHECKS[name](COUPLING, None) for name in ("inverse", "slopes", "normalised")} | {
-    "log_det": lambda: contract.log_det(COUPLING, None, draws=2)}
 BUGS = {
-    "wrong derivative": ("curve", _wrong_derivative, KIT["log_det"]),
-    "slopes at the ends of a bin swapped": ("curve", _slopes_swapped, KIT["log_det"]),
-    "log-slope without gradient": ("curve", lambda *a: (_curve(*a)[0], _curve(*a)[1].detach()), KIT["slopes"]),
-    "the other root": ("uncurve", _wrong_root, KIT["inverse"]),
-    "sign of the inverse log-slope": ("rq_spline_inverse", lambda *a: (_rq_spline_inverse(*a)[0], -_rq_spline_inverse(*a)[1]), KIT["normalised"]),
-    "the bin before": ("ends", _next_bin, KIT["inverse"]),
-    "slopes not matched at the bound": ("knots", _free_boundary, check_meets_the_identity),
-    "last knot a sum of shares": ("knots", _last_knot_is_a_sum, check_meets_the_identity),
-    "floors dropped": ("FLOOR", 0., lambda: check_draws(500, 100., torch.float32)),
-    "position not clipped": ("clipped_bin", _not_clipped, lambda: check_gradients(500, 10., torch.float32)),
-    "root that cancels": ("uncurve", _cancelling_root, lambda: check_gradients(500, 10., torch.float32)),
+    "slopes not matched at the bound": ("knots", "(1, 1), value=1.)", "(1, 1), value=.7)", check_meets_the_identity),
+    "last knot a sum of shares": ("knots", "pad(pad(inner, (1, 0), value=-bound), (0, 1), value=bound)", "pad(bound * (2 * shares.cumsum(-1) - 1), (1, 0), value=-bound)", check_meets_the_identity),
+    "floors dropped": ("knots", "shares = FLOOR + (1 - FLOOR * bins) *", "shares =", lambda: check_draws(500, 100., torch.float32)),
+    "position not clipped": ("clipped_bin", "value = value.clamp(-bound, bound)", "pass", lambda: check_gradients(500, 10., torch.float32)),
+    "root that cancels": ("uncurve", "return up / (up + down), down / (up + down)", "odds = ((b * b + 4 * s * s * tau * rest).sqrt() - b) / (2 * s * rest); return odds / (1 + odds), 1 / (1 + odds)",
+                           lambda: check_gradients(500, 10., torch.float32)),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(bug, monkeypatch):
-    name, wrong, check = BUGS[bug]
+    name, found, wrong, check = BUGS[bug]
     check()                                                                                    # passes without the bug,
-    monkeypatch.setattr(module, name, wrong)
+    plant(monkeypatch, f"spline.{name}", found, wrong)
     with pytest.raises(AssertionError): check()                                                # and not with it

@@ -3,12 +3,14 @@ import inspect
 
 import pytest
 import torch
+from helpers import CASE
 from torch.func import functional_call, stack_module_state, vmap
 
 from normflow_vi import Flow, transforms
 from normflow_vi.cases import CASES
 from normflow_vi.contract import C, CHECKS, Case, Direction, drawn
-from normflow_vi.transforms import Affine, Chain, Planar
+from normflow_vi.transforms import *
+from normflow_vi.transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
 
 WALKS = [(case, check, context_dim) for case in CASES for check in CHECKS if case.tolerance(check) is not None for context_dim in (None, C)]
@@ -47,3 +49,94 @@ def test_flows_are_batched_over_runs_too():
     draw = vmap(lambda p, b: call("rsample_and_log_prob", p, b, (5,), generator=torch.Generator().manual_seed(0)), randomness="different")
     z, log_q = draw(parameters, buffers)
     assert all(torch.allclose(run.log_prob(z[r]), log_q[r], atol=1e-6) for r, run in enumerate(runs)) and not torch.allclose(z[0], z[1])
+
+
+def test_chains_cost_what_their_worst_part_costs_and_join_what_fits():
+    maf = MaskedAutoregressive(2, hidden=(4,))
+    chain, turned = Chain(Affine(2), maf, Planar(2)), Inverse(maf)
+    assert (chain.forward_kind, chain.inverse_kind, turned.forward_kind, turned.inverse_kind) == ("sequential", "iterative", "closed form", "sequential")
+    for parts, words in (((Affine(2), Affine(3)), "dim must agree"), ((Affine(2, context_dim=3), Affine(2, context_dim=4)), "context_dim must agree"), ((), "empty chain")):
+        with pytest.raises(ValueError, match=words): Chain(*parts)
+    with pytest.raises(ValueError, match="length=True"): Affine(2, True)
+
+
+# Where the tensors come from.
+
+HEADS = pytest.mark.parametrize("name", ["affine", "batchnorm", "prelu", "plu", "planar", "radial", "sylvester", "circular-convolution", "slog"])
+
+
+def pair(name, dim, context_dim):
+    "A layer with its own tensors, and one that emits them and started from the same numbers."
+    layers = []
+    for width in (None, context_dim):
+        torch.manual_seed(0)
+        layers.append(CASE[name].make(dim, 2, width).double().eval())
+    return layers
+
+
+@HEADS
+def test_a_context_of_zeros_gives_the_layer_that_owns_its_tensors(name):
+    owned, emitted = pair(name, 3, C)
+    for key, tensor in owned.source().items(): assert torch.allclose(emitted.source(torch.zeros(1, C), torch.float64)[key][0], tensor, atol=1e-6)
+
+
+@HEADS
+def test_heads_start_with_the_variance_that_they_are_scaled_to(name):
+    _, emitted = pair(name, 20, 50)
+    tensors, at_zero = (emitted.source(context, torch.float64) for context in (torch.randn(2000, 50), torch.zeros(1, 50)))
+    for key in tensors: assert abs((tensors[key] - at_zero[key]).std() / emitted.head_scale - 1) < .1
+
+
+def test_what_weight_decay_shrinks():
+    "Matrices of networks, and the heads of layers that are an encoder's: neither biases nor the tensors of a flow."
+    assert AffineCoupling(4, 2, 3, hidden=(5,)).source.weight_decayed == ("weight_0", "context_0", "weight_1")
+    assert Affine(4, context_dim=3).source.linear.weight_decayed == ("weight",)
+    for layer in (Planar(4, 2), Affine(4, 2), PLU(4), Sylvester(4)): assert layer.source.weight_decayed == ()
+    for layer in (Planar(4, context_dim=3), PLU(4, context_dim=3)): assert layer.source.linear.weight_decayed == ()
+
+
+# The text of a transform shows its options: stacks of runs are compared by it.
+
+OTHERS = {"length": 2, "context_dim": 3, "max_log_scale": 2., "constraint": "paper", "alpha": .5, "eps": .1, "momentum": .2, "reflections": 2, "bottleneck": 2, "hidden": (8,), "activation": "tanh",
+          "mask": "checkerboard", "bins": 5, "bound": 2., "order": "natural", "residual": True}
+KINDS = {(Permutation, "kind"): "reverse", (Sylvester, "kind"): "householder", (InverseAutoregressive, "form"): "plain", (MaskedAutoregressive, "form"): "gated"}
+PAIRED = {(Sylvester, "reflections"): {"kind": "householder"}, (InverseAutoregressive, "max_log_scale"): {"form": "plain"}, "shape": {"mask": "checkerboard"}}                            # what an option goes with
+
+
+@pytest.mark.parametrize("cls", [Affine, BatchNorm, PReLU, SLog, Permutation, Orthogonal, PLU, Householder, CircularConvolution, SymmetricConvolution, Planar, Radial, Sylvester, AdditiveCoupling,
+                                 AffineCoupling, SplineCoupling, ConvolutionCoupling, InverseAutoregressive, MaskedAutoregressive, SplineAutoregressive])
+def test_every_option_shows_in_the_text(cls):
+    names = list(inspect.signature(cls).parameters)[1:]
+    hidden = {"hidden": (8, 8, 8)} if "hidden" in names else {}
+    for name in names:
+        given = hidden | PAIRED.get((cls, name), PAIRED.get(name, {}))
+        other = (3, 4) if name == "shape" else KINDS.get((cls, name)) or OTHERS[name]
+        assert repr(cls(12, **given | {name: other})) != repr(cls(12, **given)), name
+
+
+# Factories.
+
+FACTORIES = {
+    "NICE": (NICE(4, 2), lambda: [Permutation(4), AdditiveCoupling(4)] * 2),
+    "NICE with all options": (NICE(4, 1, "ortho", True, (5,), "tanh", 3), lambda: [Orthogonal(4), AdditiveCoupling(4, 1, 3, (5,), "tanh"), Affine(4, context_dim=3)]),
+    "NSF": (NSF(4, 2), lambda: [SplineCoupling(4), Permutation(4)] * 2),
+    "NSF with all options": (NSF(4, 1, "autoregressive", "plu", (5, 5, 5), "tanh", 4, 2., True, 3), lambda: [SplineAutoregressive(4, 1, 3, (5, 5, 5), "tanh", 4, 2., residual=True), PLU(4)]),
+    "CIF": (CIF(4, 2), lambda: [ContinuouslyIndexed(SplineAutoregressive(4), form="before"), Permutation(4)] * 2),
+    "CIF with all options": (CIF(4, 1, 2, (7,), "after", "ortho", (5, 5, 5), "tanh", 4, 2., True, 3), lambda: [
+        ContinuouslyIndexed(SplineAutoregressive(4, 1, 3, (5, 5, 5), "tanh", 4, 2., residual=True), 2, (7,), form="after", context_dim=3), Orthogonal(4)]),
+    "CIF, context for r alone": (CIF(4, 1, context_dim=3, conditional=False), lambda: [ContinuouslyIndexed(SplineAutoregressive(4), form="before", context_dim=3), Permutation(4)]),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_factories_chain_what_they_say(name):
+    made, layers = FACTORIES[name]
+    assert [repr(part) for part in made.transforms] == [repr(layer) for layer in layers()]
+
+
+def test_factories_of_one_stack_pass_their_options_on():
+    assert repr(RealNVP(6, 2, (5,), "tanh", 3, "checkerboard", (3, 2), 2.)) == repr(AffineCoupling(6, 2, 3, (5,), "tanh", "checkerboard", (3, 2), 2.))
+    assert repr(MAF(4, 2, (5,), "tanh", 3, 2.)) == repr(MaskedAutoregressive(4, 2, 3, (5,), "tanh", max_log_scale=2.))
+    assert repr(IAF(4, 2, (5,), "tanh", 3, "plain")) == repr(InverseAutoregressive(4, 2, 3, (5,), "tanh", form="plain"))
+    for make, word in ((lambda: NSF(4, 1, residual=True), "residual"), (lambda: NSF(4, 1, kind="linear"), "kind"), (lambda: NICE(4, 1, mix="lu"), "mix"), (lambda: CIF(4, 0), "length")):
+        with pytest.raises(ValueError, match=word): make()

@@ -24,11 +24,11 @@ class Affine(Transform):
         super().__init__(dim, length, context_dim)
 
     def extra_repr(self): return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
-    def prepare(self, shift, log_scale): return {"shift": shift, "log_scale": bounded(log_scale, self.max_log_scale)}
+    def prepare(self, log_scale, **tensors): return tensors | {"log_scale": bounded(log_scale, self.max_log_scale)}
     def initial(self): return {name: torch.zeros(self.length, self.dim) for name in ("shift", "log_scale")}
 
     def push(self, z, shift, log_scale):
-        return shift + log_scale.exp() * z, log_scale.sum(-1).expand(torch.broadcast_shapes(z.shape, shift.shape)[:-1])
+        return shift + log_scale.exp() * z, log_scale.sum(-1).expand(z.shape[:-1])
 
     def pull(self, y, shift, log_scale):
         z = (y - shift) * (-log_scale).exp()

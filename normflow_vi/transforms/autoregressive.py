@@ -9,7 +9,7 @@ __all__ = ['MaskedNetworks', 'Autoregressive', 'affine_law', 'InverseAutoregress
 import torch
 from .base import Transform, check_choice
 from .conditioner import check_network, network
-from .laws import Gate, ScaleShift
+from .laws import Gate, ScaleShift, check_law
 from .made import masked, masks, start_made
 from .stagewise import stage_edges, stagewise
 
@@ -19,10 +19,10 @@ class MaskedNetworks(Transform):
     context_to, decays = "layers", True
 
     def __init__(self, dim, law, length=1, context_dim=None, hidden=(64, 64), activation="relu", order="alternate", residual=False):
-        self.law, self.hidden, self.activation, self.residual = law, check_network(hidden, activation, residual), activation, bool(residual)
+        self.law, self.hidden, self.activation, self.residual = check_law(law), check_network(hidden, activation, residual), activation, residual
         self.order, self.least = check_choice("order", order, ("alternate", "natural")), 1 if context_dim is None else 0
         super().__init__(dim, length, context_dim)
-        for i, mask in enumerate(self.masks()): self.register_buffer(f"mask_{i}", mask.float(), persistent=False)      # a product of floats is the fastest mask
+        for i, mask in enumerate(self.masks()): self.register_buffer(f"mask_{i}", mask.float())      # a product of floats is the fastest mask
         self.edges = stage_edges(dim, self.hidden, self.least)
 
     def constants(self):
@@ -57,7 +57,6 @@ class Autoregressive(MaskedNetworks):
     def masked(self, kind, tensors): return tensors if kind == "sequential" else masked(tensors, [getattr(self, f"mask_{i}") for i in range(len(self.hidden) + 1)])
 
     def run(self, kind, value, step, sequence, context=None, **layer):
-        if context is not None: value = value.expand(*torch.broadcast_shapes(value.shape[:-1], context.shape[:-1]), -1)
         if kind == "sequential": return stagewise(value, step, layer, self.edges, sequence, context, self.activation, self.residual)
         moved, log_slope = step(value, network(value, layer, context, self.activation, self.residual).unflatten(-1, (self.dim, self.law.size)))
         return moved, log_slope.sum(-1)
@@ -85,7 +84,7 @@ class InverseAutoregressive(Autoregressive):
 class MaskedAutoregressive(Autoregressive):
     """`x_i = mu_i + exp(alpha_i) z_i` ("plain") or `x_i = sigma_i z_i + (1 - sigma_i) m_i` ("gated"), where `(mu, alpha)_i` or `(m, s)_i` see `x_1, ..., x_{i-1}` and the context.
 
-    The inverse, from data to `z`, is one pass, with `log_det = -sum_i alpha_i`, in nats; forward is sequential. `max_log_scale` bounds `|alpha|` smoothly, in the plain form.
+    The inverse, from data to `z`, is one pass, with `log_det = -sum_i alpha_i` or `-sum_i log sigma_i`, in nats; forward is sequential. `max_log_scale` bounds `|alpha|` smoothly, in the plain form.
     `hidden=()` makes the networks linear. Source: Papamakarios et al. 2017, section 3; masks of Germain et al. 2015.
     """
     forward_kind, inverse_kind = "sequential", "closed form"

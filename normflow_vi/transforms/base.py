@@ -5,8 +5,8 @@ transform of the library."""
 
 # %% auto #0
 __all__ = ['KINDS', 'Owned', 'Amortised', 'check_int', 'check_tensor', 'check_choice', 'check_positive', 'check_widths', 'Layers',
-           'run_layers', 'check_call', 'Sourced', 'precision', 'fetch', 'Transform', 'check_limit', 'bounded',
-           'Combinator', 'Chain', 'Inverse']
+           'run_layers', 'check_call', 'Sourced', 'precision', 'entering', 'fetch', 'Transform', 'softplus',
+           'check_limit', 'bounded', 'Combinator', 'Chain', 'Inverse']
 
 # %% ../../nbs/01_flows/05_transform.ipynb #2f581e42
 import math, torch
@@ -53,14 +53,14 @@ def check_int(name, value, least=1):
 def check_tensor(name, value, size, size_name):
     "Raise unless `value` is a floating-point tensor whose last axis has `size` entries."
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}")
     if value.dim() < 1 or value.shape[-1] != size:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: its last axis must be {size_name}={size}")
 
 # %% ../../nbs/01_flows/05_transform.ipynb #f8af852f
-def check_choice(name, value, allowed):
-    "Return `value` if it is one of the names `allowed`."
-    if not isinstance(value, str) or value not in allowed: raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+def check_choice(name, value, allowed, besides=""):
+    "Return `value` if it is one of the names `allowed`; `besides` says what else is."
+    if not isinstance(value, str) or value not in allowed: raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)} {besides}".rstrip())
     return value
 
 def check_positive(name, value):
@@ -109,7 +109,9 @@ def check_call(transform, direction, name, value, context):
     kind = type(transform).__name__
     if getattr(transform, f"{direction}_kind") == "none": raise NotImplementedError(f"{kind} has no {direction}")
     check_tensor(name, value, transform.dim, "dim")
-    if transform.context_dim is None: return
+    if transform.context_dim is None:                        # in a chain other transforms may have use for a context
+        if context is not None and not isinstance(context, torch.Tensor): raise TypeError(f"context: expected a tensor or None, got {type(context).__name__}")
+        return
     if context is None: raise ValueError(f"context: this {kind} is amortised (context_dim={transform.context_dim}), got None")
     check_tensor("context", context, transform.context_dim, "context_dim")
     batch = context.shape[:-1]
@@ -136,8 +138,13 @@ class Sourced(Layers):
 
 # %% ../../nbs/01_flows/05_transform.ipynb #137212ac
 def precision(transform, dtype):
-    "`dtype`, or that of the transform's parameters if it is the higher one."
-    return torch.promote_types(dtype, next((p.dtype for p in transform.parameters()), dtype))
+    "The highest of `dtype`, that of the transform's parameters, and single precision."
+    return torch.promote_types(torch.promote_types(dtype, torch.float32), next((p.dtype for p in transform.parameters()), dtype))
+
+def entering(transform, value, context):
+    "`value` in the precision of the call, with a batch axis as long as that of the context."
+    value = value.to(precision(transform, value.dtype))
+    return value if transform.context_dim is None else value.expand(*torch.broadcast_shapes(value.shape[:-1], context.shape[:-1]), -1)
 
 def fetch(transform, context, dtype):
     "The tensors that `push` and `pull` of a transform get for one call, in at least the precision `dtype`."
@@ -158,16 +165,23 @@ class Transform(Sourced):
 
     def forward(self, z, context=None, generator=None):
         check_call(self, "forward", "z", z, context)
-        return self.push_stack(z.to(precision(self, z.dtype)), **fetch(self, context, z.dtype))
+        return self.push_stack(entering(self, z, context), **fetch(self, context, z.dtype))
 
     def inverse(self, y, context=None, generator=None):
         check_call(self, "inverse", "y", y, context)
-        return self.pull_stack(y.to(precision(self, y.dtype)), **fetch(self, context, y.dtype))
+        return self.pull_stack(entering(self, y, context), **fetch(self, context, y.dtype))
+
+# %% ../../nbs/01_flows/05_transform.ipynb #8e62bbab
+def softplus(x):
+    "`log(1 + exp(x))` to the last digit of double precision."
+    return torch.nn.functional.softplus(x, threshold=40)
 
 # %% ../../nbs/01_flows/05_transform.ipynb #844fb7b5
 def check_limit(value):
     "Return `max_log_scale`: `None`, or a finite number above zero."
-    return None if value is None else check_positive("max_log_scale", value)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
+        raise ValueError(f"max_log_scale={value!r}: expected None or a finite number above 0")
+    return value
 
 def bounded(log_scale, limit):
     "`log_scale` itself for `limit=None`, otherwise `limit * tanh(log_scale / limit)`."
@@ -179,7 +193,7 @@ class Combinator(nn.Module):
     def __init__(self, parts):
         super().__init__()
         for part in parts:
-            if not hasattr(part, "forward_kind"): raise TypeError(f"expected transforms, got {type(part).__name__}")
+            if not isinstance(part, nn.Module) or not hasattr(part, "forward_kind"): raise TypeError(f"transforms: expected transforms one by one, got {part!r}")
         if len(dims := {part.dim for part in parts}) != 1: raise ValueError(f"transforms: dim must agree, got {sorted(dims) or 'an empty chain'}")
         widths = {part.context_dim for part in parts} - {None}
         if len(widths) > 1: raise ValueError(f"transforms: context_dim must agree, got {sorted(widths)}")

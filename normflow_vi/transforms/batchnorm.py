@@ -60,7 +60,9 @@ def push_batch(layers, z, tensors):
         return layers.push(z, **layer | found[-1])
 
     y, log_det = run_layers(push, z, layers.unstacked(tensors))
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for name in ("running_mean", "running_var"):
         old, new = getattr(layers, name), torch.stack([one[name] for one in found]).detach()
+        if not torch.compiler.is_compiling() and wrapped(new) and not wrapped(old): raise RuntimeError(f"{name}: under torch.func a batch cannot change it; call eval(), or functional_call with the buffers")
         setattr(layers, name, old.lerp(new.to(old.dtype), layers.momentum))
     return y, log_det

@@ -44,6 +44,7 @@ def check_network(hidden, activation, residual=False):
     "Return `hidden` as a tuple, or raise `ValueError` naming what does not fit."
     hidden = check_widths("hidden", hidden)
     check_choice("activation", activation, ACTIVATIONS)
+    if not isinstance(residual, bool): raise ValueError(f"residual={residual!r}: expected True or False")
     if residual and (len(hidden) % 2 == 0 or len(set(hidden)) != 1):
         raise ValueError(f"hidden={hidden}: with residual=True expected an odd number of equal widths, such as (32, 32, 32)")
     return hidden

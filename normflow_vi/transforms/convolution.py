@@ -15,6 +15,7 @@ from .base import Transform, bounded, check_limit, check_positive
 # %% ../../nbs/02_vae_nf/30_convolution.ipynb #70eecea8
 def filtered(x, log_gain, phase):
     "`w (*) x` along the last axis, for `w` with the spectrum `exp(log_gain + i phase)`; `x` `(..., N)`, `log_gain` `(..., N//2 + 1)`, `phase` `(..., (N-1)//2)`."
+    if not x.numel(): return x                                                               # FFT libraries refuse an empty batch
     turn = pad(phase, (1, log_gain.shape[-1] - phase.shape[-1] - 1))                         # the first phase is zero, for even N also the last
     return irfft(rfft(x) * torch.complex(log_gain, turn).exp(), x.shape[-1])
 
@@ -97,7 +98,7 @@ class SLog(Transform):
 
     def extra_repr(self): return f"{super().extra_repr()}, alpha={self.alpha}, max_log_scale={self.max_log_scale}"
     def initial(self): return {"log_ratio": torch.zeros(self.length, self.dim)}
-    def prepare(self, log_ratio): return {"alpha": self.alpha * bounded(log_ratio, self.max_log_scale).exp()}
+    def prepare(self, log_ratio): return {"alpha": (self.alpha * bounded(log_ratio, self.max_log_scale).exp()).clamp(min=1e-12)}
 
     def push(self, z, alpha):
         y, log_slope = slog(z, alpha)

@@ -10,7 +10,7 @@ __all__ = ['MASKS', 'half', 'checkerboard', 'channel', 'conditioning', 'alternat
 import math, torch
 from .base import Transform, check_choice, check_int
 from .conditioner import check_network, network, start_network
-from .laws import ScaleShift, Shift
+from .laws import ScaleShift, Shift, check_law
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #1049249c
 def half(shape):
@@ -32,9 +32,10 @@ MASKS = {"half": half, "checkerboard": checkerboard, "channel": channel}
 # %% ../../nbs/01_flows/20_coupling.ipynb #28685b85
 def conditioning(mask, dim, shape=None, length=1):
     "The boolean vector `(dim,)` of the entries that condition, from a name in `MASKS` or such a vector; raises `ValueError` where it does not fit."
+    if shape is not None and not isinstance(shape, (tuple, list, torch.Size)): raise ValueError(f"shape={shape!r}: expected a tuple, such as (3, 8, 8)")
     shape = (check_int("dim", dim),) if shape is None else tuple(check_int("shape", n) for n in shape)
     if math.prod(shape) != dim: raise ValueError(f"shape={shape} has {math.prod(shape)} entries: expected dim={dim}")
-    chosen = mask if isinstance(mask, torch.Tensor) else MASKS[check_choice("mask", mask, MASKS)](shape)
+    chosen = mask if isinstance(mask, torch.Tensor) else MASKS[check_choice("mask", mask, MASKS, "or a boolean tensor")](shape)
     if chosen.dtype != torch.bool or chosen.shape != (dim,): raise ValueError(f"mask: expected a boolean tensor of shape ({dim},), got {chosen.dtype} of shape {tuple(chosen.shape)}")
     count = int(chosen.sum())
     if count == dim: raise ValueError(f"mask: all {dim} entries condition and none is left to transform")
@@ -67,7 +68,7 @@ def through(step, z, kept, activation, order, back, context, **layer):
     "One layer: `step`, a direction of a law, for all entries of `z` but the first `kept` of `order`."
     z = z.index_select(-1, order)
     theta = network(z[..., :kept], layer, context, activation).unflatten(-1, (z.shape[-1] - kept, -1))
-    first, rest = z.expand(*theta.shape[:-2], -1).tensor_split([kept], -1)
+    first, rest = z.tensor_split([kept], -1)
     rest, log_slopes = step(rest, theta)
     return torch.cat([first, rest], -1).index_select(-1, back), log_slopes.sum(-1)
 
@@ -77,10 +78,10 @@ class Coupling(Split):
 
     `law`: see `transforms.laws`. `mask`: "half", "checkerboard", "channel" or a boolean vector `(dim,)` of the entries that condition in the first layer, at most half of them if
     `length > 1`; `shape`: that of an event, `(dim,)` by default. `hidden`, `activation`: the networks', which also read the context. Both directions: one network evaluation a layer.
-    Raises `ValueError` for a mask, shape or network that does not fit. Source: Dinh et al. 2015, section 3.2.
+    Raises `ValueError` for a mask, shape or network that does not fit. Source: Dinh et al. 2015.
     """
     def __init__(self, dim, law, length=1, context_dim=None, hidden=(64, 64), activation="relu", mask="half", shape=None):
-        self.law, self.hidden, self.activation = law, check_network(hidden, activation), activation
+        self.law, self.hidden, self.activation = check_law(law), check_network(hidden, activation), activation
         super().__init__(dim, length, context_dim, mask, shape)
 
     def extra_repr(self): return f"{super().extra_repr()}, law={self.law!r}, hidden={self.hidden}, activation={self.activation!r}"
@@ -98,7 +99,7 @@ class Coupling(Split):
 class AdditiveCoupling(Coupling):
     """`length` additive coupling layers, `y_B = z_B + t(z_A)`; volume preserving, log-det zero.
 
-    Options as in `Coupling`. Source: Dinh et al. 2015 (NICE), section 3.2 and eq. 9.
+    Options as in `Coupling`. Source: Dinh et al. 2015 (NICE).
     """
     def __init__(self, dim, length=1, context_dim=None, hidden=(64, 64), activation="relu", mask="half", shape=None):
         super().__init__(dim, Shift(), length, context_dim, hidden, activation, mask, shape)

@@ -28,8 +28,8 @@ def mixer(mix, dim):
 def NICE(dim, length, mix="perm", scale=False, hidden=(64, 64), activation="relu", context_dim=None):
     """`length` times (mix, additive coupling), then `Affine` if `scale`; `mix`: "perm", "ortho" or "plu".
 
-    `hidden`: widths of the coupling networks; `(2, 2, 2, 2)` is the group report's. Both directions: closed form. Raises `ValueError` naming what does not fit.
-    Source: Dinh et al. 2015; Rezende & Mohamed 2015, section 5.
+    `hidden`: widths of the coupling networks; `(2, 2, 2, 2)` is that of a student replication. Both directions: closed form. Raises `ValueError` naming what does not fit.
+    Source: Dinh et al. 2015; Rezende & Mohamed 2015, on NICE.
     """
     coupling = lambda: AdditiveCoupling(dim, context_dim=context_dim, hidden=hidden, activation=activation)
     return Chain(*rounds(length, mixer(mix, dim), coupling), *([Affine(dim, context_dim=context_dim)] if scale else []))
@@ -43,15 +43,17 @@ def MAF(dim, length, hidden=(64, 64), activation="relu", context_dim=None, max_l
     "`length` masked autoregressive layers, order reversed between them; density fast, draws sequential. Source: Papamakarios et al. 2017, eqs. 3-4."
     return MaskedAutoregressive(dim, length, context_dim, hidden=hidden, activation=activation, max_log_scale=max_log_scale)
 
-def IAF(dim, length, hidden=(64, 64), activation="elu", context_dim=None, form="gated"):
-    "`length` inverse autoregressive layers, order reversed between them; draws fast, density sequential. Source: Kingma et al. 2016, algorithm 1."
-    return InverseAutoregressive(dim, length, context_dim, hidden=hidden, activation=activation, form=form)
+def IAF(dim, length, hidden=(64, 64), activation="elu", context_dim=None, form="gated", max_log_scale=None):
+    """`length` inverse autoregressive layers, order reversed between them; draws fast, density sequential. `form="gated"` only contracts: put an
+    `Affine` after it, or take `form="plain"`, where the target is wider than the base. Source: Kingma et al. 2016, algorithm 1."""
+    return InverseAutoregressive(dim, length, context_dim, hidden=hidden, activation=activation, form=form, max_log_scale=max_log_scale)
 
 # %% ../../nbs/04_cif/20_factories.ipynb #a8df7b61
 def NSF(dim, length, kind="coupling", mix="perm", hidden=(64, 64), activation="relu", bins=8, bound=3., residual=False, context_dim=None):
     """`length` times (rational-quadratic spline layer, mix); `kind`: "coupling", or "autoregressive" with fast draws.
 
-    `residual` belongs to the autoregressive networks. Raises `ValueError` naming what does not fit. Source: Durkan et al. 2019, section 3.
+    Splines leave what is outside `[-bound, bound]` where it is: put an `Affine` after the stack where the target is wider. `residual` belongs to the
+    autoregressive networks. Raises `ValueError` naming what does not fit. Source: Durkan et al. 2019, section 3.
     """
     options = dict(context_dim=context_dim, hidden=hidden, activation=activation, bins=bins, bound=bound)
     if check_choice("kind", kind, ("coupling", "autoregressive")) == "autoregressive": layer = lambda: SplineAutoregressive(dim, residual=residual, **options)
@@ -61,7 +63,8 @@ def NSF(dim, length, kind="coupling", mix="perm", hidden=(64, 64), activation="r
 
 def CIF(dim, length, index_dim=1, index_hidden=(10, 10), form="before", mix="perm", hidden=(64, 64), activation="relu", bins=8, bound=3., residual=False,
         context_dim=None, conditional=True):
-    """`length` times (continuously-indexed autoregressive spline layer, mix); draws are fast, `log_prob` is a stochastic bound.
+    """`length` times (continuously-indexed autoregressive spline layer, mix); draws are fast, `log_prob` is sequential and a stochastic
+    bound. To fit samples, take `Inverse(CIF(...))`. As in `NSF`, put an `Affine` after it where the target is wider than `bound`.
 
     `index_dim`, `index_hidden`: the index `u` of a layer and its networks; `form`: where `u` acts. `conditional=False` shows the context to the auxiliary
     densities alone, as Caterini et al. do. Source: Caterini et al. 2020; Cornish et al. 2020.

@@ -8,6 +8,7 @@ __all__ = ['triangles', 'solve', 'times', 'PLU', 'push_plu', 'pull_plu', 'compac
 # %% ../../nbs/01_flows/14_linear.ipynb #0ec44231
 import math, torch
 from .base import Transform, bounded, check_int, check_limit
+from .permutation import shuffles
 
 # %% ../../nbs/01_flows/14_linear.ipynb #d4b4ccf1
 def triangles(lu, limit=None):
@@ -18,7 +19,6 @@ def triangles(lu, limit=None):
 # %% ../../nbs/01_flows/14_linear.ipynb #3f47f36e
 def solve(matrix, y, **how):
     "`x` `(..., D)` with `matrix x = y`, for triangular `matrix` `(*batch, D, D)` and `y` `(*sample, *batch, D)`; `how` as in `torch.linalg.solve_triangular`."
-    y = y.expand(*torch.broadcast_shapes(y.shape[:-1], matrix.shape[:-2]), y.shape[-1])
     samples = y.dim() + 1 - matrix.dim()                     # so many axes have no counterpart in `matrix`
     columns = y.reshape(math.prod(y.shape[:samples]), *y.shape[samples:]).movedim(0, -1)
     return torch.linalg.solve_triangular(matrix, columns, **how).movedim(-1, 0).reshape(y.shape)
@@ -44,7 +44,7 @@ class PLU(Transform):
 
     def extra_repr(self): return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
     def initial(self): return {"lu": torch.zeros(self.length, self.dim, self.dim), "bias": torch.zeros(self.length, self.dim)}
-    def constants(self): return {"order": torch.stack([torch.randperm(self.dim) for _ in range(self.length)])}
+    def constants(self): return {"order": shuffles(self.length, self.dim)}
     def prepare(self, lu, **tensors): return tensors | dict(zip(("lower", "upper", "log_s"), triangles(lu, self.max_log_scale)))
     def push(self, z, **layer): return push_plu(z, **layer)
     def pull(self, y, **layer): return pull_plu(y, **layer)
@@ -64,7 +64,8 @@ def pull_plu(y, lower, upper, log_s, bias, order):
 def compact(v):
     "`(v, r)`, both `(..., M, D)`, with `H(v_M) ... H(v_1) = I - v^T r`; vectors shorter than 1e-15 become the first basis vector."
     first = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)[0]
-    v = torch.where((v * v).sum(-1, keepdim=True) > 1e-30, v, first)
+    v = v / v.detach().abs().amax(-1, keepdim=True).clamp(min=1e-15)                          # lengths do not matter; their squares may overflow
+    v = torch.where((v * v).sum(-1, keepdim=True) > .5, v, first)
     gram = v @ v.mT
     half = torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
     return v, torch.linalg.solve_triangular(gram.tril(-1) + half, v, upper=False)

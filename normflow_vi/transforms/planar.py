@@ -7,8 +7,7 @@ __all__ = ['CONSTRAINTS', 'TINY', 'constrain', 'log_slope', 'solve_slope', 'slow
 
 # %% ../../nbs/01_flows/15_planar.ipynb #36603022
 import math, torch
-from torch.nn.functional import softplus
-from .base import Transform, check_choice
+from .base import Transform, check_choice, check_int, softplus
 
 # %% ../../nbs/01_flows/15_planar.ipynb #abb80e78
 CONSTRAINTS = {"identity": math.log(math.e - 1), "paper": 0.}
@@ -17,7 +16,7 @@ TINY = 1e-12                                                 # squared norm of w
 def constrain(u, w, c):
     "`(u_hat, 1 + w.u_hat)` for `u`, `w` `(..., D)`: Rezende & Mohamed 2015, appendix A.1, with the offset `c` in the softplus."
     alpha, norm2 = (w * u).sum(-1), (w * w).sum(-1)
-    slope = softplus(alpha + c, threshold=40)                # 1 + m(alpha) > 0; the default threshold, 20, is exact to ten digits only
+    slope = softplus(alpha + c)                              # 1 + m(alpha) > 0
     fade = (norm2 / TINY).clamp(max=1)                       # 1, but for a vanishing w
     u_hat = u + ((slope - 1 - alpha) / norm2.clamp(min=TINY))[..., None] * w
     return u_hat, fade * slope + (1 - fade) * (1 + alpha)
@@ -25,7 +24,7 @@ def constrain(u, w, c):
 # %% ../../nbs/01_flows/15_planar.ipynb #38895284
 def log_slope(h, slope):
     "`log(1 + (1 - h^2) m)` with `slope = 1 + m`, as the logarithm of a sum of non-negative terms."
-    return (h * h + (1 - h * h) * slope).log()
+    return (h * h + (1 - h * h) * slope.clamp(min=torch.finfo(slope.dtype).tiny)).log()
 
 # %% ../../nbs/01_flows/15_planar.ipynb #1acc0aac
 def solve_slope(target, slope, rounds=40):
@@ -46,7 +45,7 @@ def solve_slope(target, slope, rounds=40):
 # %% ../../nbs/01_flows/15_planar.ipynb #46d1c19c
 def slow_head(length):
     "The rate of an amortised head relative to the other weights, for a stack of `length` layers."
-    return .1 * math.sqrt(10 / max(length, 1))
+    return .1 * math.sqrt(10 / check_int("length", length))
 
 def planar_stack(z, layers, slope):
     "`z` through all `layers` (dicts of `u_hat`, `w`, `b`), and the sum of their log-dets; `slope`: `(..., K)`."

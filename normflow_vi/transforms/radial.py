@@ -7,8 +7,7 @@ __all__ = ['CONSTRAINTS', 'FLOOR', 'stretches', 'lengths', 'distance', 'solve_ra
 
 # %% ../../nbs/01_flows/16_radial.ipynb #3e288cbf
 import math, torch
-from torch.nn.functional import softplus
-from .base import Transform, check_choice
+from .base import Transform, check_choice, softplus
 from .planar import slow_head
 
 # %% ../../nbs/01_flows/16_radial.ipynb #e7f1b296
@@ -23,8 +22,7 @@ FLOOR = 1e-12                                                # shortest length a
 
 def lengths(a, b, constraint):
     "`(alpha, m)`, both positive, from free numbers: Rezende & Mohamed 2015, appendix A.2, with `beta_hat = m - alpha`."
-    def positive(x): return softplus(x, threshold=40) + FLOOR                                # the default threshold, 20, is exact to ten digits only
-    return positive(a), positive(a + b if constraint == "identity" else b)
+    return softplus(a) + FLOOR, softplus(a + b if constraint == "identity" else b) + FLOOR
 
 # %% ../../nbs/01_flows/16_radial.ipynb #58f5bb8a
 def distance(d):

@@ -8,8 +8,8 @@ __all__ = ['FLOOR', 'OFFSET', 'knots', 'ends', 'place', 'curve', 'uncurve', 'cli
 
 # %% ../../nbs/04_cif/05_spline.ipynb #4a3c0753
 import math, torch
-from torch.nn.functional import pad, softplus
-from .base import check_int, check_positive
+from torch.nn.functional import pad
+from .base import check_int, check_positive, softplus
 from .laws import Law
 
 # %% ../../nbs/04_cif/05_spline.ipynb #6159f4bb
@@ -21,7 +21,7 @@ def knots(theta, bins, bound):
     shares = FLOOR + (1 - FLOOR * bins) * theta[..., :2 * bins].unflatten(-1, (2, bins)).softmax(-1)
     inner = bound * (2 * shares[..., :-1].cumsum(-1) - 1)
     places = pad(pad(inner, (1, 0), value=-bound), (0, 1), value=bound)
-    slopes = pad(softplus(theta[..., 2 * bins:] + OFFSET, threshold=40) + FLOOR, (1, 1), value=1.)         # the default threshold, 20, costs six digits of float64
+    slopes = pad(softplus(theta[..., 2 * bins:] + OFFSET) + FLOOR, (1, 1), value=1.)
     return torch.cat([places, slopes[..., None, :]], -2)
 
 # %% ../../nbs/04_cif/05_spline.ipynb #2a7ca3cf

@@ -80,7 +80,7 @@ class Sylvester(Transform):
     """
     inverse_kind, derived_axis = "iterative", {"q": -3, "r": -3, "r_tilde": -3, "A": -3, "B": -3, "slope": -2}
     def __init__(self, dim, length=1, context_dim=None, kind="orthogonal", bottleneck=None, reflections=None, constraint="identity"):
-        self.bottleneck, self.reflections = sizes(dim, kind, bottleneck, reflections)
+        self.kind, (self.bottleneck, self.reflections) = kind, sizes(dim, kind, bottleneck, reflections)
         self.constraint, self.head_scale = check_choice("constraint", constraint, CONSTRAINTS), slow_head(length)
         super().__init__(dim, length, context_dim)
 
@@ -89,7 +89,7 @@ class Sylvester(Transform):
         rest = {name: torch.empty(self.length, *size).uniform_(-bound, bound) for name, size in {"square": (M, M), "diagonal": (M,), "b": (M,)}.items()}
         return {"v": torch.randn(self.length, self.reflections, self.dim)} | rest
 
-    def extra_repr(self): return f"{super().extra_repr()}, bottleneck={self.bottleneck}, reflections={self.reflections}, constraint={self.constraint!r}"
+    def extra_repr(self): return f"{super().extra_repr()}, kind={self.kind!r}, bottleneck={self.bottleneck}, reflections={self.reflections}, constraint={self.constraint!r}"
     def prepare(self, **free): return matrices(constraint=self.constraint, **free)
     def push_stack(self, z, slope, **tensors): return sylvester_stack(z, self.unstacked(tensors), slope)
     def pull(self, y, q, r, r_tilde, A, B, b, slope):

@@ -1,0 +1,64 @@
+"""What several test files share: bugs to plant, drawn layers, and numbers of any number of digits."""
+import inspect
+import pkgutil
+import textwrap
+
+import mpmath
+import pytest
+import torch
+from torch.func import functional_call, vmap
+
+from normflow_vi.cases import CASES
+from normflow_vi.contract import Case, Direction, drawn
+
+CASE = {case.name: case for case in CASES}
+
+scales = pytest.mark.parametrize("scale", [1., 10., 100.])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+many_draws = pytest.mark.parametrize("draws", [2000, pytest.param(100_000, marks=pytest.mark.full)])
+
+
+def plant(monkeypatch, place, found, wrong):
+    """Replace the piece `found` of the source of a function under `normflow_vi.transforms`, which must occur once in it, by `wrong`, wherever the function is in use."""
+    function = pkgutil.resolve_name(f"normflow_vi.transforms.{place}")
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(found) == 1, f"{place}: {found!r} occurs {source.count(found)} times"
+    scope = {}
+    exec(compile("class Planted:\n" + textwrap.indent(source.replace(found, wrong), "    "), "planted", "exec"), scope)          # in a class: `super()` keeps its meaning
+    monkeypatch.setattr(function, "__code__", vars(scope["Planted"])[function.__name__].__code__)
+
+
+def moved(transform, scale=1., jitter=.3, dtype=torch.float64):
+    "A transform whose parameters are drawn anew, as the kit draws them."
+    return drawn(Case("", lambda *sizes: transform, jitter=jitter), transform.dim, scale=scale, dtype=dtype)
+
+
+def emitting(make, draws, scale, dtype, **given):
+    "A layer `make(context_dim)` whose head passes on its context, and such a context: a draw of its tensors a row, `scale` times standard normals but for those `given`."
+    initial = make(None).initial()
+    context = torch.cat([given.get(name, scale * torch.randn(draws, *value.shape, dtype=dtype)).flatten(1) for name, value in initial.items()], 1)
+    transform = make(context.shape[1]).to(dtype).eval()
+    with torch.no_grad(): transform.source.linear.weight.copy_(torch.eye(context.shape[1]) / transform.head_scale); transform.source.linear.bias.zero_()
+    return transform, context
+
+
+def tensors_of(transform, draws, scale, dtype):
+    "Draws of all parameters of a transform: `{name: (draws, ...)}`."
+    return {name: scale * torch.randn(draws, *p.shape, dtype=dtype) for name, p in transform.named_parameters()}
+
+
+def over_draws(transform, tensors, value, name="forward"):
+    "The method `name` of a transform under each draw of `tensors`, at its own `value`."
+    def call(tensors, value): return functional_call(Direction(transform, name), {f"transform.{key}": t for key, t in tensors.items()}, (value,))
+    return vmap(call, randomness="different")(tensors, value)
+
+
+def exact(value):
+    "A tensor as nested lists of numbers of any number of digits."
+    return [exact(v) for v in value] if value.dim() else mpmath.mpf(value.item())
+
+
+def near(found, expected, tolerance=1e-10):
+    "Whether `|found - expected| <= tolerance (1 + |expected|)`, for a tensor and a number, or tensors and lists of numbers."
+    if isinstance(expected, list): return len(found) == len(expected) and all(near(f, e, tolerance) for f, e in zip(found, expected))
+    return abs(found.item() - expected) <= tolerance * (1 + abs(expected))
