@@ -118,3 +118,22 @@ def test_the_same_seed_gives_the_same_fit_whatever_the_base():
         q = Flow(Affine(2), base=Independent(Normal(torch.zeros(2), torch.ones(2)), 1))
         results.append(fit(q, log_density=lambda z: -.5 * (z - 1).square().sum(-1), steps=20, draws=8, evaluation_draws=50).elbo.value)
     assert torch.equal(*results)
+
+
+def test_a_base_that_only_bounds_its_density_keeps_the_bound_a_bound():
+    "Draws and log-weights of a continuously-indexed base come from one pass; its `log_prob` at those draws would be another draw of a lower bound."
+    from normflow_vi.flows import CIF
+    q = Flow(Affine(2), base=Flow(CIF(2, 2, hidden=(8,), index_hidden=(4,))))
+    with torch.no_grad():
+        for parameter in q.parameters(): parameter.add_(.15 * torch.randn_like(parameter))
+        z, log_q = q.rsample_and_log_prob((100_000,))
+    weights = (-.5 * z.square().sum(-1) - torch.log(torch.tensor(2 * torch.pi)) - log_q).exp()
+    assert abs(weights.mean() - 1) <= 3 * weights.std() / 100_000 ** .5
+    with torch.no_grad(): q.transform.source.shift.fill_(1.)
+    assert q.sample(5).shape == (5, 2)
+
+
+def test_what_is_no_base():
+    import pytest
+    with pytest.raises(ValueError, match="context_dim=3"): Flow(Affine(2), base=Flow(Affine(2, context_dim=3)))
+    with pytest.raises(TypeError, match="transform"): Flow(Affine)
