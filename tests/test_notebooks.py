@@ -106,11 +106,29 @@ def test_an_edited_module_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(AssertionError): test_the_package_is_what_the_notebooks_export(tmp_path/"again")
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT/"nbs")))
-def test_library_notebook_runs(path):
-    command = Path(sys.executable).parent/"nbdev-test"
-    done = subprocess.run([command, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+# Pages of the engine change folders, signals and environments: each in a process of its own. Of the others six share one, and import torch once.
+ENGINE = [path for path in LIBRARY if path.parent.name == "90_engine"]
+OTHERS = [path for path in LIBRARY if path not in ENGINE]
+GROUPS = [[path] for path in ENGINE] + [OTHERS[i:i + 6] for i in range(0, len(OTHERS), 6)]
+RUN = "import sys; from nbdev.test import test_nb; sys.exit(' '.join(path for path in sys.argv[1:] if not test_nb(path)[0]) or 0)"
+
+
+@pytest.mark.parametrize("paths", GROUPS, ids=lambda paths: f"{paths[0].relative_to(ROOT/'nbs')}, {len(paths)}")
+def test_library_notebooks_run(paths):
+    """As nbdev-test runs them; the names of those that fail come last."""
+    done = subprocess.run([sys.executable, "-c", RUN, *map(str, paths)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def test_a_page_that_fails_is_named(tmp_path):
+    """The check above can fail."""
+    good = OTHERS[0]
+    bad = tmp_path/"bad.ipynb"
+    book = json.loads(good.read_text())
+    next(cell for cell in book["cells"] if cell["cell_type"] == "code" and not is_export(cell))["source"] = ["assert False"]
+    bad.write_text(json.dumps(book))
+    done = subprocess.run([sys.executable, "-c", RUN, str(bad), str(good)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode and done.stderr.strip().endswith(str(bad))
 
 
 def test_settings_of_notebook_tools():
