@@ -17,6 +17,7 @@ from harness import interleaved, report
 import torch
 
 from normflow_vi.transforms.autoregressive import MaskedAutoregressive
+from normflow_vi.transforms.base import fetch
 from normflow_vi.transforms.conditioner import network
 from normflow_vi.transforms import stagewise
 
@@ -38,9 +39,8 @@ def in_torch(model=maf, z=z):
 
 def passes(model=maf, z=z):
     """The oracle: the whole network once for each variable."""
-    tensors, total = model.masked("closed form", model.source() | {"sequence": model.sequence}), 0.
-    tensors = {name: tensor.to(z.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    for layer in model.unstacked(tensors):
+    total = 0.
+    for layer in model.unstacked(model.masked("closed form", fetch(model, None, z.dtype))):
         x = torch.zeros_like(z)
         for i in layer["sequence"].tolist():
             theta = network(x, layer).unflatten(-1, (model.dim, 2))

@@ -10,7 +10,7 @@ __all__ = ['SMALL', 'BITWISE', 'JUMPS', 'LINEAR', 'RESIDUAL', 'OVERFLOWS', 'COUP
 import torch
 from .contract import Case, contexts
 from .transforms import *
-from .transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
+from .transforms.factories import IAF, MAF, NICE, NSF, RealNVP
 from .transforms.laws import Gate
 
 SMALL = dict(hidden=(8, 8), activation="tanh")

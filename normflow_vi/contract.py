@@ -38,7 +38,7 @@ def drawn(case, dim, length=3, context_dim=None, scale=1., dtype=torch.float64):
     transform = case.make(dim, length, context_dim).to(dtype).eval()
     with torch.no_grad():
         for parameter in transform.parameters():
-            size = parameter.abs().mean() if parameter.numel() and parameter.any() else 1.
+            size = parameter.abs().mean() if parameter.any() else 1.
             parameter.copy_(scale * (parameter + case.jitter * size * torch.randn_like(parameter)))
     return transform
 

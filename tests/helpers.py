@@ -28,6 +28,13 @@ def plant(monkeypatch, place, found, wrong):
     monkeypatch.setattr(function, "__code__", vars(scope["Planted"])[function.__name__].__code__)
 
 
+def caught(monkeypatch, check, place, found, wrong):
+    "Assert that `check` passes as things are, and fails with the piece `found` of `place` replaced by `wrong`."
+    check()
+    plant(monkeypatch, place, found, wrong)
+    with pytest.raises(AssertionError): check()
+
+
 def moved(transform, scale=1., jitter=.3, dtype=torch.float64):
     "A transform whose parameters are drawn anew, as the kit draws them."
     return drawn(Case("", lambda *sizes: transform, jitter=jitter), transform.dim, scale=scale, dtype=dtype)

@@ -8,7 +8,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from normflow_vi import Flow, transforms
 from normflow_vi.cases import CASES
-from normflow_vi.contract import C, CHECKS, Case, Direction, drawn
+from normflow_vi.contract import C, CHECKS, Case, Direction, drawn, stacked
 from normflow_vi.transforms import *
 from normflow_vi.transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
@@ -39,15 +39,12 @@ def test_flows_are_batched_over_runs_too():
     "Density and draws, the latter with one generator for all runs."
     case = Case("chain", lambda dim, length, context_dim: Chain(Affine(dim), Planar(dim, length)))
     runs = [Flow(drawn(case, 3)).double() for _ in range(3)]
-    parameters, buffers = stack_module_state(runs)
-    def call(name, p, b, *args, **more):
-        renamed = [{f"transform.{k}": v for k, v in tensors.items()} for tensors in (p, b)]
-        return functional_call(Direction(runs[0], name), tuple(renamed), args, more)
     x = torch.randn(7, 3, dtype=torch.float64)
-    log_q = vmap(lambda p, b: call("log_prob", p, b, x))(parameters, buffers)
+    log_q = stacked(runs, "log_prob")(x.expand(3, 7, 3))
     assert all(torch.allclose(log_q[r], run.log_prob(x), atol=1e-10) for r, run in enumerate(runs))
-    draw = vmap(lambda p, b: call("rsample_and_log_prob", p, b, (5,), generator=torch.Generator().manual_seed(0)), randomness="different")
-    z, log_q = draw(parameters, buffers)
+    drawing = [Direction(run, "rsample_and_log_prob") for run in runs]
+    def draw(p, b): return functional_call(drawing[0], (p, b), ((5,),), {"generator": torch.Generator().manual_seed(0)})
+    z, log_q = vmap(draw, randomness="different")(*stack_module_state(drawing))
     assert all(torch.allclose(run.log_prob(z[r]), log_q[r], atol=1e-6) for r, run in enumerate(runs)) and not torch.allclose(z[0], z[1])
 
 

@@ -13,14 +13,17 @@ from dataclasses import dataclass, field
 # %% ../../nbs/90_engine/45_experiments.ipynb #b0b21d95
 @dataclass(frozen=True)
 class Experiment:
-    "An experiment of the report. `parameters`: {name: (type, low, high)} or {name: allowed values} of further notebook parameters."
+    """An experiment of the report. `parameters`: {name: (type, low, high)} or {name: allowed values} of further notebook parameters.
+
+    One without `plan`, `train` and `rows` only draws its notebook: nothing to train, no row of a published table.
+    """
     name: str
     chapter: str                                   # the folder in nbs, "02_vae_nf"
     notebook: str                                  # the notebook that draws its figures, "nbs/02_vae_nf/20_mnist.ipynb"
     products: tuple                                # the files which that notebook must leave in its output folder
-    plan: Callable                                 # plan(profile, data="auto") -> list of Run
-    train: Callable                                # train(runs of one shape, folder, device, progress) -> list of Record
-    rows: Callable                                 # rows(store) -> list of Measured
+    plan: Callable = lambda profile, data="auto": []                      # -> list of Run
+    train: Callable = lambda runs, folder, device, progress: []           # (runs of one shape, ...) -> list of Record
+    rows: Callable = lambda store: []                                     # -> list of Measured
     engine: str = "auto"
     trainer: Callable | None = None                # trainer(runs of one shape, device) -> Trainer, for the engine to be measured
     parameters: dict = field(default_factory=dict)
@@ -55,4 +58,5 @@ def get(name):
 
 def module_of(name):
     "The name of the module that defines the experiment called `name`."
-    return next(m for m in modules() if get(name) in defined_in(m))
+    experiment = get(name)
+    return next(m for m in modules() if experiment in defined_in(m))

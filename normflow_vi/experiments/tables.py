@@ -8,5 +8,4 @@ __all__ = ['experiment']
 # %% ../../nbs/06_mnist_results/05_tables_plan.ipynb #343361f2
 from . import Experiment
 
-experiment = Experiment("tables", "06_mnist_results", "nbs/06_mnist_results/10_tables.ipynb", ("status.csv",), plan=lambda profile, data="auto": [],
-                        train=lambda runs, folder, device, progress: [], rows=lambda store: [])
+experiment = Experiment("tables", "06_mnist_results", "nbs/06_mnist_results/10_tables.ipynb", ("status.csv",))

@@ -12,8 +12,7 @@ CHAPTER = "00_theory"
 
 def page(name, stem, *products):
     "The experiment that draws `nbs/00_theory/STEM.ipynb`: an empty plan, nothing to train, no row of a published table."
-    return Experiment(name, CHAPTER, f"nbs/{CHAPTER}/{stem}.ipynb", products, plan=lambda profile, data="auto": [],
-                      train=lambda runs, folder, device, progress: [], rows=lambda store: [])
+    return Experiment(name, CHAPTER, f"nbs/{CHAPTER}/{stem}.ipynb", products)
 
 # %% ../../nbs/00_theory/60_theory_plan.ipynb #621cbda9
 experiments = (page("modelling", "00_modelling", "modelling_fit.png", "modelling_posterior.png"),
