@@ -14,7 +14,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), once (a minute or more)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt torch setuptools
-	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[fast,report,dev]"
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e ".[fast,arviz,report,dev]"
 	@touch $@
 
 reproduce: setup

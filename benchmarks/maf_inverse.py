@@ -11,15 +11,14 @@ D passes in double precision.
 """
 import argparse
 import sys
-import unittest.mock
 
-from harness import interleaved, report
+from harness import interleaved, report, torch_only
 import torch
 
 from normflow_vi.transforms.autoregressive import MaskedAutoregressive
 from normflow_vi.transforms.base import fetch
 from normflow_vi.transforms.conditioner import network
-from normflow_vi.transforms import stagewise
+from normflow_vi.transforms.kernels import has_numba
 
 parser = argparse.ArgumentParser(description="time the slow direction of a masked autoregressive flow")
 parser.add_argument("--peers", help="folder with nflows and zuko")
@@ -32,9 +31,7 @@ torch.manual_seed(0)
 maf, z = MaskedAutoregressive(given.dim, given.blocks, hidden=(given.width,)), torch.randn(given.batch, given.dim)
 
 
-def in_torch(model=maf, z=z):
-    """The reference: the same stages without the kernel."""
-    with unittest.mock.patch.object(stagewise, "compiled", lambda: None): return model.forward(z)
+in_torch = torch_only(lambda model=maf, z=z: model.forward(z))          # the same stages without the kernel
 
 
 def passes(model=maf, z=z):
@@ -70,7 +67,7 @@ with torch.no_grad():
         try: slow, fast = build()
         except ImportError as missing: print(f"without {name}: {missing}"); continue
         candidates[name], residuals[name] = lambda slow=slow: slow(z), fast(slow(z)) - z
-    if stagewise.compiled() is None: print("without numba: the kernel is the torch reference")
+    if not has_numba(): print("without numba: the kernel is the torch reference")
     found = interleaved(candidates, given.rounds, warmup=1)
     found["ours, kernel"] = tuple(milliseconds / TURN for milliseconds in found["ours, kernel"])
     report(f"MAF, {given.blocks} blocks, D = {given.dim}, hidden ({given.width},), batch {given.batch}, float32, one thread", found)

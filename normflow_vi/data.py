@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['log', 'SOURCES', 'BROKEN', 'PACKED', 'AMAT', 'CIFAR_IDX', 'CONNECT_SECONDS', 'STALL_SECONDS', 'SLOWEST',
-           'DIGITS_SHA256', 'BINARIZE', 'NAMES', 'SPLIT_RULE', 'DataError', 'DataNotFound', 'refused', 'File', 'Layout',
-           'Source', 'content_hash', 'canonical', 'fixed_order', 'known_files', 'diagnosis', 'verify', 'decoding',
-           'bounded', 'read_idx', 'read_amat', 'read_packed', 'unpacked', 'read_npy', 'from_records', 'from_pickle',
-           'batch', 'read_batch', 'read_tar', 'idx_layout', 'cifar_layouts', 'places', 'held', 'found_here', 'answer',
-           'receive', 'fetch', 'download_to', 'find', 'decode', 'with_validation', 'digits', 'thresholds', 'bernoulli',
-           'to_pixels', 'Split', 'Data', 'check_choice', 'source_of', 'content_sha256', 'resolve', 'load_data',
-           'titled', 'image_set', 'resident', 'Order', 'Batches', 'check_fits']
+           'DIGITS_SHA256', 'STEP', 'MIX_1', 'MIX_2', 'BINARIZE', 'NAMES', 'SPLIT_RULE', 'DataError', 'DataNotFound',
+           'refused', 'File', 'Layout', 'Source', 'content_hash', 'canonical', 'fixed_order', 'known_files',
+           'diagnosis', 'verify', 'decoding', 'bounded', 'read_idx', 'read_amat', 'read_packed', 'unpacked', 'read_npy',
+           'from_records', 'from_pickle', 'batch', 'read_batch', 'read_tar', 'idx_layout', 'cifar_layouts', 'places',
+           'held', 'found_here', 'answer', 'receive', 'fetch', 'download_to', 'find', 'decode', 'with_validation',
+           'digits', 'thresholds', 'words', 'bernoulli_torch', 'bernoulli_kernel', 'compiled', 'bernoulli', 'to_pixels',
+           'Split', 'Data', 'check_choice', 'source_of', 'content_sha256', 'resolve', 'load_data', 'titled',
+           'image_set', 'resident', 'Order', 'Batches', 'check_fits']
 
 # %% ../nbs/90_engine/10_data.ipynb #2af23aeb
-import gzip, hashlib, http.client, io, logging, lzma, math, os, pickletools, secrets, struct, tarfile, threading, time
+import functools, gzip, hashlib, http.client, io, logging, lzma, math, os, pickletools, secrets, struct, tarfile, threading, time
 import urllib.request, zipfile, zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import numpy as np, torch
 
 from .files import Busy, exclusive, sha256, sync_folder
 from .settings import project_root
+from .transforms.kernels import fits, machine_code
 
 log = logging.getLogger("normflow_vi")
 
@@ -446,10 +448,45 @@ def thresholds(pixels):
     grey = pixels.int()
     return torch.add((grey - 128) * 2**24, grey, alpha=65793)
 
+# %% ../nbs/90_engine/10_data.ipynb #93dfb67f
+STEP, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+def words(count, key):
+    "`count` uniform 32-bit integers as int32 from a key, an int64 tensor `()`; Steele et al. 2014."
+    def signed(word): return word - 2**64 if word >= 2**63 else word
+    def folded(x, shift): return x ^ (x >> shift & (1 << 64 - shift) - 1)                        # torch shifts the sign in
+    x = key + torch.arange(1, 1 + -(-count // 2), device=key.device) * signed(STEP)
+    x = folded(folded(x, 30) * signed(MIX_1), 27) * signed(MIX_2)
+    return folded(x, 31).view(torch.int32)[:count]
+
+# %% ../nbs/90_engine/10_data.ipynb #6bbae5cf
+def bernoulli_torch(pixels, key):
+    "1 where a word falls below the threshold, else 0, as float32."
+    return (words(pixels.numel(), key).view(pixels.shape) < thresholds(pixels)).float()
+
+def bernoulli_kernel(pixels, key, out):
+    "`bernoulli_torch` for flat `pixels`, into `out`; the key is a uint64."
+    step, mix_1, mix_2 = np.uint64(STEP), np.uint64(MIX_1), np.uint64(MIX_2)
+    for i in range(len(pixels)):
+        x = key + np.uint64((i >> 1) + 1) * step
+        x = (x ^ (x >> np.uint64(30))) * mix_1
+        x = (x ^ (x >> np.uint64(27))) * mix_2
+        x = x ^ (x >> np.uint64(31))
+        word = np.uint32((x >> np.uint64(32 * (i & 1))) & np.uint64(0xFFFFFFFF)) ^ np.uint32(0x80000000)           # shifted by 2^31, as the threshold is
+        out[i] = np.float32(word < np.uint32(pixels[i]) * np.uint32(16843009))
+
+# %% ../nbs/90_engine/10_data.ipynb #2abf3187
+@functools.cache
+def compiled(): return machine_code(bernoulli_kernel)
+
 def bernoulli(pixels, generator):
-    "1 with probability `pixels / 255`, else 0, as a bool tensor of the shape of `pixels` (uint8)."
-    words = torch.empty(-(-pixels.numel() // 2), dtype=torch.int64, device=pixels.device).random_(-2**63, None, generator=generator)
-    return words.view(torch.int32)[:pixels.numel()].view(pixels.shape) < thresholds(pixels)
+    "1 with probability `pixels / 255`, else 0, as float32 of the shape of `pixels` (uint8); one number is drawn from a generator of the CPU."
+    def drawn(size): return torch.empty(size, dtype=torch.int64, device=pixels.device).random_(-2**63, None, generator=generator)
+    if pixels.device.type != "cpu": return (drawn(-(-pixels.numel() // 2)).view(torch.int32)[:pixels.numel()].view(pixels.shape) < thresholds(pixels)).float()
+    key, out = drawn(()), torch.empty(pixels.shape, dtype=torch.float32)
+    if not fits(out, rules=False): return bernoulli_torch(pixels, key)
+    compiled()(pixels.contiguous().view(-1).numpy(), np.uint64(key.item() % 2**64), out.view(-1).numpy())
+    return out
 
 # %% ../nbs/90_engine/10_data.ipynb #70329b77
 BINARIZE = ("none", "static", "dynamic", "threshold")
@@ -458,7 +495,7 @@ def to_pixels(images, binarize, generator=None):
     "Float32 images in {0, 1}, or in [0, 1] for `none`, from resident uint8 ones; `dynamic` needs a generator."
     if binarize == "dynamic":
         if generator is None: raise ValueError("binarize='dynamic' draws its pixels: generator=None is not allowed here")
-        return bernoulli(images, generator).float()
+        return bernoulli(images, generator)
     if binarize == "threshold": return (images > 127).float()
     return images.float() if binarize == "static" else images.float() / 255
 

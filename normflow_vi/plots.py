@@ -9,7 +9,8 @@ __all__ = ['FAMILY_COLOURS', 'PART_STYLES', 'colour', 'show_density', 'show_imag
 from pathlib import Path
 from .files import atomic_write
 
-FAMILY_COLOURS = {"diagonal": "#666666", "planar": "#1f77b4", "radial": "#ff7f0e", "nice": "#2ca02c", "iaf": "#9467bd",
+FAMILY_COLOURS = {"diagonal": "#666666", "planar": "#1f77b4", "radial": "#ff7f0e", "nice": "#2ca02c", "nice-ortho": "#2ca02c", "nice-perm": "#a2c523",
+                  "realnvp": "#e377c2", "iaf": "#9467bd",
                   "nsf": "#8c564b", "cif": "#d62728", "target": "#000000"}
 PART_STYLES = {"train": ":", "valid": "--", "test": "-"}     # one line style a part of the data
 

@@ -72,7 +72,11 @@ class Run(_Fields):
     @property
     def slug(self): return f"{self.flow}-{self.length}-seed{self.seed}-{self.profile}-{self.key}"
     @property
-    def shape(self): return tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "seed")
+    def shape(self): return self.without(("seed",))
+    def without(self, names):
+        "All fields but those called `names`, as items; `ValueError` for a name that no field has."
+        if unknown := set(names) - {f.name for f in fields(self)}: raise ValueError(f"run: there is no field {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in fields(self))}")
+        return tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in names)
     @classmethod
     def from_dict(cls, d):
         names = {f.name for f in fields(cls)}
@@ -270,8 +274,10 @@ class Store:
     """
     def __init__(self, roots=None, damaged=None):
         self.roots, self.damaged = [Path(r) for r in ([records_root("paper")] if roots is None else roots)], damaged
-    def _folders(self, experiment, name):
-        return [path.parent for root in self.roots for path in sorted((root/experiment).glob(f"[!.]*/{name}"))]
+    def _folders(self, experiment, name, match={}):
+        "The folders that hold a file `name`, without those whose own name shows that they do not `match` (it begins with flow, length, seed and profile)."
+        flow, length, seed, profile = (match.get(part, "*") for part in ("flow", "length", "seed", "profile"))
+        return [path.parent for root in self.roots for path in sorted((root/experiment).glob(f"{flow}-{length}-seed{seed}-{profile}-*/{name}")) if path.parent.name[0] != "."]
     def find(self, run): return _find(self, run)
     def best(self, experiment, **match): return _best(self, experiment, match)
     def best_over(self, experiment, name, values, **match): return _best(self, experiment, match, name, values)
@@ -293,7 +299,7 @@ def _find(store, run):
 def _groups(store, experiment, match):
     "The groups of runs that match, as lists of `(run, when it was finished, folder)`, the best first."
     groups = {}
-    for folder in store._folders(experiment, "record.json"):
+    for folder in store._folders(experiment, "record.json", match):
         d = store._intact(_header, folder)
         if d and matches(d["run"], match): groups.setdefault(_group(d["run"]), []).append((d["run"], str(d["info"].get("finished", "")), folder))
     return sorted(groups.values(), key=lambda g: _rank([run for run, _, _ in g], max(finished for _, finished, _ in g)), reverse=True)
@@ -325,7 +331,7 @@ def _noted(folder):
 
 def _failed(store, experiment, match):
     "`Store.failed`: the runs that match, have failed, and have no record."
-    folders = [f for f in store._folders(experiment, "failed.json") if not (f/"record.json").exists()]
+    folders = [f for f in store._folders(experiment, "failed.json", match) if not (f/"record.json").exists()]
     return [run for f in folders if (run := store._intact(_noted, f)) and matches(run, match)]
 
 # %% ../nbs/90_engine/40_records.ipynb #73c29a1a
@@ -345,6 +351,7 @@ class Measured:
     profile: str
     shortened: bool
     data: str = ""                     # the published list's data set; needed where one model was measured on several
+    comparable: bool = True            # whether the two levels mean the same; else the row is shown and not judged
     codes: tuple = ()                  # the records' `code_sha256`
     earlier_code: bool = False         # set by whoever knows the present code
 
@@ -360,7 +367,7 @@ def device_name(info):
     name = str(info.get("device", "?"))
     return "cpu" if name.startswith("cpu") else name
 
-def measured(store, records, name, *, source, item, row, metric="", data="", shortened=True):
+def measured(store, records, name, *, source, item, row, metric="", data="", shortened=True, comparable=True):
     "A `Measured` from the records of one shape, or `None` without records."
     if not records: return None
     if len({r.run.shape for r in records}) > 1: raise ValueError(f"{item}, {row}: records of {len({r.run.shape for r in records})} shapes would be averaged")
@@ -368,10 +375,10 @@ def measured(store, records, name, *, source, item, row, metric="", data="", sho
     failed = store.failed(run.experiment, **{k: v for k, v in run.to_dict().items() if k not in ("experiment", "seed", "budget")})
     return Measured(source, item, row, metric, value, se, tuple(r.run.seed for r in records), sum(f.shape == run.shape for f in failed),
                     dict(run.budget).get("updates"), "+".join(sorted({device_name(r.info) for r in records})), run.profile, shortened, data,
-                    tuple(r.info.get("code_sha256") for r in records))
+                    comparable, tuple(r.info.get("code_sha256") for r in records))
 
 # %% ../nbs/90_engine/40_records.ipynb #2b3a1331
-VERDICTS = ("reproduced", "better", "worse", "shortened", "unconfirmed source", "no published number", "published only", "out of budget")
+VERDICTS = ("reproduced", "better", "worse", "shortened", "not comparable", "unconfirmed source", "no published number", "published only", "out of budget")
 
 _LOWER, _HIGHER = ("-ln ", "f ", "f(", "f=", "kl", "negative elbo", "variational bound as plotted", "seconds", "free energy"), ("log p", "vlb", "elbo", "marginal log", "accuracy")
 
@@ -383,10 +390,11 @@ def lower_is_better(metric):
     raise ValueError(f"metric={metric!r}: whether lower is better is known for names that begin with {', '.join(_LOWER + _HIGHER)}, and for bits/dim")
 
 # %% ../nbs/90_engine/40_records.ipynb #b2abf8b1
-def verdict(metric, published, published_se, value, se, *, shortened=False, confirmed=True, affordable=True):
+def verdict(metric, published, published_se, value, se, *, shortened=False, comparable=True, confirmed=True, affordable=True):
     "One of `VERDICTS` for a published number and ours (`None` where there is none); errors are standard errors in the metric's unit."
     if value is None: return "published only" if affordable else "out of budget"
     if published is None: return "no published number"
+    if not comparable: return "not comparable"
     if shortened: return "shortened"
     if not confirmed: return "unconfirmed source"
     if published_se is not None: allowed = 2 * math.hypot(se or 0, published_se)

@@ -90,7 +90,7 @@ def check_notebook(notebook, parameters, rules=None):
 def work_folder(runs):
     "Where a unit of runs keeps its log and checkpoints."
     first, keys = runs[0], "".join(run.key for run in runs)
-    name = first.slug if len(runs) == 1 else f"{first.flow}-{first.length}-{len(runs)}seeds-{first.profile}-{sha256(keys.encode())[:12]}"
+    name = first.slug if len(runs) == 1 else f"{first.flow}-{first.length}-{len(runs)}runs-{first.profile}-{sha256(keys.encode())[:12]}"
     return project_root()/"runs"/first.profile/first.experiment/name
 
 def write_unit(runs, device, retrain=False, path=None):
@@ -104,9 +104,10 @@ def read_unit(path):
     try:
         unit = json.loads(Path(path).read_text())
         runs = [Run.from_dict(d) for d in unit["runs"]]
-        if len({run.shape for run in runs}) != 1: raise ValueError("its runs must have one shape")
+        experiment = experiments.get(runs[0].experiment)
+        if len(experiments.programs(experiment, runs)) != 1: raise ValueError(f"its runs may differ in {' and '.join(experiment.together)} only")
         return runs, unit["device"], bool(unit.get("retrain", False))
-    except (OSError, KeyError, TypeError, ValueError) as e: raise ValueError(f"{path} is not a file of runs: {e}") from None
+    except (OSError, LookupError, TypeError, ValueError) as e: raise ValueError(f"{path} is not a file of runs: {e}") from None
 
 # %% ../nbs/90_engine/50_runner.ipynb #91707881
 def watch_parent(grace=60):
@@ -151,7 +152,8 @@ def _train(runs, device, folder, retrain):
     records = experiments.get(runs[0].experiment).train(runs, checkpoints, device, ProgressFile(folder/"progress.json"))
     if [r.run for r in records] != list(runs): raise ValueError(f"training returned {len(records)} records, not one for each of the {len(runs)} runs in order")
     info = information(threads=torch.get_num_threads(), seconds=round(time.monotonic() - start, 2), code_sha256=code,
-                       engine="batched" if len(runs) > 1 else "process", seeds=[run.seed for run in runs])   # batched seeds share one random stream
+                       engine="batched" if len(runs) > 1 else "process", seeds=sorted({run.seed for run in runs}),   # batched runs share one random stream
+                       models=sorted({run.model for run in runs}))
     made_on = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "hardware": platform.machine()}
     for r in records: Record(r.run, r.values, r.arrays, info | r.info | made_on).save(root)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -267,22 +269,22 @@ def stop(processes, grace=30):
 class RunsFailed(RuntimeError):
     "Some runs failed; the message names them. The records of the others are kept."
 
-def batched(experiment, seeds, device):
-    "Whether runs that differ in their seeds train as one program: as the experiment says, as it was begun, or as measures faster here."
+def batched(experiment, runs, device):
+    "Whether runs that can train as one program do: as the experiment says, as it was begun, or as measures faster here."
     if experiment.engine != "auto": return experiment.engine == "batched"
-    if len(seeds) == 1 or work_folder(seeds).exists(): return True
-    if any(work_folder([run]).exists() for run in seeds): return False
+    if len(runs) == 1 or work_folder(runs).exists(): return True
+    if any(work_folder([run]).exists() for run in runs): return False
     if experiment.trainer is None: return device == "cuda"
     from normflow_vi.training import choose_engine
-    choice = choose_engine(lambda some: experiment.trainer(seeds[:len(some)], device), [run.seed for run in seeds], slots(device))
+    choice = choose_engine(lambda some: experiment.trainer(runs[:len(some)], device), [run.seed for run in runs], slots(device))
     return choice.name == "batched"
 
 def units(runs, device):
-    "Runs grouped into what one worker trains: all seeds of a shape if they train as one program, else one run each; long flows first."
-    shapes = {}
-    for run in runs: shapes.setdefault(run.shape, []).append(run)
-    together = {shape: batched(experiments.get(seeds[0].experiment), seeds, device) for shape, seeds in shapes.items()}
-    groups = [unit for shape, seeds in shapes.items() for unit in ([seeds] if together[shape] else [[run] for run in seeds])]
+    "Runs grouped into what one worker trains: those of one program if they train as one, else one run each; long flows first."
+    named = {}
+    for run in runs: named.setdefault(run.experiment, []).append(run)
+    programs = [(e, program) for e, some in ((experiments.get(name), some) for name, some in named.items()) for program in experiments.programs(e, some)]
+    groups = [unit for e, program in programs for unit in ([program] if batched(e, program, device) else [[run] for run in program])]
     return sorted(groups, key=lambda unit: -unit[0].length)
 
 # %% ../nbs/90_engine/50_runner.ipynb #8def1d53

@@ -62,7 +62,7 @@ def affordable(n): return not any((n["paper"], n["table_or_figure"]) == (s, i) a
 def number_row(n, m):
     "The status row of a published number `n` and what was measured for it (a `Measured` or `None`)."
     row = dict.fromkeys(KEYS) | {"source": n["paper"], "item": n["table_or_figure"], "row": n["row"], "published": n["value"], "published_se": n["error"]}
-    said = verdict(n["metric"], n["value"], n["error"], m and m.value, m and m.se, shortened=bool(m and m.shortened),
+    said = verdict(n["metric"], n["value"], n["error"], m and m.value, m and m.se, shortened=bool(m and m.shortened), comparable=not m or m.comparable,
                    confirmed=n["confirmed"] == "yes", affordable=affordable(n))
     return row | {"verdict": "no published number" if n["value"] is None else said} | (_circumstances(m) if m else {"seeds": [], "failed": 0, "state": "not measured"})
 

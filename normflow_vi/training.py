@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAKERS', 'REMEDIES', 'Optimizer', 'require', 'check_optimizer', 'rate', 'clip_gradients', 'make_engine', 'Updater',
-           'OneRun', 'same_shape', 'tensors_of', 'StackedRuns', 'undisturbed', 'seed_of', 'fix_global_stream',
-           'pick_device', 'Interrupted', 'Signals', 'NonFinite', 'finite', 'look', 'memory_explained', 'copied',
-           'Missing', 'match', 'History', 'curves', 'decayed', 'check_given', 'match_config', 'put', 'evaluating',
-           'Trainer', 'fingerprint', 'Engine', 'timed', 'choose_engine']
+           'OneRun', 'same_shape', 'tensors_of', 'StackedRuns', 'undisturbed', 'unvalidated', 'seed_of',
+           'fix_global_stream', 'pick_device', 'Interrupted', 'Signals', 'NonFinite', 'finite', 'look',
+           'memory_explained', 'copied', 'Missing', 'match', 'History', 'curves', 'decayed', 'check_given',
+           'match_config', 'put', 'evaluating', 'Trainer', 'fingerprint', 'Engine', 'timed', 'choose_engine']
 
 # %% ../nbs/90_engine/30_training.ipynb #d3ff28b4
 import hashlib, math, signal, statistics, threading, time, warnings
@@ -25,7 +25,7 @@ from .files import exclusive, sha256
 class Optimizer:
     """How parameters move. `weight_decay` is decoupled, `p -= rate * weight_decay * p`; `clip` bounds each run's global gradient norm.
 
-    `betas` are Adam's, `momentum` is RMSprop's; `warmup` counts updates. Raises `ValueError` naming the field.
+    `betas` are Adam's, `momentum` is RMSprop's; `warmup` and `hold` count updates: the rate rises until the one and does not fall before the other. Raises `ValueError` naming the field.
     """
     name: str = "adam"
     learning_rate: float = 1e-3
@@ -34,6 +34,7 @@ class Optimizer:
     weight_decay: float = 0.
     clip: float | None = None
     warmup: int = 0
+    hold: int = 0
     schedule: str = "cosine"
 
     def __post_init__(self): check_optimizer(self)
@@ -52,17 +53,18 @@ def check_optimizer(o):
     require(0 <= o.momentum < 1, "momentum", o.momentum, "a number in [0, 1)")
     require(0 <= o.weight_decay < math.inf, "weight_decay", o.weight_decay, "a number >= 0")
     require(o.clip is None or 0 < o.clip < math.inf, "clip", o.clip, "None or a positive number")
-    require(isinstance(o.warmup, int) and o.warmup >= 0, "warmup", o.warmup, "an int >= 0")
+    for name in ("warmup", "hold"): require(isinstance(getattr(o, name), int) and getattr(o, name) >= 0, name, getattr(o, name), "an int >= 0")
 
 # %% ../nbs/90_engine/30_training.ipynb #5fcd5a23
 MAKERS = {"adam": lambda parameters, o: torch.optim.Adam(parameters, lr=0., betas=o.betas, fused=True),
           "rmsprop": lambda parameters, o: torch.optim.RMSprop(parameters, lr=0., momentum=o.momentum, foreach=True)}
 
 def rate(optimizer, step, steps):
-    "Learning rate of update `step` (from 0) of `steps`: a linear warm-up, then constant, or half a cosine down to 0."
+    "Learning rate of update `step` (from 0) of `steps`: a linear warm-up, a constant stretch to `hold`, then half a cosine down to 0 (or constant on)."
     ramp = min(1., (step + 1) / max(1, optimizer.warmup)) * optimizer.learning_rate
     if optimizer.schedule == "constant": return ramp
-    done = max(0, step - optimizer.warmup) / max(1, steps - optimizer.warmup)
+    start = max(optimizer.warmup, optimizer.hold)
+    done = max(0, step - start) / max(1, steps - start)
     return ramp * 0.5 * (1 + math.cos(math.pi * done))
 
 # %% ../nbs/90_engine/30_training.ipynb #feecb10a
@@ -180,6 +182,14 @@ def undisturbed(threads, device):
         with torch.random.fork_rng([device] if device.type == "cuda" else []): yield
     finally: torch.set_num_threads(before)
 
+@contextmanager
+def unvalidated():
+    "Torch's distributions that are made inside do not check their arguments: what is not finite is then found, and explained, by the training."
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try: yield
+    finally: torch.distributions.Distribution.set_default_validate_args(before)
+
 def seed_of(*parts):
     "One 48-bit seed from whatever identifies a random stream."
     return int(sha256(repr(parts).encode())[:12], 16)
@@ -232,11 +242,12 @@ REMEDIES = {"batch": "the data themselves hold NaN or infinity",
             "update": "the update overflowed: try a smaller learning rate"}
 
 class NonFinite(FloatingPointError):
-    "A NaN or infinity appeared at `step` in `tensor` of the run with `seed`; `remedy` says what usually helps."
-    def __init__(self, step, tensor, seed, kind, others=0):
-        self.step, self.tensor, self.seed = step, tensor, seed
-        self.remedy = REMEDIES["start" if step == 0 and kind == "loss" else kind]
-        super().__init__(f"not finite at step {step}: {tensor}{f' and {others} more' if others else ''} (run with seed {seed}); {self.remedy}")
+    "A NaN or infinity appeared at `step` in `tensor` of the run with `seed`; `remedy` says what usually helps, `origin` in which layer and sample it began, where that is known."
+    def __init__(self, step, tensor, seed, kind, others=0, origin=None):
+        self.step, self.tensor, self.seed, self.origin = step, tensor, seed, origin
+        self.remedy = origin.remedy if origin else REMEDIES["start" if step == 0 and kind == "loss" else kind]
+        begins = f"; it begins in {origin}" if origin else ""
+        super().__init__(f"not finite at step {step}: {tensor}{f' and {others} more' if others else ''} (run with seed {seed}){begins}; {self.remedy}")
 
 # %% ../nbs/90_engine/30_training.ipynb #a058f5fd
 def finite(tensors):

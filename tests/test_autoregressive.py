@@ -9,7 +9,7 @@ from helpers import dtypes, exact, many_draws, moved, near, over_draws, scales, 
 from torch.func import functional_call, jacrev, vmap
 
 from normflow_vi.contract import Direction, contexts as context_of
-from normflow_vi.transforms import made, stagewise
+from normflow_vi.transforms import kernels, made, stagewise
 from normflow_vi.transforms.autoregressive import Autoregressive, InverseAutoregressive, MaskedAutoregressive
 from normflow_vi.transforms.base import fetch
 from normflow_vi.transforms.conditioner import network
@@ -253,9 +253,10 @@ def test_the_reference_runs_what_the_kernel_does_not_know(kernel_calls):
 
 @pytest.fixture
 def fresh_compiler():
-    stagewise.compiled.cache_clear()
+    def clear(): stagewise.compiled.cache_clear(); kernels.has_numba.cache_clear()
+    clear()
     yield
-    stagewise.compiled.cache_clear()
+    clear()
 
 
 def test_without_numba(monkeypatch, kernel_calls, fresh_compiler):

@@ -1,5 +1,5 @@
 """Data: every file proves itself, every fault is refused with its name, batches are exact, unbiased and resumable."""
-import gzip, http.server, io, lzma, os, pickle, signal, socket, struct, subprocess, sys, tarfile, threading, time, zipfile
+import gzip, http.server, inspect, io, lzma, os, pickle, signal, socket, struct, subprocess, sys, tarfile, threading, time, zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from normflow_vi import data as module
 from normflow_vi.data import (SOURCES, Batches, DataError, DataNotFound, File, Layout, Source, Split, bernoulli, content_hash,
                               content_sha256, fetch, find, image_set, load_data, read_batch, read_idx, read_packed, resolve, thresholds)
 from normflow_vi.files import sha256
+from normflow_vi.transforms.kernels import has_numba
 
 CONNECT_SECONDS = module.CONNECT_SECONDS                      # as shipped; some tests shorten it
 MNIST = [file.name for file in SOURCES["mnist"].layouts[0].files]
@@ -470,6 +471,74 @@ def test_pixels_are_independent():
     x = bernoulli(torch.full((40_000, 7), 100, dtype=torch.uint8), torch.Generator().manual_seed(0)).double()   # an odd row length
     c = torch.corrcoef(x.T) * len(x)**0.5
     assert c.fill_diagonal_(0).abs().max() < 5
+
+@pytest.fixture
+def no_kernel(monkeypatch): monkeypatch.setattr(module, "fits", lambda *tensors, **how: False)
+
+def check_same_pixels():
+    "The kernel and the torch form draw the same pixels, for odd sizes and any layout too, and leave the generator in the same state."
+    for shape in ((0,), (1,), (9,), (100, 784), (7, 3, 5)):
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+        for seed in range(3):
+            g, again = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+            drawn, key = bernoulli(pixels, g), torch.empty((), dtype=torch.int64).random_(-2**63, None, generator=again)
+            assert torch.equal(drawn, module.bernoulli_torch(pixels, key)) and drawn.dtype == torch.float32 and torch.equal(g.get_state(), again.get_state())
+            assert torch.equal(bernoulli(pixels.flip(0).mT if pixels.dim() > 1 else pixels.flip(0), again), bernoulli(pixels.flip(0).mT.contiguous() if pixels.dim() > 1 else pixels.flip(0), g))
+
+def test_same_pixels_with_and_without_the_kernel(): check_same_pixels()
+
+def test_a_stream_does_not_depend_on_numba(no_kernel, monkeypatch):
+    "Nor does a stream that is resumed by the other form."
+    split = Split(torch.randint(0, 256, (100, 10), dtype=torch.uint8), None, "dynamic")
+    slow = Batches(split, 30, seed=3)
+    first, state, rest = slow.next(), slow.state_dict(), [slow.next() for _ in range(5)]
+    monkeypatch.undo()
+    quick = Batches(split, 30, seed=3)
+    assert torch.equal(quick.next(), first)
+    quick.load_state_dict(state)
+    assert all(torch.equal(quick.next(), batch) for batch in rest)
+
+def correlations(split, batches=400):
+    "Of centred pixels in one stream, in standard errors: with the next pixel, two on, and a row on; with the same pixel of the next image, the next batch and the next epoch."
+    stream = Batches(split, len(split) // 2, seed=0)
+    p = (split.images[0].double() / 255)[None]
+    x = torch.stack([stream.next() for _ in range(batches)]).double().sub(p).div((p * (1 - p)).sqrt())          # (batch, image, pixel)
+    pairs = [(x[..., k:], x[..., :-k]) for k in (1, 2, 28)] + [(x[:, k:], x[:, :-k]) for k in (1, 2)] + [(x[k:], x[:-k]) for k in (1, 2)]
+    return torch.stack([torch.stack([(a * b).mean() * a.numel()**.5, (a.square() * b).mean() * a.numel()**.5 / a.pow(4).mean().sqrt()]) for a, b in pairs])
+
+def check_pixels_of_a_stream_are_independent():
+    z = correlations(Split(torch.randint(1, 255, (1, 784), dtype=torch.uint8).expand(20, -1).contiguous(), None, "dynamic"))
+    assert z.abs().max() < 5 and .2 < z.square().mean() < 3
+
+def test_pixels_of_a_stream_are_independent(): check_pixels_of_a_stream_are_independent()
+
+def test_words_are_uniform_and_nearby_keys_are_unrelated():
+    "Each of 32 bits is 1 half of the time; one bit more or less in the key, or keys one step apart, change each bit of each word half of the time."
+    def bits(key, n=20_000): return (module.words(n, torch.tensor(key))[:, None] >> torch.arange(32) & 1).double()
+    one = bits(12345)
+    cases = [one, *((one - bits(12345 ^ 1 << k)).abs() for k in (0, 1, 31, 62)), (one - bits(12346)).abs()]
+    z = torch.stack([(2 * case.mean(0) - 1) * 20_000**.5 for case in cases])
+    assert z.abs().max() < 5 and abs(z.var() - 1) < 5 * (2 / z.numel())**.5
+
+PLANTED = {
+    "one key for all batches": ("bernoulli", "key, out = drawn(()),", "key, out = torch.tensor(7),", check_pixels_of_a_stream_are_independent),
+    "a word for each row of pixels": ("words", "torch.arange(1, 1 + -(-count // 2), device=key.device)", "torch.arange(1, 1 + -(-count // 2), device=key.device) // 28", check_pixels_of_a_stream_are_independent),
+    "the sign shifted in": ("words", "& (1 << 64 - shift) - 1", "& -1", check_same_pixels),
+    "another constant": ("words", "signed(MIX_1)", "signed(MIX_2)", check_same_pixels),
+    "words start at zero": ("words", "torch.arange(1, 1 + -", "torch.arange(0, -", check_same_pixels),
+}
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_in_the_draws_are_caught(bug, monkeypatch):
+    name, found, wrong, check = PLANTED[bug]
+    if check is check_pixels_of_a_stream_are_independent: monkeypatch.setattr(module, "fits", lambda *tensors, **how: False)
+    elif not has_numba(): pytest.skip("two forms to compare need numba")
+    check()
+    source, scope = inspect.getsource(getattr(module, name)), {}
+    assert source.count(found) == 1
+    exec(source.replace(found, wrong), dict(vars(module)), scope)
+    monkeypatch.setattr(module, name, scope[name])
+    with pytest.raises(AssertionError): check()
 
 def test_the_statistics_notice_a_bias():
     "The control: an 8-bit draw, whose probability is p/256, is caught by the same test."

@@ -85,6 +85,10 @@ def test_asking_for_mnist_without_having_it_is_one_error(bare):
 
 def test_committed_records_belong_to_current_plans():
     "A record that no plan asks for any more would feed figures that nobody can regenerate."
-    planned = {run.key for experiment in experiments.all() for profile in ("quick", "paper") for run in experiment.plan(profile, "mnist")}
+    def plans(experiment):
+        "Also those of its further parameters, such as the published optimiser settings."
+        choices = [{}] + [{name: value} for name, allowed in experiment.parameters.items() for value in allowed]
+        return [run for profile in ("quick", "paper") for choice in choices for run in experiment.plan(profile, "mnist", **choice)]
+    planned = {run.key for experiment in experiments.all() for run in plans(experiment)}
     kept = [record.run for experiment in experiments.all() for record in Store([ROOT/"results"]).all(experiment.name)]
     assert kept and not [run.slug for run in kept if run.key not in planned]

@@ -3,11 +3,11 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, Normal, constraints
 
 from normflow_vi import Chain, Flow
 from normflow_vi.evaluate import log_marginal
-from normflow_vi.objectives import draw_terms, elbo, estimate, free_energy, joint
+from normflow_vi.objectives import draw_terms, elbo, estimate, forward_kl, free_energy, importance_weighted, joint, log_power_mean, renyi
 from normflow_vi.transforms import Affine, Planar
 
 
@@ -123,3 +123,76 @@ def test_a_whole_loss_traces_to_one_graph():
     def loss(x): return free_energy(lambda z: model.log_joint(x, z), model.q(x), beta=.5, anneal="kl").value
     torch._dynamo.reset()
     assert torch.compile(loss, fullgraph=True, backend="eager")(x).isfinite()
+
+
+# Bounds with several draws, and the other divergence.
+
+def gaussian(mean, scale, dim=1):
+    q = Flow(Affine(dim)).double()
+    with torch.no_grad(): q.transform.source.shift.fill_(mean); q.transform.source.log_scale.fill_(math.log(scale))
+    return q
+
+
+@pytest.mark.parametrize("alpha", [0., .5, .998, 1, 1.002, 1.5])
+def test_renyi_bound_is_the_divergence_between_gaussians(alpha):
+    "D_alpha(N(m, s^2) || N(0, 1)) = -log s - log v / (2 (alpha - 1)) + alpha m^2 / (2 v), v = alpha + (1 - alpha) s^2 (Gil et al. 2013), which many draws a group reach."
+    m, s, v = .4, .8, alpha + (1 - alpha) * .8 ** 2
+    exact = .5 * (s * s + m * m - 1) - math.log(s) if alpha == 1 else -math.log(s) - math.log(v) / (2 * (alpha - 1)) + alpha * m * m / (2 * v)
+    bound = renyi(lambda z: UNIT.log_prob(z).sum(-1) + 2., gaussian(m, s), alpha, samples=4000, outer=50)
+    assert abs(2. - bound.value - exact) < 4 * bound.std_error + 1e-3 and bound.std_error < .01
+
+
+def test_bounds_are_ordered_in_alpha_and_in_draws():
+    q, target = gaussian(.5, 1.5, 2), lambda z: UNIT.log_prob(z).sum(-1)
+    seeded = lambda: torch.Generator().manual_seed(0)
+    alphas = [-5., -1., 0., .5, .99, 1 - 1e-6, 1., 1 + 1e-6, 1.01, 2., 10.]
+    values = [renyi(target, q, alpha, 8, 100, seeded()).value for alpha in alphas]
+    assert all(a >= b - 1e-12 for a, b in zip(values, values[1:])) and values[0] > values[-1] + .1
+    assert torch.equal(values[6], elbo(target, q, 800, seeded()).value)
+    for alpha, sign in ((0., 1), (.5, 1), (2., -1)):
+        few, many = (renyi(target, q, alpha, K, 20_000 // K) for K in (2, 20))
+        assert sign * (many.value - few.value) > 4 * (many.std_error ** 2 + few.std_error ** 2).sqrt()
+    for alpha in alphas: assert torch.allclose(renyi(target, q, alpha, 1, 50, seeded()).value, elbo(target, q, 50, seeded()).value)
+
+
+@pytest.mark.parametrize("support", [None, constraints.positive, constraints.simplex], ids=str)
+def test_a_flow_equal_to_its_target_meets_every_bound(support):
+    q = Flow(Chain(Affine(2), Planar(2, 5)), support=support).double()
+    target = lambda z: q.log_prob(z) + 3.
+    for alpha in (-1., 0., .5, 1., 2.): assert abs(renyi(target, q, alpha, 5, 20).value - 3.) < 1e-6
+    assert abs(forward_kl(q, q.sample((50,)), q.log_prob).value) < 1e-12
+
+
+def test_forward_kl_between_gaussians():
+    "With the target's density the divergence, without it the cross-entropy; its minimum has the samples' moments."
+    x, q = 1.5 + 2. * torch.randn(50_000, 1, dtype=torch.float64), gaussian(.5, 1.6)
+    p = Normal(torch.tensor(1.5, dtype=torch.float64), 2.)
+    kl, cross = forward_kl(q, x, lambda x: p.log_prob(x).sum(-1)), forward_kl(q, x)
+    exact = math.log(1.6 / 2) + (4 + 1) / (2 * 1.6 ** 2) - .5
+    assert abs(kl.value - exact) < 4 * kl.std_error and kl.std_error < .02 and abs(cross.value - exact - p.entropy()) < 4 * cross.std_error
+    fitted = gaussian(x.mean().item(), x.std(correction=0).item())
+    slopes = torch.autograd.grad(forward_kl(fitted, x).value, list(fitted.parameters()))
+    assert all(abs(slope) < 1e-9 for slope in slopes)
+
+
+def test_with_a_batch_each_image_has_its_bound():
+    "The importance weighted bound agrees with the evaluator's, and its error is that of the mean over images."
+    x, noise = torch.randn(40, 3, dtype=torch.float64), torch.randn(60, 40, 3, dtype=torch.float64)
+    found = log_marginal(log_joint, lambda x: Exact(x, 1.5, noise), x, samples=60, block=10_000)
+    bound = importance_weighted(lambda z: log_joint(x, z), Exact(x, 1.5, noise), samples=60)
+    assert torch.allclose(bound.value, found.log_p.mean()) and torch.allclose(bound.std_error, found.log_p.std() / math.sqrt(40)) and torch.allclose(bound.terms["elbo"], found.elbo.mean())
+    grouped = importance_weighted(lambda z: log_joint(x, z), Exact(x, 1.5, noise), samples=20, outer=3)
+    log_w = (log_joint(x, Exact(x, 1.5, noise).rsample_and_log_prob((60,))[0]) - Exact(x, 1.5, noise).rsample_and_log_prob((60,))[1]).view(20, 3, 40)
+    assert torch.allclose(grouped.value, (log_w.logsumexp(0) - math.log(20)).mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_power_mean_keeps_its_digits_and_its_range(dtype):
+    log_w = 5 * torch.randn(30, 4, dtype=dtype)
+    wide = log_w.double()
+    for a in (2., 1., .05, .0101, .0099, 1e-3, 1e-5, 1e-9, -1e-9, -1e-3, -.05, -3.):
+        exact = wide.mean(0) + a * wide.var(0, correction=0) / 2 if abs(a) < 1e-4 else (a * wide).exp().mean(0).log() / a
+        assert torch.allclose(log_power_mean(log_w, a).double(), exact, rtol=2e-5 if dtype == torch.float32 else 1e-9, atol=1e-4 if dtype == torch.float32 else 2e-6 if abs(a) < 1e-4 else 1e-9), a
+        assert log_power_mean(1e5 * log_w, a).isfinite().all()
+    log_w = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    for a in (1., 1e-3, -1e-3, 0.): assert torch.autograd.gradcheck(lambda log_w: log_power_mean(log_w, a), log_w)

@@ -226,6 +226,7 @@ TABLE = [
     (BITS, 3.11, None, 3.114, 0.001, {}, "reproduced"), (BITS, 3.11, None, 3.12, 0.001, {}, "worse"), (BITS, 3.11, None, 3.10, 0.006, {}, "reproduced"),
     (NLL, 87.5, 0.3, 80., 0.2, dict(shortened=True), "shortened"), (NLL, 87.5, 0.3, 87.5, 0.2, dict(shortened=True, confirmed=False), "shortened"),
     (NLL, 87.5, 0.3, 80., 0.2, dict(confirmed=False), "unconfirmed source"), (NLL, None, None, 80., 0.2, {}, "no published number"),
+    (NLL, 87.5, 0.3, 87.5, 0.2, dict(comparable=False), "not comparable"), (NLL, 87.5, 0.3, 87.5, 0.2, dict(comparable=False, shortened=True), "not comparable"),
     (NLL, 87.5, 0.3, None, None, {}, "published only"), (NLL, 87.5, 0.3, None, None, dict(affordable=False), "out of budget"),
 ]
 

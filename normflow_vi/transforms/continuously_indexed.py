@@ -8,7 +8,7 @@ __all__ = ['FORMS', 'log_normal', 'log_normal_at', 'push_indexed', 'pull_indexed
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #d312ff87
 import math, torch
-from .base import Combinator, Transform, bounded, check_call, check_choice, check_int, check_limit, check_tensor, fetch
+from .base import Combinator, Transform, bounded, check_call, check_choice, check_int, check_limit, check_tensor, check_transform, fetch
 from .conditioner import check_network, network, start_network
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #8a2d55dc
@@ -72,7 +72,7 @@ class IndexDraws(IndexNetworks):
 class IndexedFamily(IndexDraws):
     "The bijections `G(.; u)` around `transform`, one for each index `u`."
     def __init__(self, transform, index_dim=1, hidden=(10, 10), activation="tanh", form="after", context_dim=None, max_log_scale=None):
-        if not hasattr(transform, "forward_kind"): raise TypeError(f"transform: expected a Transform, got {type(transform).__name__}")
+        check_transform("transform", transform)
         if None not in (context_dim, transform.context_dim) and context_dim != transform.context_dim:
             raise ValueError(f"context_dim={context_dim!r}: the transform inside has context_dim={transform.context_dim}")
         self.form, self.forward_kind, self.inverse_kind = check_choice("form", form, FORMS), transform.forward_kind, transform.inverse_kind

@@ -8,9 +8,9 @@ __all__ = ['KERNEL_ACTIVATIONS', 'stage_edges', 'affine_parts', 'in_reading_orde
 
 # %% ../../nbs/03_iaf/15_stagewise.ipynb #74be94b3
 import functools, math, torch
-from types import FunctionType
 import numpy as np
 from .conditioner import ACTIVATIONS
+from .kernels import fits, machine_code
 from .laws import Gate, ScaleShift
 from .made import hidden_degrees
 
@@ -117,14 +117,7 @@ def stage_tables(edges, flipped):
 @functools.cache
 def compiled():
     "`sweep` as machine code; `None` without numba."
-    try: from numba import njit
-    except ImportError: return None
-    how = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}                  # "contract": a * b + c may be rounded once
-    def jit(function):
-        try: return njit(cache=True, **how)(function)
-        except RuntimeError: return njit(**how)(function)                                    # no folder to keep it in
-    scope = globals() | {function.__name__: jit(function) for function in (move, settle, spread)}
-    return jit(FunctionType(sweep.__code__, scope))
+    return machine_code(sweep, move, settle, spread)
 
 # %% ../../nbs/03_iaf/15_stagewise.ipynb #b91a8d27
 def stagewise_numba(b, step, layer, edges, sequence, context=None, activation="relu"):
@@ -141,13 +134,8 @@ def stagewise_numba(b, step, layer, edges, sequence, context=None, activation="r
 KERNEL_ACTIVATIONS = ("relu", "tanh", "elu")                # as the kernel numbers them
 
 def kernel_fits(step, tensors, residual):
-    "Whether the kernel may take the place of the reference: a law it knows, plain CPU tensors of one precision, and nobody who records."
-    if residual or type(getattr(step, "__self__", None)) not in (ScaleShift, Gate): return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None: return False
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0: return False
-    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == tensors[0].dtype for t in tensors)
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return plain and not wanted and tensors[0].dtype in (torch.float32, torch.float64) and compiled() is not None
+    "Whether the kernel may take the place of the reference: a law it knows, and plain CPU tensors of one precision that nobody watches."
+    return not residual and type(getattr(step, "__self__", None)) in (ScaleShift, Gate) and fits(*tensors, rules=False)
 
 # %% ../../nbs/03_iaf/15_stagewise.ipynb #e77f18c3
 def stagewise(b, step, layer, edges, sequence, context=None, activation="relu", residual=False):
