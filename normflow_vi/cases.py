@@ -48,7 +48,8 @@ RESIDUAL = (
 # %% ../nbs/04_cif/25_cases.ipynb #abef9626
 OVERFLOWS = {"log_det": (None, "free log-scales of ReLU networks grow with the input and overflow at inputs of 100; the rows with tanh and with max_log_scale are looked at there")}
 COUPLINGS = (
-    row("additive-coupling", AdditiveCoupling, hidden=(8, 8)), row("affine-coupling", AffineCoupling, **SMALL), row("affine-coupling-relu", AffineCoupling, OVERFLOWS, hidden=(8, 8)),
+    row("additive-coupling", AdditiveCoupling, hidden=(8, 8)), row("additive-coupling-perm", AdditiveCoupling, hidden=(8,), mix="perm"), row("affine-coupling-ortho", AffineCoupling, mix="ortho", **SMALL),
+    row("affine-coupling", AffineCoupling, **SMALL), row("affine-coupling-relu", AffineCoupling, OVERFLOWS, hidden=(8, 8)),
     row("affine-coupling-bounded", AffineCoupling, hidden=(8,), mask="checkerboard", max_log_scale=3.),
     Case("affine-coupling-channel", lambda dim, length, context_dim: AffineCoupling(dim, length, context_dim, mask="channel", shape=(2, 3) if dim == 6 else None, **SMALL),
          dims=(1, 2, 6)),

@@ -178,7 +178,7 @@ def eight_schools(z):
 
     In single precision finite down to `log tau = -40`. Raises `ValueError` if `z` does not end in 10. Source: Rubin 1981; Gelman et al. 2013, section 5.5, with the weak priors above.
     """
-    check_tensor("z", z, 10, "mu, log tau and eight theta")
+    check_tensor("z", z, 10, "1 mu + 1 log tau + 8 theta")
     mu, log_tau, theta = z[..., :1], z[..., 1:2], z[..., 2:]
     (y, sigma), u = SCHOOLS.to(z), log_tau - math.log(5)
     log_prior = log_bump(mu, 5.) - math.log(5) + math.log(2 / math.pi) + u - softplus(2 * u)

@@ -180,3 +180,25 @@ def within_five(drawn):
 def test_layers_that_never_alternate_are_caught(monkeypatch):
     "A correct bijection, so not a matter of the kit: the test of the order sees it."
     caught(monkeypatch, lambda: test_layers_alternate("half", 5, None), "coupling.alternating", "order.flip(-1) if k % 2 else order", "order")
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+@pytest.mark.parametrize("mix", ["perm", "ortho"])
+def test_a_mixed_stack_is_the_chain_of_mixes_and_couplings(mix, dim):
+    from normflow_vi.transforms import Chain, Orthogonal, Permutation
+    stack = AdditiveCoupling(dim, 4, mix=mix, hidden=(8,)).double()
+    parts = []
+    for k in range(4):
+        fixed, layer = {"perm": Permutation, "ortho": Orthogonal}[mix](dim).double(), AdditiveCoupling(dim, hidden=(8,)).double()
+        with torch.no_grad():
+            if mix == "ortho": fixed.q.copy_(stack.matrix[k:k + 1])
+            else: fixed.order.copy_(stack.matrix[k:k + 1].argmax(-1))
+            for name, tensor in stack.source().items(): layer.source()[name].copy_(tensor[k:k + 1])
+        parts += [fixed, layer]
+    z = torch.randn(50, dim, dtype=torch.float64)
+    y, log_det = stack.forward(z)
+    assert torch.allclose(y, Chain(*parts).forward(z)[0]) and not log_det.any() and torch.allclose(stack.inverse(y)[0], z)
+
+
+def test_what_is_no_mix():
+    with pytest.raises(ValueError, match="mix='plu': allowed are perm, ortho or None"): AdditiveCoupling(2, mix="plu")

@@ -13,7 +13,7 @@ from normflow_vi.placing import place_density, place_samples
 from normflow_vi.targets import U1, U2_box, lattice
 from normflow_vi.tracing import layers_of, origin, way_of_draws
 from normflow_vi.training import NonFinite
-from normflow_vi.transforms import Affine, Planar
+from normflow_vi.transforms import Affine, Permutation, Planar
 from normflow_vi.cases import CASES
 from normflow_vi.contract import drawn
 
@@ -217,9 +217,10 @@ def test_a_layer_that_overflows_is_named():
 
 def test_an_argument_check_of_torch_does_not_hide_the_origin():
     "A scale that underflows to zero would raise in torch's constructor, with a message as long as the batch."
+    before = Distribution._validate_args
     with pytest.raises(NonFinite, match="log_density"):
         fit(Flow(Affine(2)), log_density=lambda z: square(z) + Normal(0., (z[:, 0] + 3.).sqrt()).log_prob(z[:, 1]), steps=400, place=False)
-    assert Distribution._validate_args
+    assert Distribution._validate_args == before
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "frozen" not in case.name], ids=lambda case: case.name)
@@ -249,7 +250,7 @@ BAD = {
     "biased pair": (lambda q: fit(q, log_density=square, alpha=.5, gradient="sticking-the-landing"), ValueError, "biased"),
     "alpha": (lambda q: fit(q, log_density=square, alpha=math.nan), ValueError, "alpha=nan"),
     "not a flow": (lambda q: fit(q.transform, log_density=square), TypeError, "q: expected a Flow"),
-    "no parameters": (lambda q: fit(Flow(NICE(2, 1).transforms[0]), log_density=square), ValueError, "no parameters"),
+    "no parameters": (lambda q: fit(Flow(Permutation(2)), log_density=square), ValueError, "no parameters"),
     "amortised": (lambda q: fit(Flow(Affine(2, context_dim=3)), log_density=square), ValueError, "context_dim=3"),
     "samples of another size": (lambda q: fit(q, samples=torch.zeros(4, 3)), ValueError, "samples has shape"),
     "one sample": (lambda q: fit(q, samples=torch.zeros(1, 2)), ValueError, "N >= 2"),

@@ -95,7 +95,7 @@ def test_what_weight_decay_shrinks():
 # The text of a transform shows its options: stacks of runs are compared by it.
 
 OTHERS = {"length": 2, "context_dim": 3, "max_log_scale": 2., "constraint": "paper", "alpha": .5, "eps": .1, "momentum": .2, "reflections": 2, "bottleneck": 2, "hidden": (8,), "activation": "tanh",
-          "mask": "checkerboard", "bins": 5, "bound": 2., "order": "natural", "residual": True}
+          "mask": "checkerboard", "mix": "ortho", "bins": 5, "bound": 2., "order": "natural", "residual": True}
 KINDS = {(Permutation, "kind"): "reverse", (Sylvester, "kind"): "householder", (InverseAutoregressive, "form"): "plain", (MaskedAutoregressive, "form"): "gated"}
 PAIRED = {(Sylvester, "reflections"): {"kind": "householder"}, (InverseAutoregressive, "max_log_scale"): {"form": "plain"}, "shape": {"mask": "checkerboard"}}                            # what an option goes with
 
@@ -114,8 +114,8 @@ def test_every_option_shows_in_the_text(cls):
 # Factories.
 
 FACTORIES = {
-    "NICE": (NICE(4, 2), lambda: [Permutation(4), AdditiveCoupling(4)] * 2),
-    "NICE with all options": (NICE(4, 1, "ortho", True, (5,), "tanh", 3), lambda: [Orthogonal(4), AdditiveCoupling(4, 1, 3, (5,), "tanh"), Affine(4, context_dim=3)]),
+    "NICE": (NICE(4, 2), lambda: [AdditiveCoupling(4, 2, mix="perm")]),
+    "NICE with all options": (NICE(4, 1, "ortho", True, (5,), "tanh", 3), lambda: [AdditiveCoupling(4, 1, 3, (5,), "tanh", mix="ortho"), Affine(4, context_dim=3)]),
     "NSF": (NSF(4, 2), lambda: [SplineCoupling(4), Permutation(4)] * 2),
     "NSF with all options": (NSF(4, 1, "autoregressive", "plu", (5, 5, 5), "tanh", 4, 2., True, 3), lambda: [SplineAutoregressive(4, 1, 3, (5, 5, 5), "tanh", 4, 2., residual=True), PLU(4)]),
     "CIF": (CIF(4, 2), lambda: [ContinuouslyIndexed(SplineAutoregressive(4), form="before"), Permutation(4)] * 2),
@@ -132,7 +132,7 @@ def test_factories_chain_what_they_say(name):
 
 
 def test_factories_of_one_stack_pass_their_options_on():
-    assert repr(RealNVP(6, 2, (5,), "tanh", 3, "checkerboard", (3, 2), 2.)) == repr(AffineCoupling(6, 2, 3, (5,), "tanh", "checkerboard", (3, 2), 2.))
+    assert repr(RealNVP(6, 2, (5,), "tanh", 3, "checkerboard", (3, 2), 2.)) == repr(AffineCoupling(6, 2, 3, (5,), "tanh", "checkerboard", (3, 2), max_log_scale=2.))
     assert repr(MAF(4, 2, (5,), "tanh", 3, 2.)) == repr(MaskedAutoregressive(4, 2, 3, (5,), "tanh", max_log_scale=2.))
     assert repr(IAF(4, 2, (5,), "tanh", 3, "plain")) == repr(InverseAutoregressive(4, 2, 3, (5,), "tanh", form="plain"))
     for make, word in ((lambda: NSF(4, 1, residual=True), "residual"), (lambda: NSF(4, 1, kind="linear"), "kind"), (lambda: NICE(4, 1, mix="lu"), "mix"), (lambda: CIF(4, 0), "length")):

@@ -38,5 +38,5 @@ class ConvolutionCoupling(Coupling):
     Options as in `Coupling`. `max_log_scale` bounds each log-gain of `w` and each `log d_i` smoothly and is `None` or above 0. Both directions: one network evaluation and
     O(dim log dim) a layer. Source: Karami et al. 2019 (CONF), data-adaptive convolution.
     """
-    def __init__(self, dim, length=1, context_dim=None, hidden=(64, 64), activation="relu", mask="half", shape=None, max_log_scale=None):
-        super().__init__(dim, Convolve(max_log_scale), length, context_dim, hidden, activation, mask, shape)
+    def __init__(self, dim, length=1, context_dim=None, hidden=(64, 64), activation="relu", mask="half", shape=None, mix=None, max_log_scale=None):
+        super().__init__(dim, Convolve(max_log_scale), length, context_dim, hidden, activation, mask, shape, mix)

@@ -26,13 +26,13 @@ def mixer(mix, dim):
 
 # %% ../../nbs/04_cif/20_factories.ipynb #0830a30b
 def NICE(dim, length, mix="perm", scale=False, hidden=(64, 64), activation="relu", context_dim=None):
-    """`length` times (mix, additive coupling), then `Affine` if `scale`; `mix`: "perm", "ortho" or "plu".
+    """`length` times (mix, additive coupling) as one stack, then `Affine` if `scale`; `mix`: "perm" or "ortho".
 
     `hidden`: widths of the coupling networks; `(2, 2, 2, 2)` is that of a student replication. Both directions: closed form. Raises `ValueError` naming what does not fit.
     Source: Dinh et al. 2015; Rezende & Mohamed 2015, on NICE.
     """
-    coupling = lambda: AdditiveCoupling(dim, context_dim=context_dim, hidden=hidden, activation=activation)
-    return Chain(*rounds(length, mixer(mix, dim), coupling), *([Affine(dim, context_dim=context_dim)] if scale else []))
+    rounds_of_nice = AdditiveCoupling(dim, length, context_dim, hidden, activation, mix=check_choice("mix", mix, ("perm", "ortho")))
+    return Chain(rounds_of_nice, *([Affine(dim, context_dim=context_dim)] if scale else []))
 
 # %% ../../nbs/04_cif/20_factories.ipynb #01cc3ba7
 def RealNVP(dim, length, hidden=(64, 64), activation="relu", context_dim=None, mask="half", shape=None, max_log_scale=None):
