@@ -18,9 +18,10 @@ class _Slice(torch.nn.Module):
 
 def one_layer(transform, k):
     "Layer `k` of a stack without context, as a stack of length 1 that shares its tensors."
-    alone, layers = copy.copy(transform), transform.length
+    alone = copy.copy(transform)
+    def of_layers(name, b): return name in transform.constant_names or b.dim() == 3 and len(b) == transform.length          # a matrix may serve all layers
     alone._modules, alone.length = transform._modules | {"source": _Slice(transform.source, k)}, 1
-    alone._buffers = {name: b[k:k + 1] if b.dim() and len(b) == layers else b for name, b in transform._buffers.items()}
+    alone._buffers = {name: b[k:k + 1] if of_layers(name, b) else b for name, b in transform._buffers.items()}
     return alone
 
 # %% ../nbs/01_flows/49_tracing.ipynb #8893eb85
@@ -46,6 +47,7 @@ def way_of_samples(q):
 
 # %% ../nbs/01_flows/49_tracing.ipynb #53a33341
 HELPS = {"log_density": "give support=... if the density is zero there, and write it so that nothing overflows (logaddexp, log-probabilities)",
+         "support": "samples or draws come too near to the boundary of the support: move them inside, or lower the learning_rate",
          "layer": "give the layer a max_log_scale where it has one, or lower the learning_rate",
          "slope of log_density": "its value is finite and its slope is not: look for a square root, norm or logarithm at 0, or a where() around one",
          "slope of layer": "lower the learning_rate; a slope that overflows belongs to a layer that squeezes too hard"}
@@ -59,7 +61,10 @@ class Origin:
     slope: bool = False
 
     @property
-    def remedy(self): return HELPS["slope of " * self.slope + ("log_density" if self.layer == "log_density" else "layer")]
+    def remedy(self):
+        if "the support" in self.layer: return HELPS["support"]
+        return HELPS["slope of " * self.slope + ("log_density" if self.layer == "log_density" else "layer")]
+
     def __str__(self): return f"{'the slope of ' * self.slope}{self.layer}, sample {self.sample}, at [{', '.join(f'{x:.4g}' for x in self.where[:8])}{', ...' * (len(self.where) > 8)}]"
 
 # %% ../nbs/01_flows/49_tracing.ipynb #9c7996d8
@@ -71,7 +76,7 @@ def origin(way, start):
     with torch.enable_grad():
         for name, step in way:
             try: value, term = step(values[-1])
-            except ValueError: return None                   # a check of the user's own; what it saw was finite
+            except (RuntimeError, ValueError): return None   # the user's own; what it saw was finite
             good = value.isfinite().all(-1) & term.isfinite()
             if not good.all(): return Origin(name, first_bad(good), tuple(values[-1][first_bad(good)].tolist()))
             values.append(value); terms.append(term)

@@ -53,7 +53,7 @@ VERDICTS = [
     (dict(scale=.4), "not to be trusted: k-hat"), (dict(scale=.85), "usable with importance weights: its sd"), (dict(scale=1.04), "good"),
     (dict(scale=3.), "usable with importance weights: its 4,000 draws are worth"),
     (dict(log_z=LOG_Z + math.log(2)), "not to be trusted: it misses about 50% of the target's mass"), (dict(log_z=LOG_Z + .03), "good"),
-    (dict(log_z=LOG_Z - .1), "not to be trusted: its ELBO lies above log_z"), (dict(draws=50), "not to be trusted: its 50 draws are worth only 50"),
+    (dict(log_z=LOG_Z - .1), "not to be trusted: ELBO or evidence lies above log_z"), (dict(draws=50), "not to be trusted: its 50 draws are worth only 50"),
     (dict(target=lambda z: torch.where(z[:, 0] > -1, -.5 * (z * z).sum(-1), -math.inf)), "usable with importance weights: 1")]
 
 @pytest.mark.parametrize("given, expected", VERDICTS)
