@@ -338,7 +338,7 @@ def test_fit_closes_most_of_the_gap():
     torch.manual_seed(0)
     q = Flow(Chain(ContinuouslyIndexed(Affine(1)), ContinuouslyIndexed(Affine(1))))
     before = elbo(modes, q(), samples=2000)
-    result = fit(q, log_density=modes, steps=600, learning_rate=1e-2, draws=100)
+    result = fit(q, log_density=modes, steps=600, learning_rate=1e-2, draws=100, restarts=3)         # a start alone may end in one mode
     assert before.value < -.7 and -.5 < result.elbo.value <= 3 * result.elbo.std_error, (before, result.elbo)
 
 

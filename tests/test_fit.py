@@ -62,6 +62,14 @@ def test_heavy_tails_keep_their_units(nu):
     assert result.q.place.scale.max() < 10 and result.kl.value < .7
 
 
+def test_narrow_modes_far_apart_are_found_together():
+    "Two modes, ten of their standard deviations apart: the units span both."
+    two = lambda z: torch.logsumexp(-.5 * ((z - torch.tensor([-1.5, 1.5])) / .3) ** 2, -1)
+    place = Place(1)
+    place_density(place, two, torch.Generator().manual_seed(0))
+    assert abs(place.loc) < .2 and 4 * place.scale > 1.5
+
+
 def test_a_density_without_an_integral_is_refused():
     with pytest.raises(ValueError, match=r"no finite integral along z\[0\]"): fit(Flow(Affine(2)), log_density=lambda z: -u2(z), steps=10)
 
