@@ -105,6 +105,7 @@ def with_error(value, error, *others):
     decimals = min(max(0, 1 - math.floor(math.log10(error))), 12)
     return ", ".join([*(f"{float(other):.{decimals}f} (q)" for other in others), f"{value:.{decimals}f} ± {error:.{decimals}f}"])
 
+# %% ../nbs/01_flows/48_fitted.ipynb #c4dd121f
 def restarts_line(bounds):
     "How many restarts there were, and whether their bounds agree."
     if len(bounds) < 2: return "restarts: 1, so nothing to compare it with"

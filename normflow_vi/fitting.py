@@ -243,6 +243,7 @@ def check_judged(q, log_density, log_w, seed, step):
     start = draw(q.base, log_w.shape, torch.Generator(q.place.loc.device).manual_seed(seed))[0]
     raise NonFinite(step, "the log-weight of a fresh draw", seed, "loss", origin=origin(way_of_draws(q, log_density), start))
 
+# %% ../nbs/01_flows/50_fit.ipynb #019fba4b
 def best_first(bounds):
     "The order of the runs by their bounds, best first; one that is not finite comes last."
     return sorted(range(len(bounds)), key=lambda i: -bounds[i].value.nan_to_num(-math.inf).item())
