@@ -211,7 +211,7 @@ def test_each_fit_is_that_of_its_own_data():
 
 def test_a_support_is_kept():
     "Poisson counts with a Gamma rate: flows on the positive numbers, integer data, a prior that checks its arguments before and after."
-    prior = Independent(Gamma(torch.tensor([3.]), torch.tensor([1.])), 1)
+    prior = Independent(Gamma(torch.tensor([3.]), torch.tensor([1.]), validate_args=True), 1, validate_args=True)
     def simulate(theta): return torch.poisson(theta.expand(-1, 4)).long()
     def likelihood(theta, x): return Poisson(theta).log_prob(x).sum(-1)
     def make_flow(): return Flow(Affine(1), support=constraints.positive)
