@@ -28,4 +28,4 @@ def image_trainer(length, seeds, steps=10**6):
 
 
 def energy_trainer(length, seeds, samples=512, steps=10**6):
-    return Trainer([energies.build(length, seed) for seed in seeds], density_loss(U1.log_density, samples, 1), steps=steps, optimizer=ADAM, seeds=list(seeds), log_every=100)
+    return Trainer([energies.build(length, seed) for seed in seeds], density_loss(U1.log_density, samples), steps=steps, optimizer=ADAM, seeds=list(seeds), log_every=100)

@@ -30,5 +30,5 @@ def bare(build, loss, stream):
 for title, build, loss, stream in [
         ("DLGM 784-400-400, diagonal posterior, batch 100", lambda: image_model(0), image_loss, lambda: Batches(BITS, 100, 0)),
         ("DLGM 784-400-400, planar K = 10, batch 100", lambda: image_model(10), image_loss, lambda: Batches(BITS, 100, 0)),
-        ("planar K = 8 on U1, 512 draws", lambda: energies.build(8, 0), density_loss(U1.log_density, 512, 1), None)]:
+        ("planar K = 8 on U1, 512 draws", lambda: energies.build(8, 0), density_loss(U1.log_density, 512), None)]:
     report(title, interleaved({"bare loop": bare(build, loss, stream), "engine": engine(build, loss, stream)}, rounds=7, warmup=1), per=UPDATES)

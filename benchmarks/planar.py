@@ -143,7 +143,7 @@ def updates(loss, parameters, fused):
 
 def engine(flow):
     """A turn of the engine as `fit` uses it: clipping, one log point."""
-    trainer = Trainer([flow], density_loss(U1.log_density, given.samples, 1), steps=TURN, optimizer=Optimizer("adam", 1e-3, clip=10., schedule="constant"), seeds=[0], log_every=TURN)
+    trainer = Trainer([flow], density_loss(U1.log_density, given.samples), steps=TURN, optimizer=Optimizer("adam", 1e-3, clip=10., schedule="constant"), seeds=[0], log_every=TURN)
     def turn():
         trainer.run()
         trainer.steps += TURN

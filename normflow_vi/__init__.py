@@ -7,7 +7,8 @@ __all__ = []
 
 # %% ../nbs/90_engine/99_package.ipynb #abea1dfd
 from .data import load_data
-from .fitting import Fit, fit
+from .fitted import Fit
+from .fitting import fit
 from .flows import Flow
 from .objectives import Estimate
 from .transforms import Chain, Inverse

@@ -115,8 +115,9 @@ def starts_of(trainer, start):
 def explained(error, trainer, start, way):
     "`NonFinite` with the layer and sample where it began, or `error` itself; the models are back in their last good state."
     if str(getattr(error, "tensor", "")).startswith("validation"): return error
+    good = trainer.state()
     try:
-        good = trainer.state(); repeated(trainer)
+        repeated(trainer)
         for q, seed, rows in zip(trainer.models, trainer.seeds, starts_of(trainer, start)):
             found = origin(way(q), rows)
             if found: return NonFinite(trainer.step, getattr(error, "tensor", "a draw"), seed, "loss", origin=found)
@@ -145,7 +146,7 @@ def check_log_density(q, log_density, restarts):
     values = check_called(log_density, z, log_q)
     bad = ~values.isfinite()
     if bad.any():
-        first = int(bad.int().argmax())
+        first = first_bad(~bad)
         raise ValueError(f"log_density: {values[first].item()} at z = {[round(x, 4) for x in z[first].tolist()]}; {int(bad.sum())} of 64 draws of the untrained flow are like that, and it must be finite wherever q can draw: "
                          "give support=... if the density is zero there, or q.place the units of the target")
     try: restarts == 1 or torch.func.vmap(log_density)(z.detach()[None])
@@ -232,8 +233,8 @@ def train(models, loss, start, way, steps, seed, learning_rate, anneal, validate
 # %% ../nbs/01_flows/50_fit.ipynb #5e912b4c
 def judge_density(q, log_density, draws, seed):
     "Fresh draws from a trained flow and their log-weights."
-    with evaluating(q), torch.random.fork_rng():
-        torch.manual_seed(seed)                              # for a base that knows no generator
+    with evaluating(q):
+        torch.manual_seed(seed)                              # for a base that knows no generator; `fit` restores the global stream
         z, log_q = q.rsample_and_log_prob((draws,), torch.Generator(q.place.loc.device).manual_seed(seed))
         return z, sum(parts_of(log_density, z, log_q).values()) - log_q
 

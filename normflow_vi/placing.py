@@ -58,6 +58,7 @@ def best_gaussian(bound, loc):
         loc, log_scale = climb(bound, loc, log_scale, "log_scale")
     return loc, log_scale
 
+@torch.no_grad()
 def endless(bound, loc, log_scale):
     "The coordinate whose scale gains most by growing, if it gains both ten- and a hundredfold; otherwise `None`."
     axes = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
@@ -65,12 +66,11 @@ def endless(bound, loc, log_scale):
     return int(gains[1].argmax()) if (gains >= 0).all(0).any() else None
 
 # %% ../nbs/01_flows/46_placing.ipynb #4c6472c9
-@torch.no_grad()
 def warmest(place, log_density, eps, cold):
     "`(loc, log_scale, h)` of the best Gaussian through the warmest glass that has an end, `cold` = `(loc, log_scale)` through none."
     for h in HEATS:
         bound = warm_bound(place, log_density, eps, h)
-        with torch.enable_grad(): loc, log_scale = best_gaussian(bound, place.loc.clone())
+        loc, log_scale = best_gaussian(bound, place.loc.clone())
         if endless(bound, loc, log_scale) is None and (log_scale - cold[1]).max() < math.log(WIDEST): return loc, log_scale, h
     return *cold, 1.
 

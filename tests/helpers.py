@@ -35,6 +35,16 @@ def caught(monkeypatch, check, place, found, wrong):
     with pytest.raises(AssertionError): check()
 
 
+def damage(kind, data, rng):
+    "Bytes with one bit flipped (\"bit\"), an end missing (\"truncated\"), or 4 kB zeroed, as crashes leave them."
+    if kind == "bit":
+        place = int(rng.integers(len(data)))
+        return data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1:]
+    if kind == "truncated": return data[:int(rng.integers(len(data)))]
+    start = int(rng.integers(len(data) - 4096)) // 512 * 512
+    return data[:start] + bytes(4096) + data[start + 4096:]
+
+
 def moved(transform, scale=1., jitter=.3, dtype=torch.float64):
     "A transform whose parameters are drawn anew, as the kit draws them."
     return drawn(Case("", lambda *sizes: transform, jitter=jitter), transform.dim, scale=scale, dtype=dtype)

@@ -1,6 +1,7 @@
 "Checkpoints under damage, malice and full disks."
 import io, os, pickle, subprocess, sys
 import numpy as np, pytest, torch
+from helpers import damage
 from normflow_vi.checkpoint import MAGIC, Damaged, latest, pack, path_of, save, unpack
 from normflow_vi.files import sha256
 
@@ -27,14 +28,6 @@ def test_the_last_two_are_kept_and_rests_are_swept(folder):
     (folder/".step-000000150.ckpt.abcd.part").write_text("half")
     save(folder, 300, state(300)); save(folder, 400, state(400))
     assert sorted(file.name for file in folder.iterdir()) == ["step-000000300.ckpt", "step-000000400.ckpt"]
-
-def damage(kind, data, rng):
-    if kind == "bit":
-        place = int(rng.integers(len(data)))
-        return data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1:]
-    if kind == "truncated": return data[:int(rng.integers(len(data)))]
-    start = int(rng.integers(len(data) - 4096)) // 512 * 512
-    return data[:start] + bytes(4096) + data[start + 4096:]
 
 @pytest.mark.parametrize("kind, times", [("bit", 40), ("truncated", 20), ("zeroed", 20),
     *[pytest.param(kind, times, marks=pytest.mark.full) for kind, times in [("bit", 400), ("truncated", 200), ("zeroed", 200)]]])

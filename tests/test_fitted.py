@@ -2,6 +2,7 @@
 import builtins, functools, io, itertools, math, os, pickle, subprocess, sys, types, warnings
 from dataclasses import replace
 import numpy as np, pytest, torch
+from helpers import damage
 from torch import nn
 from torch.distributions import Independent, Laplace, MultivariateNormal, Normal, constraints
 import normflow_vi.files
@@ -176,14 +177,6 @@ def test_a_flow_that_holds_a_function_is_refused_at_once(path):
         q = Flow(Affine(dim=2)); q.transform.held = held
         with pytest.raises(TypeError, match="q holds"): of_samples(q=q).save(path)
     assert not path.exists()
-
-def damage(kind, data, rng):
-    if kind == "bit":
-        place = int(rng.integers(len(data)))
-        return data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1:]
-    if kind == "truncated": return data[:int(rng.integers(len(data)))]
-    start = int(rng.integers(len(data) - 4096)) // 512 * 512
-    return data[:start] + bytes(4096) + data[start + 4096:]
 
 @pytest.mark.parametrize("kind, times", [("bit", 60), ("truncated", 30), ("zeroed", 30),
     *[pytest.param(kind, times, marks=pytest.mark.full) for kind, times in [("bit", 400), ("truncated", 200), ("zeroed", 200)]]])
