@@ -34,16 +34,18 @@ LINEAR = (
     Case("batchnorm", lambda dim, length, context_dim: used(BatchNorm(dim, length, context_dim)), exceptions=BITWISE),
     row("slog", SLog, BITWISE), row("permutation", Permutation, BITWISE), row("permutation-reverse", Permutation, BITWISE, kind="reverse"),
     row("orthogonal", Orthogonal), row("householder", Householder), row("householder-3", Householder, reflections=3),
-    row("plu", PLU), row("plu-bounded", PLU, max_log_scale=5.),
+    row("plu", PLU), row("plu-bounded", PLU, max_log_scale=5.), row("triangular", Triangular),
     row("circular-convolution", CircularConvolution), row("circular-convolution-even", CircularConvolution, dims=(1, 2, 6), max_log_scale=3.),
-    row("symmetric-convolution", SymmetricConvolution, max_log_scale=3.))
+    row("symmetric-convolution", SymmetricConvolution, max_log_scale=3.),
+    row("scaled-convolution", ScaledConvolution, max_log_scale=3.), row("gated-convolution", GatedConvolution))
 
 # %% ../nbs/04_cif/25_cases.ipynb #aa472a2a
 RESIDUAL = (
     row("planar", Planar), row("planar-paper", Planar, constraint="paper"), row("radial", Radial), row("radial-paper", Radial, constraint="paper"),
     Case("sylvester", lambda dim, length, context_dim: Sylvester(dim, length, context_dim, bottleneck=min(dim, 2))),
     Case("sylvester-paper", lambda dim, length, context_dim: Sylvester(dim, length, context_dim, bottleneck=min(dim, 3), constraint="paper")),
-    row("sylvester-householder", Sylvester, dims=(1, 2, 3), kind="householder", reflections=2))
+    row("sylvester-householder", Sylvester, dims=(1, 2, 3), kind="householder", reflections=2),
+    row("tanh-coupling-perm", TanhCoupling), row("tanh-coupling-ortho", TanhCoupling, mix="ortho"))
 
 # %% ../nbs/04_cif/25_cases.ipynb #abef9626
 OVERFLOWS = {"log_det": (None, "free log-scales of ReLU networks grow with the input and overflow at inputs of 100; the rows with tanh and with max_log_scale are looked at there")}

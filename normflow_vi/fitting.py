@@ -154,8 +154,10 @@ def check_log_density(q, log_density, restarts):
 
 # %% ../nbs/01_flows/50_fit.ipynb #57485582
 def same(one, other):
-    "Whether two constraints are equal, part by part."
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor): return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    "Whether two constraints are equal, part by part; tensors in the precision of the first."
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        one, other = torch.as_tensor(one), torch.as_tensor(other)
+        return torch.equal(*(t.to(one if one.is_floating_point() else other) for t in (one, other)))          # those of a flow are in its precision
     if isinstance(one, (list, tuple)): return len(one) == len(other) and all(map(same, one, other))
     return type(one) is type(other) and (same(list(vars(one).items()), list(vars(other).items())) if isinstance(one, Constraint) else one == other)
 

@@ -96,6 +96,7 @@ class Updater:
         self.engine = make_engine(optimizer, list(self.parameters.values()))
 
     def tensors(self): return {f"{name}: {slot}": t for name, p in self.parameters.items() for slot, t in self.engine.state[p].items()}
+    def trained(self): return [p for p in self.parameters.values() if p.requires_grad]
     def gradients(self): return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
     def forget(self):
         for p in self.parameters.values(): p.grad = None
@@ -430,13 +431,13 @@ class _Step(_Restore):
         return found[0] if len(found) == 1 else torch.stack(found)
 
     def advance(self, careful=False):
-        "One update."
+        "One update; of all that the loss depends on, the models' parameters alone get gradients."
         fix_global_stream(self.device, self.seeds, self.step)
         self.batch = self.draw()
         value, shown = self.runs(self.batch, self.step, self.generator)
         if value.numel() != len(self.models): raise ValueError(f"loss has shape {tuple(value.shape)}: allowed is one number a run")
         if careful: self.look({} if self.batch is None else {"batch": self.batch}, "batch"); self.look(shown, "loss")
-        value.backward(torch.ones_like(value)); self.runs.keep_buffers()
+        value.backward(torch.ones_like(value), inputs=self.update.trained()); self.runs.keep_buffers()       # others keep their gradients
         if careful: self.look(self.update.gradients(), "gradient")
         self.update(self.step)
         if careful: self.look(self.watched(), "update")

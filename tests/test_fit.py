@@ -174,6 +174,10 @@ def test_mixed_supports_and_samples_on_them():
 def test_a_flow_has_one_support():
     q = Flow(Affine(1), support=constraints.positive)
     with pytest.raises(ValueError, match="has the support"): fit(q, log_density=square, support=constraints.unit_interval, steps=2)
+    def between(low, high): return constraints.interval(torch.tensor(low), torch.tensor(high))
+    q = Flow(Affine(1), support=between(.1, .3)).double()                                  # bounds move with the flow, and are the same still
+    fit(q, log_density=square, support=between(.1, .3), steps=2, draws=4, evaluation_draws=10)
+    with pytest.raises(ValueError, match="has the support"): fit(q, log_density=square, support=between(.1, .4), steps=2)
     with pytest.raises(TypeError, match="support"): fit(Flow(Affine(1)), log_density=square, support="positive")
 
 

@@ -1,9 +1,11 @@
 """Flows as distributions: mass, agreement of the two directions, shapes, bases."""
+import copy
 import math
 
 import pytest
 import torch
-from torch.distributions import Independent, Normal, Uniform
+from helpers import dtypes
+from torch.distributions import Exponential, Gamma, Gumbel, Independent, Kumaraswamy, LogNormal, Normal, TransformedDistribution, Uniform, constraints, transforms
 
 from normflow_vi import Chain, Flow, Inverse
 from normflow_vi.transforms import Affine, Planar
@@ -59,6 +61,78 @@ def test_moves_to_another_precision():
     q = Flow(Planar(2, 3)).double()
     z, log_q = q.rsample_and_log_prob((5,))
     assert z.dtype == log_q.dtype == torch.float64
+
+
+NESTED = {
+    "gumbel": Gumbel(torch.tensor([.1, .2]), torch.ones(2)), "lognormal": LogNormal(torch.tensor([.1, .2]), torch.ones(2)), "kumaraswamy": Kumaraswamy(torch.tensor([2., 3.]), torch.ones(2)),
+    "composed": TransformedDistribution(Normal(torch.zeros(2), torch.ones(2)), transforms.ComposeTransform([transforms.AffineTransform(torch.tensor([.1, .2]), torch.ones(2)), transforms.TanhTransform()]).inv.inv),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_all_tensors_of_a_base_move(name):
+    "To a device without memory, where tensors left behind are an error; and to double precision, where the distribution is that which was built from the same numbers."
+    given = Flow(Affine(2), base=Independent(NESTED[name], 1))
+    double, z = copy.deepcopy(given).double(), NESTED[name].sample((20,))
+    assert torch.allclose(given.log_prob(z), NESTED[name].log_prob(z).sum(-1), rtol=1e-5) and torch.allclose(double.log_prob(z.double()).float(), given.log_prob(z), rtol=1e-3, atol=1e-3)
+    assert double.sample(3).dtype == torch.float64 and copy.deepcopy(given).sample(3).dtype == given.sample(3).dtype == torch.float32
+    assert copy.deepcopy(given).to("meta").rsample_and_log_prob((3,))[1].device.type == "meta"
+    assert NESTED[name].sample().device.type == "cpu", "the user's own stays where it is"
+
+
+def test_bounds_of_a_support_move():
+    bounds, shared = constraints.interval(torch.tensor([-1., 0.]), torch.tensor([1., .1])), constraints.positive
+    q = Flow(Affine(3), support=constraints.cat([bounds, shared], -1, [2, 1]))
+    assert copy.deepcopy(q).to("meta").rsample_and_log_prob((3,))[1].device.type == "meta"
+    moved = q.double().support.cseq
+    assert moved[0].lower_bound.dtype == torch.float64 == q.sample().dtype and moved[1] is shared and bounds.lower_bound.dtype == torch.float32
+
+
+# Outside
+
+SUPPORTS = {"positive": (constraints.positive, [-1., 1.]), "nonnegative": (constraints.nonnegative, [0., 1.]), "interval": (constraints.interval(0., 5.), [6., 1.]),
+            "halves": (constraints.cat([constraints.less_than(0.), constraints.real], -1, [1, 1]), [.1, 0.]), "simplex": (constraints.simplex, [.3, .3, .3]), "corner": (constraints.simplex, [0., .5, .5])}
+
+
+def log_prob_and_slopes(q, z):
+    "Log-densities, and the gradients of their sum."
+    log_q = q.log_prob(z)
+    return log_q.detach(), torch.autograd.grad(log_q.sum(), list(q.parameters()), materialize_grads=True)
+
+
+@dtypes
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_outside_the_support_the_density_is_zero(name, dtype):
+    "And spoils no gradient of the rows beside it. What is nan stays nan."
+    support, point = SUPPORTS[name]
+    q, point = Flow(Chain(Affine(2), Planar(2, 3)), support=support).to(dtype), torch.tensor(point, dtype=dtype)
+    z = q.sample(5)
+    (inside, slopes), (found, found_slopes) = log_prob_and_slopes(q, z), log_prob_and_slopes(q, torch.cat([point[None], z]))
+    assert found[0] == -math.inf and torch.equal(found[1:], inside) and inside.isfinite().all()
+    assert all(torch.allclose(f, s, rtol=1e-4, atol=1e-5) for f, s in zip(found_slopes, slopes)) and any(s.any() for s in slopes)
+    assert q.log_prob(torch.full_like(point, math.nan)).isnan()
+
+
+def test_outside_for_every_row_of_a_context():
+    q, context = Flow(Affine(2, context_dim=3), support=constraints.positive), torch.randn(4, 3)
+    assert q(context).log_prob(torch.tensor([-1., 1.])).tolist() == 4 * [-math.inf]
+    z = torch.tensor([[1., 1.], [-1., 1.]])[:, None]
+    assert torch.equal(q(context).log_prob(z).isinf(), torch.tensor([[False], [True]]).expand(2, 4))
+
+
+@pytest.mark.parametrize("base", [Exponential(torch.ones(2)), Gamma(torch.ones(2), 1.), LogNormal(torch.zeros(2), torch.ones(2)), Uniform(torch.zeros(2), torch.ones(2))], ids=lambda base: type(base).__name__)
+def test_outside_the_support_of_a_base(base):
+    q = Flow(Affine(2), base=Independent(base, 1))
+    z = torch.tensor([[.5, .5], [.5, -.5]])
+    log_q, slopes = log_prob_and_slopes(q, z)
+    assert torch.allclose(log_q[0], base.log_prob(z[0]).sum()) and log_q[1] == -math.inf and all(s.isfinite().all() for s in slopes)
+
+
+def test_draws_are_inside():
+    "Also those whose entries add to one only as single precision can."
+    for support in (constraints.simplex, constraints.positive, constraints.unit_interval):
+        q = Flow(Affine(1000), support=support)
+        assert q.log_prob(q.sample(2000 if support is constraints.simplex else 10)).isfinite().all()
 
 
 def test_inverse_exchanges_costs():

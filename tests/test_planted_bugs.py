@@ -24,7 +24,7 @@ BUGS = {
     "permutation: lost on reload": ("permutation", "base.Sourced.__init__", "register_buffer(name, value)", "register_buffer(name, value, persistent=False)"),
     "orthogonal: lost on reload": ("orthogonal", "base.Sourced.__init__", "register_buffer(name, value)", "register_buffer(name, value, persistent=False)"),
     "permutation: its order in both directions": ("permutation", "permutation.Permutation.pull", "order.argsort()", "order"),
-    "orthogonal: stays at single precision": ("orthogonal", "permutation.Orthogonal.prepare", "polished(q) if", "q if"),
+    "orthogonal: stays at single precision": ("orthogonal", "permutation.Orthogonal.prepare", "polished(q)", "q"),
     "plu: log-det without gradient": ("plu", "linear.triangles", ", log_s\n", ", log_s.detach()\n"),
     "plu: inverse takes the wrong order": ("plu", "linear.pull_plu", "order.argsort()", "order"),
     "householder: the whole diagonal": ("householder", "linear.compact", "/ 2)", ")"),

@@ -420,6 +420,21 @@ def test_decay_schedule_and_clip_are_torchs():
     torch.testing.assert_close(trainer.models[0].weight, model.weight, atol=1e-12, rtol=0)
     torch.testing.assert_close(trainer.models[0].bias, model.bias, atol=1e-12, rtol=0)
 
+@pytest.mark.parametrize("runs", [1, 3])
+def test_parameters_that_are_not_the_models_get_no_gradients(runs):
+    "And what is trained goes where it goes without them."
+    outer, kept = torch.nn.Parameter(torch.ones(3)), torch.tensor([1., 2., 3.])
+    outer.grad = kept.clone()
+    def with_outer(model, batch, step, generator):
+        estimate = quiet_loss(model, batch, step, generator)
+        return SimpleNamespace(value=estimate.value + (outer * model.bias).sum(), terms={})
+    def with_numbers(model, batch, step, generator):
+        estimate = quiet_loss(model, batch, step, generator)
+        return SimpleNamespace(value=estimate.value + (outer.detach() * model.bias).sum(), terms={})
+    found, expected = (finished(runs=runs, loss=loss) for loss in (with_outer, with_numbers))
+    assert torch.equal(outer.grad, kept)
+    for one, other in zip(found.models, expected.models): assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
+
 def test_no_decay_marks_are_obeyed():
     models = [Model(0), Model(0)]; models[1].weight_decayed = ()
     models[1] = copy.deepcopy(models[1])                     # the mark belongs to the module and survives copying

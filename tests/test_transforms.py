@@ -59,7 +59,7 @@ def test_chains_cost_what_their_worst_part_costs_and_join_what_fits():
 
 # Where the tensors come from.
 
-HEADS = pytest.mark.parametrize("name", ["affine", "batchnorm", "prelu", "plu", "planar", "radial", "sylvester", "circular-convolution", "slog"])
+HEADS = pytest.mark.parametrize("name", ["affine", "batchnorm", "prelu", "plu", "planar", "radial", "sylvester", "circular-convolution", "slog", "tanh-coupling-perm", "triangular", "gated-convolution"])
 
 
 def pair(name, dim, context_dim):

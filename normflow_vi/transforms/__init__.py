@@ -14,14 +14,16 @@ from .conf import ConvolutionCoupling
 from .continuously_indexed import ContinuouslyIndexed
 from .convolution import CircularConvolution, SLog, SymmetricConvolution
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling
-from .linear import PLU, Householder
+from .gated_convolution import GatedConvolution, ScaledConvolution
+from .linear import PLU, Householder, Triangular
 from .permutation import Orthogonal, Permutation
 from .planar import Planar
 from .prelu import PReLU
 from .radial import Radial
 from .spline_layers import SplineAutoregressive, SplineCoupling
 from .sylvester import Sylvester
+from .tanh_coupling import TanhCoupling
 
 __all__ = ["AdditiveCoupling", "Affine", "AffineCoupling", "Autoregressive", "BatchNorm", "Chain", "CircularConvolution", "ContinuouslyIndexed", "ConvolutionCoupling",
-           "Coupling", "Householder", "Inverse", "InverseAutoregressive", "MaskedAutoregressive", "Orthogonal", "PLU", "PReLU", "Permutation", "Planar", "Radial", "SLog",
-           "SplineAutoregressive", "SplineCoupling", "Sylvester", "SymmetricConvolution", "Transform"]
+           "Coupling", "GatedConvolution", "Householder", "Inverse", "InverseAutoregressive", "MaskedAutoregressive", "Orthogonal", "PLU", "PReLU", "Permutation", "Planar", "Radial", "SLog", "ScaledConvolution",
+           "SplineAutoregressive", "SplineCoupling", "Sylvester", "SymmetricConvolution", "TanhCoupling", "Transform", "Triangular"]

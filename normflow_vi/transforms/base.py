@@ -11,7 +11,7 @@ __all__ = ['KINDS', 'Owned', 'Amortised', 'check_int', 'check_tensor', 'check_tr
 # %% ../../nbs/01_flows/05_transform.ipynb #2f581e42
 import math, torch
 from torch import nn
-from torch.nn.functional import linear
+from .product import linear
 
 KINDS = ("closed form", "sequential", "iterative", "none")   # what a direction costs, best first; "none": it does not exist
 
@@ -39,8 +39,8 @@ class Amortised(nn.Module):
         with torch.no_grad(): self.linear.weight.uniform_(-bound, bound); self.linear.bias.copy_(flat / scale)
 
     def forward(self, context, dtype):
-        weight, bias, context = (t.to(dtype) for t in (self.linear.weight, self.linear.bias, context))
-        parts = (self.scale * linear(context, weight, bias)).split([shape.numel() for shape in self.shapes.values()], -1)
+        weight, bias, context = (t.to(dtype) for t in (self.linear.weight, self.scale * self.linear.bias, self.scale * context))
+        parts = linear(context, weight, bias).split([shape.numel() for shape in self.shapes.values()], -1)
         return {name: part.unflatten(-1, shape) for part, (name, shape) in zip(parts, self.shapes.items())}
 
 # %% ../../nbs/01_flows/05_transform.ipynb #06c7ea77

@@ -69,7 +69,7 @@ class Split(Transform):
         return {"order": order, "back": order.argsort(-1), "matrix": MATRICES[self.mix](self.length, self.dim)}
 
     def prepare(self, **tensors):
-        if self.mix == "ortho" and tensors["matrix"].dtype == torch.float64: tensors["matrix"] = polished(tensors["matrix"])
+        if self.mix == "ortho": tensors["matrix"] = polished(tensors["matrix"])
         return tensors
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #9139718b

@@ -44,8 +44,8 @@ def haar(n, dim):
 
 # %% ../../nbs/01_flows/13_permutation.ipynb #54cb4509
 def polished(q):
-    "Matrices `(..., D, D)`, one Newton-Schulz step nearer to orthogonal: an error `d` becomes `3 d^2 / 2`."
-    return 1.5 * q - .5 * q @ (q.mT @ q)
+    "Matrices `(..., D, D)`; in double precision one Newton-Schulz step nearer to orthogonal: an error `d` becomes `3 d^2 / 2`."
+    return 1.5 * q - .5 * q @ (q.mT @ q) if q.dtype == torch.float64 else q
 
 # %% ../../nbs/01_flows/13_permutation.ipynb #699be624
 class Orthogonal(Transform):
@@ -55,6 +55,6 @@ class Orthogonal(Transform):
     Both directions O(K dim^2) a value, and O(K dim^3) a call in double precision. A context is ignored. Source: Rezende & Mohamed 2015 (NICE-ortho); Mezzadri 2007.
     """
     def constants(self): return {"q": haar(self.length, self.dim).to(torch.get_default_dtype())}
-    def prepare(self, q): return {"q": polished(q) if q.dtype == torch.float64 else q}
+    def prepare(self, q): return {"q": polished(q)}
     def push(self, z, q): return z @ q.mT, z.new_zeros(z.shape[:-1])
     def pull(self, y, q): return y @ q, y.new_zeros(y.shape[:-1])

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['CONSTRAINTS', 'TINY', 'ZERO', 'LANES', 'BLOCK', 'constrain', 'log_slope', 'solve_slope', 'planar_stack',
-           'planar_torch', 'dot', 'add', 'turn', 'turn_back', 'bent', 'constants', 'constants_back', 'bend',
-           'bend_back', 'wide_forward', 'layer_back', 'layers_back', 'wide_backward', 'three_dots', 'narrow_forward',
-           'four_dots', 'put', 'row_back', 'narrow_backward', 'compiled', 'by_group', 'from_groups', 'in_place',
-           'numbers', 'launch', 'planar_numba', 'gradients_numba', 'PlanarKernel', 'MappedKernel', 'planar_kernel',
-           'reference_gradients', 'planar_layers', 'slow_head', 'Planar']
+           'planar_torch', 'dot', 'add', 'turn', 'turn_back', 'constants', 'constants_back', 'bend', 'bend_back',
+           'wide_forward', 'layer_back', 'layers_back', 'wide_backward', 'three_dots', 'narrow_forward', 'four_dots',
+           'put', 'row_back', 'narrow_backward', 'compiled', 'by_group', 'from_groups', 'in_place', 'numbers', 'launch',
+           'planar_numba', 'gradients_numba', 'PlanarKernel', 'MappedKernel', 'planar_kernel', 'planar_layers',
+           'slow_head', 'Planar']
 
 # %% ../../nbs/01_flows/15_planar.ipynb #36603022
 import functools, math, torch
 import numpy as np
 from .base import Transform, check_choice, check_int, softplus
-from .kernels import compile_together, exp, fits, log, tanh
+from .kernels import by_reference, compile_together, fits, log, softplus_slope, tanh
 
 # %% ../../nbs/01_flows/15_planar.ipynb #abb80e78
 CONSTRAINTS = {"identity": math.log(math.e - 1), "paper": 0.}
@@ -87,17 +87,11 @@ def turn_back(y, x, i, n, D):
         for s in range(n): x[i + s * D + d] = y[d * BLOCK + s]
 
 # %% ../../nbs/01_flows/15_planar.ipynb #e2eea952
-def bent(x, one):
-    "Softplus, and its slope, the sigmoid."
-    e = exp(-abs(x))
-    u = one + e
-    return max(x, x - x) + (log(u) + (e - (u - one)) / u), (one if x > 0 else e) / u      # log(u) put right to log1p(e)
-
 def constants(alpha, norm2, n, how):
     "In the place of `w.u` and `|w|^2` of `n` layers: `rho` and the slope."
     c, tiny, floor, one = how
     for k in range(n):
-        s = bent(alpha[k] + c, one)[0]
+        s = softplus_slope(alpha[k] + c, one)[0]
         fade, excess = min(norm2[k] / floor, one), s - one - alpha[k]
         alpha[k], norm2[k] = excess / max(norm2[k], floor), fade * s + (one - fade) * (one + alpha[k])
 
@@ -105,7 +99,7 @@ def constants_back(alpha, norm2, g_rho, g_slope, n, how):
     "In the place of the gradients in `rho` and the slope of `n` layers: those in `w.u` and `|w|^2`."
     c, tiny, floor, one = how
     for k in range(n):
-        s, sigmoid = bent(alpha[k] + c, one)
+        s, sigmoid = softplus_slope(alpha[k] + c, one)
         fade, excess, larger = min(norm2[k] / floor, one), s - one - alpha[k], max(norm2[k], floor)
         in_rho, in_slope = g_rho[k] / larger, g_slope[k] if fade * s + (one - fade) * (one + alpha[k]) >= tiny else one - one
         g_rho[k] = in_rho * (sigmoid - one) + in_slope * (fade * sigmoid + (one - fade))
@@ -281,8 +275,8 @@ def narrow_backward(sizes, how, y, u, w, b, hidden, gy, gl, gz, gu, gw, gb):
 @functools.cache
 def compiled():
     "The kernels as machine code, by name; `None` without numba."
-
-    return compile_together(wide_forward, wide_backward, narrow_forward, narrow_backward, layers_back, helpers=(add, turn, turn_back, constants, constants_back, bend, bend_back, layer_back), inline=(bent, put, row_back, three_dots, four_dots), sums=(dot, three_dots, four_dots))
+    kernels, helpers = (wide_forward, wide_backward, narrow_forward, narrow_backward, layers_back), (add, turn, turn_back, constants, constants_back, bend, bend_back, layer_back)
+    return compile_together(*kernels, helpers=helpers, inline=(softplus_slope, put, row_back, three_dots, four_dots), sums=(dot, three_dots, four_dots))
 
 # %% ../../nbs/01_flows/15_planar.ipynb #08617c34
 def by_group(x, G, S):
@@ -342,7 +336,8 @@ class PlanarKernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy, gl):
         z, u, w, b, y, hidden = ctx.saved_tensors
-        if torch.is_grad_enabled() or not fits(gy, gl, rules=False): return *reference_gradients((z, u, w, b), ctx.needs_input_grad, gy, gl, ctx.c), None
+        if torch.is_grad_enabled() or not fits(gy, gl, rules=False):
+            return *by_reference(functools.partial(planar_torch, c=ctx.c), (z, u, w, b), ctx.needs_input_grad, (gy, gl)), None
         return *gradients_numba(y, u, w, b, hidden, gy, gl, ctx.c), None
 
 # %% ../../nbs/01_flows/15_planar.ipynb #077fb880
@@ -365,14 +360,6 @@ class MappedKernel(torch.autograd.Function):
 def planar_kernel(*inputs): return (PlanarKernel if torch._C._functorch.maybe_current_level() is None else MappedKernel).apply(*inputs)
 
 # %% ../../nbs/01_flows/15_planar.ipynb #f968810e
-def reference_gradients(inputs, wanted, gy, gl, c):
-    "What the kernel's backward computes, as torch operations that can be differentiated again."
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [t.view_as(t) if want else t for t, want in zip(inputs, wanted)]          # views: no input is seen through another
-        found = iter(torch.autograd.grad(planar_torch(*inputs, c), [t for t, want in zip(inputs, wanted) if want], (gy, gl), create_graph=again))
-    return [next(found) if want else None for want in wanted]
-
 def planar_layers(z, u, w, b, c):
     "The kernel where it fits, `planar_torch` elsewhere."
     if not z.numel() or not fits(z, u, w, b): return planar_torch(z, u, w, b, c)

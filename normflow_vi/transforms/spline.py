@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['FLOOR', 'OFFSET', 'LANES', 'VALUE', 'BIN', 'X0', 'X1', 'Y0', 'Y1', 'RAW0', 'RAW1', 'X_UNIT', 'Y_UNIT', 'X_SUM',
            'Y_SUM', 'X_END', 'Y_END', 'OUT', 'SLOPE', 'ROWS', 'ZERO', 'ONE', 'knots', 'ends', 'place', 'curve',
-           'uncurve', 'clipped_bin', 'rq_spline', 'rq_spline_inverse', 'load', 'exponentials', 'find', 'softplus_slope',
-           'inside_bin', 'located', 'forward_kernel', 'bin_gradient', 'share_gradient', 'lane_gradients',
-           'slope_gradient', 'backward_kernel', 'compiled', 'arrays', 'RQSpline', 'axis_first', 'by_reference',
-           'spline', 'Spline']
+           'uncurve', 'clipped_bin', 'rq_spline', 'rq_spline_inverse', 'load', 'exponentials', 'find', 'inside_bin',
+           'located', 'forward_kernel', 'bin_gradient', 'share_gradient', 'lane_gradients', 'slope_gradient',
+           'backward_kernel', 'compiled', 'arrays', 'RQSpline', 'axis_first', 'spline', 'Spline']
 
 # %% ../../nbs/04_cif/05_spline.ipynb #4a3c0753
 import functools, math, torch
 import numpy as np
 from torch.nn.functional import pad
 from .base import check_int, check_positive, softplus
-from .kernels import compile_together, exp, fits, log
+from .kernels import by_reference, compile_together, exp, fits, log, softplus_slope
 from .laws import Law
 
 # %% ../../nbs/04_cif/05_spline.ipynb #6159f4bb
@@ -133,12 +132,6 @@ def find(t, s, bins, bound, inverse):
             s[X_SUM + i], s[Y_SUM + i], s[X_END + i], s[Y_END + i] = x, y, x1, y1
 
 # %% ../../nbs/04_cif/05_spline.ipynb #ad72d97f
-def softplus_slope(raw, one):
-    "`log(1 + exp(raw))` and its derivative; `one` has the precision of `raw`."
-    u = exp(-abs(raw))
-    v = one + u
-    return (raw if raw > ZERO else ZERO) + (log(v) + (u - (v - one)) / v), (one if raw > ZERO else u) / v
-
 def inside_bin(s, i, inverse):
     "Of lane `i`: `xi`, `eta`, slopes `m, d0, d1` (on average, left, right), derivatives of the softplus left and right, width and height of the bin."
     real = s.dtype.type
@@ -268,7 +261,8 @@ class RQSpline(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         inputs, (reference, bins, bound) = ctx.saved_tensors, ctx.how
-        if not fits(*inputs, *gradients, rules=False): return *by_reference(ctx, gradients), None, None, None
+        if not fits(*inputs, *gradients, rules=False):
+            return *by_reference(lambda *t: reference(*t, bins, bound), inputs, ctx.needs_input_grad, gradients), None, None, None
         found = [torch.empty(t.shape, dtype=t.dtype) for t in inputs]
         compiled().backward_kernel(*arrays(*inputs, *gradients), bins, bound, reference is rq_spline_inverse, *arrays(*found))
         return *found, None, None, None
@@ -281,15 +275,6 @@ class RQSpline(torch.autograd.Function):
 def axis_first(t, axis, size):
     "`t` with its mapped axis in front; one that is not mapped is repeated."
     return t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
-
-def by_reference(ctx, gradients):
-    "The gradients of the reference in value and theta."
-    (reference, *sizes), again = ctx.how, torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [t.view_as(t) for t in ctx.saved_tensors]   # nodes of their own: theta may depend on value
-        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed]
-        found = iter(torch.autograd.grad(reference(*inputs, *sizes), wanted, gradients, create_graph=again))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
 
 def spline(value, theta, reference, bins, bound):
     "`reference(value, theta, bins, bound)`, by the kernels where they may run."
