@@ -119,7 +119,7 @@ def test_parts_and_sum_of_a_joint_agree():
 def test_a_whole_loss_traces_to_one_graph():
     "Model, posterior and annealed free energy of a batch: nothing in it breaks the graph."
     from normflow_vi.vae import dlgm
-    model, x = dlgm(torch.full((20,), .2), 3, dim=4, hidden=(8, 8)), (torch.rand(5, 20) < .2).float()
+    model, x = dlgm(torch.full((20,), .2), length=3, dim=4, hidden=(8, 8)), (torch.rand(5, 20) < .2).float()
     def loss(x): return free_energy(lambda z: model.log_joint(x, z), model.q(x), beta=.5, anneal="kl").value
     torch._dynamo.reset()
     assert torch.compile(loss, fullgraph=True, backend="eager")(x).isfinite()
