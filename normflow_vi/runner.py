@@ -12,12 +12,12 @@ __all__ = ['DATA', 'DEVICES', 'RULES', 'ParameterError', 'check_parameter', 'che
 # %% ../nbs/90_engine/50_runner.ipynb #de7aff8c
 import json, os, platform, re, secrets, shutil, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from . import experiments
 from .files import atomic_write, exclusive, sha256
-from .records import Record, Run, Store, code_sha256, information, note_failure, records_root, replace_folder
+from .records import Run, Store, code_sha256, information, note_failure, records_root, replace_folder
 from .settings import PROFILES, check_profile, described, obeys, project_root
 
 # %% ../nbs/90_engine/50_runner.ipynb #21198104
@@ -155,7 +155,7 @@ def _train(runs, device, folder, retrain):
                        engine="batched" if len(runs) > 1 else "process", seeds=sorted({run.seed for run in runs}),   # batched runs share one random stream
                        models=sorted({run.model for run in runs}))
     made_on = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "hardware": platform.machine()}
-    for r in records: Record(r.run, r.values, r.arrays, info | r.info | made_on).save(root)
+    for r in records: replace(r, info=info | r.info | made_on).save(root)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return records
 

@@ -2,17 +2,19 @@
 import io
 import json
 import os
+import pickle
 import random
 import signal
 import sys
 import time
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from normflow_vi.files import sha256
-from normflow_vi.records import (ARRAYS_LIMIT, VERDICTS, DamagedRecord, Record, Run, Store, code_sha256, code_sources, lower_is_better,
+from normflow_vi.records import (ARRAYS_LIMIT, VERDICTS, DamagedRecord, Record, Run, Store, code_sha256, code_sources, halved, lower_is_better,
                                  measured, note_failure, records_root, verdict)
 
 
@@ -80,6 +82,62 @@ def test_damage_is_refused_naming_the_file(tmp_path, name):
             silent += 1
         except DamagedRecord as error: assert name in str(error)
     assert silent <= 12
+
+
+def weighted(**more):
+    import torch
+    weights = {"w": torch.arange(6.).view(2, 3).half(), "b": torch.tensor([1, 2]), "shared": torch.zeros(4, 4).t()}
+    return Record(run(**more), {"F": 1.}, {"loss": np.arange(5.)}, weights=weights)
+
+
+def test_weights_round_trip(tmp_path):
+    """As they were given, in their own precision, through saving, loading and saving elsewhere; records without them have none on the disk."""
+    import torch
+    folder = weighted().save(tmp_path/"a")
+    for found in (Record.load(folder), Record.load(Record.load(folder).save(tmp_path/"b"))):
+        assert found.has_weights and {k: v.dtype for k, v in found.weights().items()} == {k: v.dtype for k, v in weighted().weights().items()}
+        assert all(torch.equal(v, weighted().weights()[k]) for k, v in found.weights().items())
+    plain = record(seed=1).save(tmp_path/"a")
+    assert sorted(p.name for p in plain.iterdir()) == ["arrays.npz", "record.json"] and "weights" not in (plain/"record.json").read_text()
+    assert not Record.load(plain).has_weights
+    with pytest.raises(ValueError, match="no weights"): Record.load(plain).weights()
+    assert replace(Record.load(folder), info={"a": 1}).weights().keys() == weighted().weights().keys()
+    assert pickle.loads(pickle.dumps(weighted())).weights().keys() == weighted().weights().keys()
+
+
+def test_record_on_disk_is_what_it_was(tmp_path):
+    """The hash of a record without weights, as it was written before records could keep any."""
+    text = json.loads((record().save(tmp_path)/"record.json").read_text())
+    stated, d = text.pop("sha256"), {"run": run().to_dict(), "values": record().values, "info": {"device": "cpu"}, "arrays_sha256": text["arrays_sha256"]}
+    assert stated == sha256(json.dumps(d, sort_keys=True).encode())
+
+
+def test_damaged_weights_are_refused_when_asked_for(tmp_path):
+    folder = weighted().save(tmp_path)
+    path = folder/"weights.safetensors"
+    good = path.read_bytes()
+    for bad in (b"", good[:-1], good + b"x", good[:40] + b"\x00" + good[41:], good[:-3] + b"\x01" + good[-2:]):
+        path.write_bytes(bad)
+        kept = Record.load(folder)                                       # lazily: values can be read without
+        assert kept.value("F") == 1 and Store([tmp_path]).best("trial")[0].has_weights
+        with pytest.raises(DamagedRecord, match=r"weights\.safetensors.*delete .*--retrain$"): kept.weights()
+    path.unlink()
+    with pytest.raises(DamagedRecord, match=r"weights\.safetensors is missing"): kept.weights()
+    path.write_bytes(b"not a tensor")
+    text = json.loads((folder/"record.json").read_text()) | {"weights_sha256": sha256(b"not a tensor")}
+    text.pop("sha256")
+    (folder/"record.json").write_text(json.dumps(text | {"sha256": sha256(json.dumps(text, sort_keys=True).encode())}))
+    with pytest.raises(DamagedRecord, match=r"weights\.safetensors"): Record.load(folder).weights()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), "text", "large"])
+def test_weights_that_cannot_be_kept(tmp_path, monkeypatch, wrong):
+    import torch
+    if wrong == "large": monkeypatch.setattr("normflow_vi.records.WEIGHTS_LIMIT", 1000)
+    given = wrong if wrong == "text" else torch.zeros(300) if wrong == "large" else torch.tensor([wrong])
+    with pytest.raises(ValueError, match="weights"): Record(run(), {}, weights={"w": given}).save(tmp_path)
+    assert not list(tmp_path.rglob("record.json"))
+    with pytest.raises(ValueError, match="half precision"): halved({"w": torch.tensor([1e5])})
 
 
 def forged(folder, data, **more):
