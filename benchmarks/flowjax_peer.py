@@ -1,4 +1,4 @@
-"""The side of flowjax 19.1.2 (jax 0.10.2), in an environment without torch: `planar.py` and `spline.py` start it, `harness.Neighbour` talks to it.
+"""The side of flowjax 19.1.2 (jax 0.10.2), in an environment without torch: `planar.py`, `spline.py` and `vae_step.py` start it, `harness.Neighbour` talks to it.
 
 One JSON object a line. `build` compiles a case from tensors and answers what it computes from them; `run` calls it `times` times and answers the seconds that took. Everything is compiled (jit) and single precision, jax's default.
 """
@@ -15,6 +15,7 @@ from flowjax.train.train_utils import step
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 
 
@@ -78,7 +79,76 @@ def spline(theta, z, gy, gl, bound, inverse):
     return compiled("pull" if inverse else "push", jax.vmap(one), (theta, z), (gy, gl))
 
 
-known, calls = {"fit": fit, "amortised": amortised, "spline": spline}, {}
+def dense(x, weight, bias): return x @ weight.T + bias
+
+
+def scanned(head, z, h):
+    """Planar layers by `lax.scan`, with all that does not depend on `z` computed outside of it, for all layers at once; `head`: the weights of one linear layer for all of them."""
+    B, D = z.shape
+    K = len(head[1]) // (2 * D + 1)
+    u, w, b = jnp.split(dense(h, *head), [K * D, 2 * K * D], -1)
+    u, w, b = (jnp.moveaxis(t, 1, 0) for t in (u.reshape(B, K, D), w.reshape(B, K, D), b))
+    alpha = (u * w).sum(-1)
+    slope = jax.nn.softplus(alpha)
+    u_hat = u + ((slope - 1 - alpha) / (w * w).sum(-1))[..., None] * w
+
+    def layer(z, part):
+        u_hat, w, b = part
+        t = jnp.tanh((w * z).sum(-1) + b)
+        return z + u_hat * t[:, None], t
+    z, t = jax.lax.scan(layer, z, (u_hat, w, b))
+    return z, jnp.log(1 + (1 - t * t) * (slope - 1)).sum(0)
+
+
+def conditional(head, z, h):
+    """flowjax's planar layers with a context, as the library has them: each emits its parameters by a linear network of its own."""
+    K, dim = head[0].shape[0], z.shape[-1]
+    layers = eqx.filter_vmap(lambda key: Planar(key, dim=dim, cond_dim=h.shape[-1], width_size=1, depth=0))(jr.split(jr.key(0), K))
+    layers = eqx.tree_at(lambda layer: (layer.conditioner.layers[0].weight, layer.conditioner.layers[0].bias), layers, head)
+    return jax.vmap(Scan(layers).transform_and_log_det)(z, h)
+
+
+def image_energy(parameters, x, noise, stack):
+    """The free energy of a batch: encoder of two layers, diagonal Gaussian, `stack`, decoder of three layers."""
+    h = jax.nn.relu(dense(jax.nn.relu(dense(x, *parameters[0:2])), *parameters[2:4]))
+    shift, log_scale = jnp.split(dense(h, *parameters[10:12]), 2, -1)
+    z, log_det = shift + jnp.exp(log_scale) * noise, 0.
+    if len(parameters) > 12: z, log_det = stack(parameters[12:], z, h)
+    logits = dense(jax.nn.relu(dense(jax.nn.relu(dense(z, *parameters[4:6])), *parameters[6:8])), *parameters[8:10])
+    log_ratio = .5 * ((z * z).sum(-1) - (noise * noise).sum(-1)) - log_scale.sum(-1) - log_det
+    return (log_ratio - (x * logits).sum(-1) + jax.nn.softplus(logits).sum(-1)).mean()
+
+
+def image_model(path, name, flow, dynamic):
+    """Whole training steps of an image model whose weights, images, batch and noise are in the file `path`; values and gradients of that batch go into `path + name`."""
+    given = np.load(path)
+    stack, optimizer = {"scan": scanned, "flowjax": conditional}[flow], optax.adam(1e-3)
+    parameters = [jnp.asarray(given[f"p{i}"], jnp.float32) for i in range(sum(key[0] == "p" for key in given.files))]
+    images, batch = jnp.asarray(given["images"]), len(given["x"])
+    value, slopes = jax.value_and_grad(image_energy)(parameters, jnp.asarray(given["x"]), jnp.asarray(given["noise"]), stack)
+    np.savez(path + name, value=np.asarray(value), **{f"g{i}": np.asarray(slope) for i, slope in enumerate(slopes)})
+
+    def update(parameters, moments, order, first, key):
+        pixels = images[jax.lax.dynamic_slice(order, (first,), (batch,))].astype(jnp.float32)
+        bits, noise = jr.split(key)
+        x = jr.bernoulli(bits, pixels / 255).astype(jnp.float32) if dynamic else pixels
+        value, slopes = jax.value_and_grad(image_energy)(parameters, x, jr.normal(noise, (batch, given["noise"].shape[-1])), stack)
+        moved, moments = optimizer.update(slopes, moments)
+        return optax.apply_updates(parameters, moved), moments, value
+    update = jax.jit(update, donate_argnums=(0, 1))
+    state = {"parameters": parameters, "moments": optimizer.init(parameters), "order": jnp.arange(len(images)), "first": len(images), "key": jr.key(1)}
+
+    def steps(times):
+        keys = jr.split(state["key"], times + 2)
+        for key in keys[2:]:
+            if state["first"] + batch > len(images): state["order"], state["first"] = jr.permutation(keys[1], state["order"]), 0
+            state["parameters"], state["moments"], value = update(state["parameters"], state["moments"], state["order"], state["first"], key)
+            state["first"] += batch
+        jax.block_until_ready(value); state["key"] = keys[0]
+    return {name: steps}, ()
+
+
+known, calls = {"image model": image_model, "fit": fit, "amortised": amortised, "spline": spline}, {}
 for line in sys.stdin:
     question = json.loads(line)
     if "build" in question:

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from normflow_vi.transforms import kernels
+from normflow_vi.transforms import kernels, product
 
 torch.set_num_threads(1)
 
@@ -79,6 +79,23 @@ def torch_only(function):
     """`function` with every kernel switched off: the references in torch, which also run where numba is not installed."""
     def call(*given):
         with mock.patch.object(kernels, "has_numba", lambda: False): return function(*given)
+    return call
+
+
+def torch_products(function):
+    """`function` with torch's own matrix products in place of oneDNN's."""
+    def call(*given):
+        with mock.patch.object(product, "chosen", lambda: "torch"): return function(*given)
+    return call
+
+
+def onednn_everywhere(function):
+    """`function` with every single-precision product of the process routed to oneDNN, by the global switch of torch that does so on this kind of processor (others would round to bfloat16)."""
+    def call(*given):
+        switch = torch.backends.mkldnn.matmul
+        before, switch.fp32_precision = switch.fp32_precision, "bf16"
+        try: return function(*given)
+        finally: switch.fp32_precision = before
     return call
 
 
