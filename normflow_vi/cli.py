@@ -53,12 +53,12 @@ def reproduce(profile="quick", only=None, device="auto", data="auto", engine="lo
     "Reproduce the report, or a part of it; returns what failed, a line each."
     from normflow_vi import report, status
     (chosen, chapters), device = selected(only), resolve_device(device)
-    plans = {e.name: e.plan(profile, data) for e in chosen}
-    check_data(data, plans.values())
+    check_data(data, [e.plan(profile, data) for e in chosen])
     failures = {}
     for e in chosen:
-        print(f"{e.name}: {len(plans[e.name])} runs, profile {profile}, {device}", file=sys.stderr, flush=True)
-        if why := reproduce_one(e, plans[e.name], profile, data, device, engine, retrain):
+        runs = e.plan(profile, data)                         # at its turn: a plan may look at the records of those before it
+        print(f"{e.name}: {len(runs)} runs, profile {profile}, {device}", file=sys.stderr, flush=True)
+        if why := reproduce_one(e, runs, profile, data, device, engine, retrain):
             failures[e.notebook] = why
             complain(f"{e.notebook}: {why}", 1)
     failures |= report.execute_library(profile, chapters=chapters)

@@ -11,7 +11,7 @@ from .files import atomic_write
 
 FAMILY_COLOURS = {"diagonal": "#666666", "planar": "#1f77b4", "radial": "#ff7f0e", "nice": "#2ca02c", "nice-ortho": "#2ca02c", "nice-perm": "#a2c523",
                   "realnvp": "#e377c2", "iaf": "#9467bd",
-                  "nsf": "#8c564b", "cif": "#d62728", "target": "#000000"}
+                  "nsf": "#8c564b", "cif": "#d62728", "sylvester": "#17becf", "full": "#7b4173", "circulant": "#e7ba52", "circulant-diagonal": "#bd9e39", "circulant-slog": "#ad494a", "conf": "#393b79", "target": "#000000"}
 PART_STYLES = {"train": ":", "valid": "--", "test": "-"}     # one line style a part of the data
 
 # %% ../nbs/90_engine/35_plots.ipynb #dfdc5642

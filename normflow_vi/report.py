@@ -6,11 +6,11 @@
 __all__ = ['CHAPTERS', 'SINGLE_LIMIT', 'STAND_IN_FIGURES', 'cleaned_source', 'hidden', 'without_scratch', 'cleaned', 'notebooks',
            'title', 'latest', 'current', 'takes_parameters', 'executed', 'execute_library', 'drawable', 'draw',
            'draw_all', 'with_remark', 'in_prose', 'with_figures', 'with_links', 'write_page', 'contents',
-           'add_contents', 'results_page', 'sphinx', 'standing_in', 'withheld', 'build', 'data_uri', 'fetched',
-           'page_contents', 'as_pages', 'inlined', 'write_single', 'make']
+           'add_contents', 'results_page', 'sphinx', 'standing_in', 'withheld', 'build', 'data_uri', 'as_webp',
+           'fetched', 'page_contents', 'as_pages', 'inlined', 'write_single', 'make']
 
 # %% ../nbs/90_engine/70_report.ipynb #dde0aea5
-import base64, json, mimetypes, re, secrets, shutil, subprocess, sys, tempfile
+import base64, io, json, mimetypes, re, secrets, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 from . import experiments, status
@@ -254,8 +254,15 @@ def build(profile="quick", failures=None, whole=True):
 # %% ../nbs/90_engine/70_report.ipynb #5c1258ac
 def data_uri(path):
     "A file as a `data:` URI."
-    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()
+    kind, data = mimetypes.guess_type(path.name)[0] or "application/octet-stream", path.read_bytes()
+    if kind == "image/png": kind, data = "image/webp", as_webp(data)
+    return f"data:{kind};base64," + base64.b64encode(data).decode()
+
+def as_webp(png):
+    "The picture in a PNG file, as a lossless WebP file."
+    from PIL import Image
+    with Image.open(io.BytesIO(png)) as picture: picture.save(found := io.BytesIO(), "WEBP", lossless=True, exact=True)
+    return found.getvalue()
 
 _TAG = re.compile(r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc\s*=\s*["']?(?!data:)([^"'\s>]+)"""
                   r"""|<link\b(?![^>]*rel=["'](?:search|index|next|prev|author|copyright|canonical)["'])[^>]*?\bhref\s*=\s*["']?(?!data:)([^"'\s>]+)""", re.I)

@@ -41,7 +41,9 @@ def programs(experiment, runs):
     return list(found.values())
 
 # %% ../../nbs/90_engine/45_experiments.ipynb #dee30e92
-MODULES = ("normflow_vi.experiments.theory", "normflow_vi.experiments.energies", "normflow_vi.experiments.answers", "normflow_vi.experiments.vae_mnist", "normflow_vi.experiments.tables")
+MODULES = ("normflow_vi.experiments.theory", "normflow_vi.experiments.energies", "normflow_vi.experiments.answers",
+           "normflow_vi.experiments.posteriors", "normflow_vi.experiments.vae_mnist", "normflow_vi.experiments.vae_evaluation", "normflow_vi.experiments.vae_cifar", "normflow_vi.experiments.vae_convolution",
+           "normflow_vi.experiments.tables")
 
 def modules():
     "The names of the experiments' modules, in reading order."
