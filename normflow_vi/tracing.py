@@ -9,6 +9,7 @@ __all__ = ['HELPS', 'one_layer', 'layers_of', 'way_of_draws', 'way_of_samples', 
 import copy, torch
 from dataclasses import dataclass
 from .transforms.base import Chain, Inverse, Transform
+from .transforms.tanh_coupling import TanhCoupling
 
 # %% ../nbs/01_flows/49_tracing.ipynb #11571781
 class _Slice(torch.nn.Module):
@@ -22,6 +23,7 @@ def one_layer(transform, k):
     def of_layers(name, b): return name in transform.constant_names or b.dim() == 3 and len(b) == transform.length          # a matrix may serve all layers
     alone._modules, alone.length = transform._modules | {"source": _Slice(transform.source, k)}, 1
     alone._buffers = {name: b[k:k + 1] if of_layers(name, b) else b for name, b in transform._buffers.items()}
+    if isinstance(transform, TanhCoupling) and k: alone._buffers["turn"] = alone.turn @ transform.turn[k - 1].mT          # it keeps the mixes up to layer k, multiplied
     return alone
 
 # %% ../nbs/01_flows/49_tracing.ipynb #8893eb85
