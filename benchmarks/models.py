@@ -78,6 +78,15 @@ class Plain:
         return -self.log_weights(x, torch.randn(len(x), len(self.network[11]) // 2) if noise is None else noise).mean()
 
 
+def through(layers, z):
+    """`z` through functions `z -> (z, log_det)`, one after the other."""
+    total = 0.
+    for layer in layers:
+        z, log_det = layer(z)
+        total = total + log_det
+    return z, total
+
+
 def naive_layer(z, u, w, b, m=softplus):
     """One planar layer as the paper writes it, with parameters for each point; `m` of `w.u` is what `1 + w.u_hat` shall be."""
     alpha = (w * u).sum(-1, keepdim=True)
@@ -97,10 +106,5 @@ def naive_model(weights, m=softplus):
         u, w, b = linear(h, *head).split([K * D, K * D, K], -1)
         return list(zip(u.unflatten(-1, (K, D)).unbind(-2), w.unflatten(-1, (K, D)).unbind(-2), b.split(1, -1)))
 
-    def flow(layers, z):
-        total = 0.
-        for layer in layers:
-            z, log_det = naive_layer(z, *layer, m)
-            total = total + log_det
-        return z, total
+    def flow(layers, z): return through([lambda z, layer=layer: naive_layer(z, *layer, m) for layer in layers], z)
     return Plain(weights, emit, flow, head)

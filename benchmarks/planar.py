@@ -19,9 +19,9 @@ Agreement: values, log-dets and gradients against the naive loop, in double prec
 import math
 
 from harness import Neighbour, arguments, gap, interleaved, parts_of, report, torch_only, with_peers
+from models import naive_layer, through
 import torch
 from torch import nn
-from torch.nn.functional import softplus
 
 from normflow_vi.fitting import density_loss
 from normflow_vi.flows import Flow
@@ -33,24 +33,6 @@ from normflow_vi.transforms import Planar
 given = arguments("time planar flows", length=32, samples=1000, deep=80, dim=40, batch=100, rounds=15, fused=0)
 jax = Neighbour(given.jax) if given.jax else None
 torch.manual_seed(0)
-
-
-def run(layers, z):
-    """`z` through functions `z -> (z, log_det)`."""
-    total = 0.
-    for layer in layers:
-        z, log_det = layer(z)
-        total = total + log_det
-    return z, total
-
-
-def naive(z, u, w, b):
-    """One layer, as the paper writes it."""
-    alpha = (w * u).sum(-1, keepdim=True)
-    u_hat = u + (softplus(alpha) - 1 - alpha) * w / (w * w).sum(-1, keepdim=True)
-    h = torch.tanh((w * z).sum(-1, keepdim=True) + b)
-    psi = (1 - h * h) * w
-    return z + u_hat * h, torch.log(torch.abs(1 + (psi * u_hat).sum(-1)))
 
 
 def for_flowjax(u, w, b):
@@ -95,15 +77,15 @@ def mean_energy(apply, u):
 
 def naive_flow(u, w, b):
     columns = [[nn.Parameter(part.clone()) for part in tensor] for tensor in (u, w, b)]
-    layers = [lambda z, u=u, w=w, b=b: naive(z, u, w, b) for u, w, b in zip(*columns)]
-    return (lambda z: run(layers, z)), sum(columns, []), mean_energy(lambda z: run(layers, z), u)
+    layers = [lambda z, u=u, w=w, b=b: naive_layer(z, u, w, b) for u, w, b in zip(*columns)]
+    return (lambda z: through(layers, z)), sum(columns, []), mean_energy(lambda z: through(layers, z), u)
 
 
 def normflows_flow(u, w, b):
     import normflows
     layers = [normflows.flows.Planar((u.shape[-1],), u=u_k[None].clone(), w=w_k[None].clone(), b=b_k[None].clone()) for u_k, w_k, b_k in zip(u, w, b)]
     model = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(u.shape[-1], trainable=False), layers, U1_for_normflows())
-    return (lambda z: run(layers, z)), [getattr(layer, name) for name in "uwb" for layer in layers], lambda: model.reverse_kld(given.samples)
+    return (lambda z: through(layers, z)), [getattr(layer, name) for name in "uwb" for layer in layers], lambda: model.reverse_kld(given.samples)
 
 
 def U1_for_normflows():
@@ -120,7 +102,7 @@ def pyro_flow(u, w, b):
     base = distributions.Normal(torch.zeros(u.shape[-1]), torch.ones(u.shape[-1]))
 
     def apply(z):
-        return run([lambda z, layer=layer: (y := layer(z), layer.log_abs_det_jacobian(z, y)) for layer in layers], z)
+        return through([lambda z, layer=layer: (y := layer(z), layer.log_abs_det_jacobian(z, y)) for layer in layers], z)
 
     def loss():
         for layer in layers: layer.clear_cache()
@@ -194,8 +176,8 @@ def emitted_ours(head, K, D):
 def emitted_naive(head, K, D, apart=lambda t: t.unbind(1)):
     def apply(z):
         parts = Emitted(head, K, D)()
-        layers = [lambda z, u=u, w=w, b=b: naive(z, u, w, b[:, None]) for u, w, b in zip(*(apart(parts[name]) for name in "uwb"))]
-        return run(layers, z)
+        layers = [lambda z, u=u, w=w, b=b: naive_layer(z, u, w, b[:, None]) for u, w, b in zip(*(apart(parts[name]) for name in "uwb"))]
+        return through(layers, z)
     return apply
 
 
@@ -208,7 +190,7 @@ def emitted_pyro(head, K, D):
         parts = Emitted(head, K, D)()
         emitted = zip(*(parts[name].unbind(1) for name in "buw"))
         layers = [ConditionalPlanar(lambda context, b=b, u=u, w=w: (b[:, None], u, w)).condition(None) for b, u, w in emitted]
-        return run([lambda z, layer=layer: (y := layer(z), layer.log_abs_det_jacobian(z, y)) for layer in layers], z)
+        return through([lambda z, layer=layer: (y := layer(z), layer.log_abs_det_jacobian(z, y)) for layer in layers], z)
     return apply
 
 

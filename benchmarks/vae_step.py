@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from harness import Neighbour, arguments, interleaved, onednn_everywhere, parts_of, report, torch_products, with_peers
-from models import Plain, flow_of, image_loss, naive_model, paper_model, weights_of
+from models import Plain, flow_of, image_loss, naive_model, paper_model, through, weights_of
 import numpy as np
 import torch
 from torch import nn
@@ -63,14 +63,7 @@ def normflows_planar(weights):
     import normflows
     K = len(weights[13]) // (2 * D + 1)
     layers = [normflows.flows.Planar((D,)).to(weights[0].dtype) for _ in range(K)]
-
-    def flow(h, z):
-        total = 0.
-        for layer in layers:
-            z, log_det = layer(z)
-            total = total + log_det
-        return z, total
-    model = Plain(weights, None, flow, [p for layer in layers for p in layer.parameters()])
+    model = Plain(weights, None, lambda h, z: through(layers, z), [p for layer in layers for p in layer.parameters()])
     return model.loss, model.parameters, None
 
 
