@@ -11,7 +11,7 @@ __all__ = ['ACCEPTANCE', 'PILOT', 'RATE', 'FIRST', 'temperatures', 'Point', 'loo
 import math, torch
 from dataclasses import dataclass, replace
 from .objectives import joint, parts_of
-from .transforms.base import check_int, check_tensor
+from .transforms.base import check_int, check_tensor, first_false
 
 # %% ../nbs/01_flows/44_annealed.ipynb #cff757e7
 def temperatures(steps):
@@ -122,8 +122,8 @@ def check_rows(x):
     "Raise `ValueError` for data `x` without rows, or with values that are not finite, naming the first such row."
     if not isinstance(x, torch.Tensor) or x.dim() < 1: raise TypeError(f"x: expected a tensor (N, ...), got {type(x).__name__}")
     if len(x) == 0: raise ValueError("x: expected at least one row, got none")
-    bad = ~x.flatten(1).isfinite().all(1) if x.dim() > 1 else ~x.isfinite()
-    if bad.any(): raise ValueError(f"x: {int(bad.sum())} of {len(x)} rows have values that are NaN or infinite, the first is row {int(bad.int().argmax())}")
+    good = x.isfinite().reshape(len(x), -1).all(1)
+    if not good.all(): raise ValueError(f"x: {int((~good).sum())} of {len(x)} rows have values that are NaN or infinite, the first is row {first_false(good)}")
 
 def placed(initial, x, latent_dim):
     "`(m, s)` `(N, D)` of the initial Gaussian; the standard normal for `None`."
@@ -158,11 +158,11 @@ def anneal(log_joint, x, place, z, betas, chains, steps, generator):
 
 def check_finite(**values):
     "Raise `FloatingPointError` naming the first row at which one of `values` `(N,)` is not finite."
-    bad = ~torch.stack([value.isfinite() for value in values.values()]).all(0)
-    if not bad.any(): return
-    first = int(bad.int().argmax())
+    good = torch.stack([value.isfinite() for value in values.values()]).all(0)
+    if good.all(): return
+    first = first_false(good)
     raise FloatingPointError(" and ".join(f"{name} is {value[first]:g}" for name, value in values.items()) +
-                             f" for row {first} of x ({int(bad.sum())} such rows): log_joint or the posterior returned NaN or infinity there")
+                             f" for row {first} of x ({int((~good).sum())} such rows): log_joint or the posterior returned NaN or infinity there")
 
 # %% ../nbs/01_flows/44_annealed.ipynb #45811709
 def run(log_joint, x, z, latent_dim, steps, chains, leapfrog, initial, block, seed):

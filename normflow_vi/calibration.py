@@ -18,9 +18,8 @@ from torch.special import gammainc, gammaincc, ndtr, ndtri
 from .flows import Flow
 from .objectives import free_energy
 from .placing import place_samples
-from .tracing import first_bad
 from .training import Optimizer, Trainer, unvalidated
-from .transforms.base import check_int, check_positive
+from .transforms.base import check_int, check_positive, first_false
 
 # %% ../nbs/01_flows/52_calibration.ipynb #ce729713
 def rank(truth, draws):
@@ -228,7 +227,7 @@ def check_rows(name, value, rows):
     if not isinstance(value, torch.Tensor): raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dim() < 1 or len(value) != rows: raise ValueError(f"{name} has shape {tuple(value.shape)}: its first axis must be that of theta, N={rows}")
     good = value.isfinite().reshape(rows, -1).all(1)
-    if not good.all(): raise ValueError(f"{name}: not finite in {int((~good).sum())} of {rows} simulations, first in number {first_bad(good)}")
+    if not good.all(): raise ValueError(f"{name}: not finite in {int((~good).sum())} of {rows} simulations, first in number {first_false(good)}")
 
 def simulated(prior, simulate, simulations):
     "True parameters `(N, D)` from the prior and a data set for each, `(N, ...)`."

@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'selected', 'check_data', 'reproduce_one', 'reproduce', '
            'listed', 'Terminated', 'complain', 'main']
 
 # %% ../nbs/90_engine/80_cli.ipynb #3169ea76
-import argparse, json, re, signal, sys
+import argparse, json, re, signal, sys, traceback
 from pathlib import Path
 
 from . import __version__, experiments
@@ -111,7 +111,7 @@ def parser():
     command("plan", "one command for each run without a record", profile, only, device, data)
     command("merge", "take over records from another results folder", ("folder", dict(metavar="DIR", type=Path)))
     command("report", "build the report from the records there are, without training")
-    command("run", "train the runs in a file of a plan", ("file", dict(metavar="RUNS.json", type=Path)))
+    command("run", "train the runs in files of a plan", ("files", dict(metavar="RUNS.json", type=Path, nargs="+")))
     command("notebook", "execute one library notebook", ("notebook", dict(type=Path)), profile)
     return top
 
@@ -141,7 +141,15 @@ def _report(a):
     print(f"report: {path}")
     return listed(failures)
 
-def _run(a): work(a.file)
+# %% ../nbs/90_engine/80_cli.ipynb #e8611ed6
+def _run(a):
+    failures = []
+    for path in a.files:
+        try: work(path)
+        except Exception as error:
+            traceback.print_exc()
+            failures.append(f"{type(error).__name__}: {error}" + f" ({path})" * (len(a.files) > 1))
+    return failures
 
 def _notebook(a):
     from normflow_vi.report import takes_parameters
@@ -176,7 +184,6 @@ def main(arguments=None):
     except Terminated as stop: return complain("terminated", stop.code)
     except BrokenPipeError: return 1
     except Exception as error:
-        if a.command == "run": import traceback; traceback.print_exc()
         return complain(f"{type(error).__name__}: {error}", 2 if isinstance(error, ParameterError) else 1)
     for failure in failures: complain(failure, 1)
     return 1 if failures else 0

@@ -21,9 +21,9 @@ from .gradients import check_posterior
 from .objectives import Estimate, annealing, check_bound, estimate, parts_of, renyi
 from .placing import is_placed, place_density, place_samples
 from .targets import Target
-from .tracing import first_bad, origin, way_of_draws, way_of_samples
+from .tracing import origin, way_of_draws, way_of_samples
 from .training import NonFinite, OneRun, Optimizer, StackedRuns, Trainer, copied, evaluating, fix_global_stream, put, tensors_of, unvalidated
-from .transforms.base import Sourced, check_int, check_positive, check_tensor
+from .transforms.base import Sourced, check_int, check_positive, check_tensor, first_false
 
 # %% ../nbs/01_flows/50_fit.ipynb #b5f5e358
 WIDE = 4.                                                    # standard deviation, in the flow's units, of the Gaussian from which a fit sets out
@@ -146,7 +146,7 @@ def check_log_density(q, log_density, restarts):
     values = check_called(log_density, z, log_q)
     bad = ~values.isfinite()
     if bad.any():
-        first = first_bad(~bad)
+        first = first_false(~bad)
         raise ValueError(f"log_density: {values[first].item()} at z = {[round(x, 4) for x in z[first].tolist()]}; {int(bad.sum())} of 64 draws of the untrained flow are like that, and it must be finite wherever q can draw: "
                          "give support=... if the density is zero there, or q.place the units of the target")
     try: restarts == 1 or torch.func.vmap(log_density)(z.detach()[None])
@@ -179,7 +179,7 @@ def rows_of(q, samples):
     if isinstance(samples, torch.Tensor) and samples.dim() == 1: raise ValueError(f"samples: expected rows (N, {D}), got shape {tuple(samples.shape)}; for numbers use samples[:, None]")
     check_tensor("samples", samples, D, "the flow's event size")
     if samples.dim() != 2 or len(samples) < 2: raise ValueError(f"samples: expected rows (N, {D}) with N >= 2, got shape {tuple(samples.shape)}")
-    if not samples.isfinite().all(): raise ValueError(f"samples: expected finite rows, got {samples[first_bad(samples.isfinite().all(1))].tolist()} in row {first_bad(samples.isfinite().all(1))}")
+    if not samples.isfinite().all(): raise ValueError(f"samples: expected finite rows, got {samples[first_false(samples.isfinite().all(1))].tolist()} in row {first_false(samples.isfinite().all(1))}")
     return samples
 
 def check_samples(q, samples):
@@ -189,7 +189,7 @@ def check_samples(q, samples):
     if base is not None and not all(base.check(q.place.loc.new_full((q.dim,), far)).all() for far in (-1e3, 1e3)): raise ValueError(f"q: its base lives on {base}, not on R^{q.dim}; put what is restricted into support=")
     samples = rows_of(q, samples)
     for good, where in ((q.support.check(samples).reshape(len(samples), -1).all(1), "outside the support"), (q.place.inverse(samples.to(q.place.loc))[0].isfinite().all(1), "on the boundary of the support, which no draw reaches,")):
-        if not good.all(): raise ValueError(f"samples: row {first_bad(good)} lies {where} {q.support}")
+        if not good.all(): raise ValueError(f"samples: row {first_false(good)} lies {where} {q.support}")
     return samples.to(q.place.loc)
 
 # %% ../nbs/01_flows/50_fit.ipynb #06d1552f

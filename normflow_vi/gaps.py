@@ -9,7 +9,7 @@ __all__ = ['TOGETHER', 'freed', 'optimised', 'Gaps', 'gaps']
 import math, torch
 from dataclasses import dataclass
 from .annealed import check_rows
-from .evaluate import Given, emitted, judged, log_marginal, resourced, rows_of
+from .evaluate import Given, blocks_of, emitted, log_marginal, marginal_of, resourced, rows_of
 from .flows import FlowDistribution
 from .objectives import draw_terms, estimate, joint
 from .transforms.base import check_int, check_positive
@@ -72,6 +72,6 @@ def gaps(log_joint, posterior, x, steps=500, draws=8, learning_rate=.01, samples
         if not isinstance(q, FlowDistribution) or q.context is None: raise TypeError(f"posterior: expected the distribution of an amortised Flow, got {type(q).__name__}")
         q = optimised(log_joint, q, images, steps, draws, learning_rate, generator)
         rows = [slice(first, first + few) for first in range(0, len(images), few)]
-        with torch.no_grad(): best = judged(log_joint, ((images[row], rows_of(q, row)) for row in rows), samples, block, generator)
+        with torch.no_grad(): best = marginal_of((blocks_of(log_joint, images[row], rows_of(q, row), samples, block, generator) for row in rows), samples)
         parts.append((best.log_p, best.elbo, log_marginal(log_joint, posterior, images, samples, block, seed).elbo, best.error))
     return Gaps(*(torch.cat(values) for values in zip(*parts)))

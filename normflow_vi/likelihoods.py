@@ -10,7 +10,7 @@ __all__ = ['LOG_VARIANCE', 'Likelihood', 'check_images', 'pixels_of', 'Bernoulli
 import math, torch
 from torch import nn
 from torch.nn.functional import logsigmoid
-from .transforms.base import bounded, check_choice, check_int, check_positive, softplus
+from .transforms.base import bounded, check_choice, check_int, check_positive, first_false, softplus
 
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #591397e1
 class Likelihood(nn.Module):
@@ -27,7 +27,7 @@ class Likelihood(nn.Module):
         "Raise `ValueError` naming the first pixel of the images `x` `(N, D_x)` that this likelihood cannot produce."
         check_images("x", x)
         if (good := self.accepts(x)).all(): return
-        row, pixel = divmod(int(good.flatten().int().argmin()), x.shape[1])
+        row, pixel = divmod(first_false(good), x.shape[1])
         raise ValueError(f"x: row {row}, pixel {pixel} is {x[row, pixel]:g} ({int((~good).sum())} such pixels): {type(self).__name__} allows {self.allowed}")
 
     def parts(self, x, output):

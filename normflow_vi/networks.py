@@ -92,11 +92,11 @@ class GatedConvDecoder(Convolutional):
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #b549c2a1
 class Residual(nn.Module):
-    "`conv(x) + conv(relu(conv(relu(x))))`, all 3 by 3; the first and the one beside it change channels and size."
+    "`s(x) + c(relu(keep(relu(x))))` with 3-by-3 convolutions: `c` and `s` change channels and size; where `c` is another `keep`, `s` is the identity."
     def __init__(self, in_channels, out_channels, change):
         super().__init__()
-        self.shortcut, first = change(in_channels, out_channels), change(in_channels, out_channels)
-        self.branch = nn.Sequential(nn.ReLU(), first, nn.ReLU(), nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Identity() if change is keep else change(in_channels, out_channels)
+        self.branch = nn.Sequential(nn.ReLU(), keep(in_channels, in_channels), nn.ReLU(), change(in_channels, out_channels))
 
     def forward(self, x): return self.shortcut(x) + self.branch(x)
 
@@ -121,5 +121,5 @@ class ResNetDecoder(Convolutional):
         w, (pixels, rest) = check_int("width", width), divmod(check_int("out_dim", out_dim), check_int("per_pixel", per_pixel))
         if rest: raise ValueError(f"out_dim={out_dim}: expected a multiple of per_pixel={per_pixel}")
         *sides, least = halvings(side_of("out_dim", pixels))
-        blocks = [Residual(*block) for c, side in zip((4 * w, 2 * w, w), reversed(sides)) for block in ((2 * c, c, up(side)), (c, c, keep))]
-        super().__init__(in_dim, out_dim, nn.Linear(check_int("in_dim", in_dim), 8 * w * least ** 2), nn.Unflatten(1, (8 * w, least, least)), *blocks, nn.Conv2d(w, per_pixel, 1))
+        blocks = [Residual(*block) for c, side in zip((4 * w, 2 * w, w), reversed(sides)) for block in ((2 * c, 2 * c, keep), (2 * c, c, up(side)))]
+        super().__init__(in_dim, out_dim, nn.Linear(check_int("in_dim", in_dim), 8 * w * least ** 2), nn.Unflatten(1, (8 * w, least, least)), *blocks, nn.ReLU(), nn.Conv2d(w, per_pixel, 1))

@@ -21,6 +21,7 @@ class Estimate:
     terms: dict = field(default_factory=dict)
 
     def __str__(self): return f"{self.value.item():.3f} ± {self.std_error.item():.3f}"
+    def as_dict(self): return {"value": self.value.item(), "std_error": self.std_error.item()}
 
 # %% ../nbs/01_flows/40_objectives.ipynb #fb2bc00b
 def estimate(draws, terms=None):

@@ -237,15 +237,19 @@ def _save(record, final):
 # %% ../nbs/90_engine/40_records.ipynb #f6d3bc29
 _BOOKKEEPING = {f"normflow_vi.{name}" for name in ("files", "settings", "records", "experiments", "runner", "status", "report", "cli", "_modidx")}
 
-def _imports(tree, package, known):
-    "The modules among `known` that the import statements of a syntax tree name; `package` is what relative ones start from."
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            start = package.split(".")[:1 - node.level or None] if node.level else []
-            base = ".".join([*start, *filter(None, [node.module])])
-            names = [f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names]
-        else: continue
+@cache                                                       # parsing is slow, and one table of rows asks for the same sources hundreds of times
+def _import_statements(text):
+    "`(level, module, names)` of each import statement in a source text; `level` is `None` for a plain one."
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return [(getattr(node, "level", None), getattr(node, "module", None), [a.name for a in node.names]) for node in nodes]
+
+def _imports(text, package, known):
+    "The modules among `known` that the import statements of a source text name; `package` is what relative ones start from."
+    for level, module, names in _import_statements(text):
+        if level is not None:
+            start = package.split(".")[:1 - level or None] if level else []
+            base = ".".join([*start, *filter(None, [module])])
+            names = [f"{base}.{name}" if f"{base}.{name}" in known else base for name in names]
         yield from (n for n in names if n in known)
 
 # %% ../nbs/90_engine/40_records.ipynb #5005e3d4
@@ -260,7 +264,7 @@ def code_sources(module):
         if name in found or name in _BOOKKEEPING: continue
         found[name] = path
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        todo += [(n, known[n]) for n in _imports(ast.parse(path.read_text()), package, known)]
+        todo += [(n, known[n]) for n in _imports(path.read_text(), package, known)]
     return dict(sorted(found.items()))
 
 # %% ../nbs/90_engine/40_records.ipynb #692e4b7c

@@ -6,8 +6,8 @@
 __all__ = ['DATA', 'DEVICES', 'RULES', 'ParameterError', 'check_parameter', 'check_names', 'resolve_device', 'Context',
            'check_parameters', 'check_notebook', 'work_folder', 'write_unit', 'read_unit', 'watch_parent',
            'ProgressFile', 'work', 'Job', 'slots', 'last_line', 'ending', 'Show', 'run_jobs', 'stop', 'RunsFailed',
-           'batched', 'units', 'complete', 'run_on_ray', 'Manifest', 'check_executed', 'describe', 'outputs_root',
-           'place', 'publish', 'execute', 'notebook_code']
+           'batched', 'units', 'jobs_of', 'complete', 'run_on_ray', 'Manifest', 'check_executed', 'describe',
+           'outputs_root', 'place', 'publish', 'execute', 'notebook_code']
 
 # %% ../nbs/90_engine/50_runner.ipynb #de7aff8c
 import json, os, platform, re, secrets, shutil, signal, subprocess, sys, threading, time
@@ -287,6 +287,15 @@ def units(runs, device):
     groups = [unit for e, program in programs for unit in ([program] if batched(e, program, device) else [[run] for run in program])]
     return sorted(groups, key=lambda unit: -unit[0].length)
 
+# %% ../nbs/90_engine/50_runner.ipynb #e522e1e6
+def jobs_of(units, device, retrain=False):
+    "One job a unit; units of the smoke profile are dealt out to one job a slot."
+    count = slots(device) if all(unit[0].profile == "smoke" for unit in units) else len(units)
+    def job(first, *others):
+        files = [str(write_unit(unit, device, retrain)) for unit in (first, *others)]
+        return Job(first[0].slug + f" and {len(others)} more" * bool(others), ["run", *files], work_folder(first))
+    return [job(*share) for share in (units[slot::count] for slot in range(count)) if share]
+
 # %% ../nbs/90_engine/50_runner.ipynb #8def1d53
 def complete(runs, device="auto", progress=True, retrain=False, engine="local"):
     """Train the runs that have no record, all of them with `retrain`, and return the records of all, in order.
@@ -296,8 +305,7 @@ def complete(runs, device="auto", progress=True, retrain=False, engine="local"):
     device, runs = resolve_device(device), list(runs)
     store = Store(dict.fromkeys(records_root(run.profile) for run in runs))
     todo = runs if retrain else [run for run in runs if store.find(run) is None]
-    jobs = [Job(unit[0].slug, ["run", str(write_unit(unit, device, retrain))], work_folder(unit)) for unit in units(todo, device)]
-    failures = {"local": run_jobs, "ray": run_on_ray}[engine](jobs, device, not progress)
+    failures = {"local": run_jobs, "ray": run_on_ray}[engine](jobs_of(units(todo, device), device, retrain), device, not progress)
     if failures: raise RunsFailed("; ".join(f"{name}: {why}" for name, why in failures.items()))
     return [store.find(run) for run in runs]
 

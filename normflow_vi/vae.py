@@ -72,7 +72,7 @@ def check_model(model, x):
 def dlgm(pixel_mean, family="planar", length=0, dim=40, hidden=(400, 400), activation="relu"):
     """The DLGM of Rezende & Mohamed 2015, section 6.2, with `length` layers of a posterior `family`, a name in `FAMILIES`; a diagonal Gaussian for `length=0`.
 
-    `pixel_mean` `(D_x,)` sets the decoder's output biases; `hidden`, `activation`: those of the encoder's `MLP`, reversed in the decoder.
+    `pixel_mean` `(D_x,)` sets the decoder's output biases; `hidden`, `activation`: those of the encoder's `MLP`, reversed in the decoder. The paper's are `hidden=(400,)`, `activation="maxout"`.
     """
     if pixel_mean.dim() != 1: raise ValueError(f"pixel_mean has shape {tuple(pixel_mean.shape)}: expected one mean a pixel, (D_x,)")
     decoder = MLP(dim, tuple(reversed(hidden)), len(pixel_mean), activation)

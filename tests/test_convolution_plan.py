@@ -92,7 +92,7 @@ def test_timing_disturbs_no_random_stream():
 def test_a_record_and_its_rows(tmp_path):
     run = next(run for run in page.plan("smoke", "digits") if run.flow == "circulant-slog")
     found, = page.train([run], None, "cpu")
-    assert {"F", "nll", "kl", "correlation", "negentropy", "parameters", "step_ms"} <= set(found.values) and found.value("parameters") == page.size(posterior(run.flow, 40, run.length, 64))
+    assert {"F", "nll", "kl", "tightened", "correlation", "negentropy", "parameters", "step_ms"} <= set(found.values) and found.value("parameters") == page.size(posterior(run.flow, 40, run.length, 64))
     assert len(found.arrays["flow_ms"]) == len(run.get("dims")) and len(found.arrays["ring"]) == 20 and not {"images", "samples"} & set(found.arrays)
     assert len(found.arrays["correlations"]) == run.get("structure_images") and np.isclose(found.arrays["correlations"].mean(), found.value("correlation"), atol=1e-6)
     for family in page.LENGTHS:

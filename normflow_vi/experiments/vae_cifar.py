@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'SIDE', 'DIM', 'RULES', 'PLAIN', 'DEQUANTISED', 'SOURCE', 'experiment', 'cut', 'grey', 'patches_of',
-           'Patches', 'fixed_patches', 'all_runs', 'at_hand', 'plan', 'HalfLogit', 'build', 'photographs', 'patch_loss',
-           'curve_point', 'trainer', 'train', 'by_pixel', 'saturated', 'shares', 'record', 'pictures', 'rows']
+           'Patches', 'fixed_patches', 'all_runs', 'at_hand', 'plan', 'HalfLogit', 'build', 'photographs', 'trainer',
+           'train', 'by_pixel', 'saturated', 'shares', 'record', 'pictures', 'rows']
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #ddf36581
 import functools
@@ -14,14 +14,14 @@ from torch import nn
 from ..data import SOURCES, Batches, DataNotFound, content_sha256, find, load_data
 from ..evaluate import log_marginal
 from . import Experiment
-from .vae_mnist import curves
+from .vae_mnist import as_bytes, curves, image_loss, trained, trainer_of
 from ..likelihoods import LogitNormal
 from ..networks import MLP
-from ..objectives import annealing, estimate, free_energy
+from ..objectives import estimate
 from ..posteriors import posterior
 from ..records import Record, Run, Store, measured, records_root
 from ..settings import settings
-from ..training import Optimizer, Trainer, evaluating
+from ..training import Optimizer, evaluating
 from ..vae import VAE
 
 RECIPE = 1
@@ -114,37 +114,21 @@ def photographs(device="cpu"):
     "CIFAR-10 on a device; unpacking takes seconds, so once a process."
     return load_data("cifar10", device=device)
 
-def patch_loss(run):
-    "The free energy of a batch of patches, the KL term annealed."
-    def loss(model, x, step, generator):
-        return free_energy(lambda z: model.log_joint(x, z), model.q(x), beta=annealing(step, run.get("anneal")), anneal="kl", generator=generator)
-    return loss
-
-def curve_point(run, data):
-    "A function of the model: F on the fixed validation and test patches, one draw each."
-    parts = {name: fixed_patches(getattr(data, name), data.shape, run.get("evaluation_images"), run.data == DEQUANTISED) for name in ("valid", "test")}
-    def validate(model, step):
-        return {f"F_{name}": log_marginal(model.log_joint, model.q, x, samples=1).free_energy.value.item() for name, x in parts.items()}
-    return validate
-
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #0292c081
 def trainer(runs, device="cpu", folder=None, progress=None, data=None):
     "The `Trainer` of runs that differ in their seeds, on CIFAR-10 unless `data` is given."
     run, data, models = runs[0], data or photographs(device), []
     for r in runs: models.append(build(r, data).to(device)); models[-1].check(fixed_patches(data.train, data.shape, 1000))
-    return Trainer(models, patch_loss(run), steps=run.get("updates"), seeds=[r.seed for r in runs],
-                   optimizer=Optimizer("adam", run.get("learning_rate"), warmup=run.get("warmup"), clip=run.get("clip"), schedule="cosine"),
-                   batches=[Patches(data.train, data.shape, run.get("batch_size"), r.seed, run.data == DEQUANTISED) for r in runs],
-                   validate=curve_point(run, data), validate_every=max(1, run.get("updates") // 20), keep_best="F_valid",
-                   log_every=max(1, run.get("updates") // 100), folder=folder, device=device, progress=progress, recipe=str(run.shape))
+    optimizer = Optimizer("adam", run.get("learning_rate"), warmup=run.get("warmup"), clip=run.get("clip"), schedule="cosine")
+    batches = [Patches(data.train, data.shape, run.get("batch_size"), r.seed, run.data == DEQUANTISED) for r in runs]
+    parts = {name: fixed_patches(getattr(data, name), data.shape, run.get("evaluation_images"), run.data == DEQUANTISED) for name in ("valid", "test")}
+    return trainer_of(runs, models, image_loss(run.get("anneal")), optimizer, batches, parts, folder=folder, device=device, progress=progress)
 
 def train(runs, folder, device, progress=None, data=None):
     "Train runs that differ in their seeds; returns their records."
     data = data or photographs(device)
-    training = trainer(runs, device, folder, progress, data)
-    history = training.run()
-    training.load_best()
-    return [record(run, model, data, history, i) for i, (run, model) in enumerate(zip(runs, training.models))]
+    models, history = trained(trainer(runs, device, folder, progress, data))
+    return [record(run, model, data, history, i) for i, (run, model) in enumerate(zip(runs, models))]
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #2756c136
 def by_pixel(model, x, z):
@@ -170,15 +154,14 @@ def record(run, model, data, history, index):
         test, fitted = (log_marginal(model.log_joint, model.q, patches, run.get("evaluation_samples"), seed=run.seed) for patches in (x, seen))
         parts, shown = shares(model, x, run.seed), pictures(model, x, run.seed)
     found = {"F": test.free_energy, "nll": test.nll, "kl": test.kl, "F_train": fitted.free_energy, "nll_train": fitted.nll}
-    values = {name: {"value": e.value.item(), "std_error": e.std_error.item()} for name, e in (found | {name: estimate(part) for name, part in parts.items()}).items()}
+    values = {name: e.as_dict() for name, e in (found | {name: estimate(part) for name, part in parts.items()}).items()}
     per_patch = {"test_log_p": test.log_p.float().cpu().numpy(), "test_elbo": test.elbo.float().cpu().numpy(), "test_saturated": parts["saturated"].byte().cpu().numpy()}
     return Record(run, values | {"best_step": history.best_step[index]}, curves(history, index) | shown | per_patch, {"seconds": round(history.seconds, 2)})
 
 def pictures(model, x, seed, count=16):
     "The first patches with one reconstruction each, and samples, as bytes."
     generator = torch.Generator(x.device).manual_seed(seed)
-    found = {"patches": x[:count], "reconstructions": model.reconstruct(x[:count], generator), "samples": model.sample(3 * count, generator)}
-    return {name: (255 * values).round().byte().cpu().numpy() for name, values in found.items()}
+    return as_bytes(patches=x[:count], reconstructions=model.reconstruct(x[:count], generator), samples=model.sample(3 * count, generator))
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #8e20a8f4
 SOURCE = "Rezende & Mohamed 2015 (1505.05770)"

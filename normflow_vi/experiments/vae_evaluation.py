@@ -8,9 +8,8 @@ __all__ = ['RECIPE', 'RULES', 'PRODUCTS', 'experiment', 'kept', 'source_of', 'pl
 
 # %% ../../nbs/02_vae_nf/24_evaluation_plan.ipynb #154c83f5
 import math, time, torch
-import numpy as np
 from ..data import content_sha256, resolve
-from ..evaluate import bidirectional, ais, log_marginal, log_weights, posteriors
+from ..evaluate import ais, bidirectional, blocks_of, marginal_of, posteriors
 from . import Experiment
 from . import vae_mnist
 from ..gaps import gaps
@@ -60,9 +59,7 @@ def model_of(run, data, device="cpu"):
         model.load_state_dict(record.weights())
         return model
     trained = next(small_run for small_run in small(run.data.removesuffix("-static")) if small_run.length == run.length)
-    training = vae_mnist.trainer([trained], device)
-    training.run(); training.load_best()
-    return training.models[0]
+    return vae_mnist.trained(vae_mnist.trainer([trained], device, data=data))[0][0]
 
 # %% ../../nbs/02_vae_nf/24_evaluation_plan.ipynb #2d84539e
 def simulated(model, count, generator):
@@ -80,28 +77,23 @@ def grid(samples):
     "Numbers of draws at which the importance-weighted bound is shown: 1, 2, 5, 10, ..., up to `samples`."
     return [s for power in range(7) for s in (10**power, 2 * 10**power, 5 * 10**power) if s <= samples]
 
-def weights_of(model, x, samples, generator, block=1000):
+def weights_of(model, x, samples, seed, block=1000):
     "All log-weights `(samples, N)` of the images, float64."
-    columns = []
-    for images, q in posteriors(model.q, x, max(1, block // samples)):
-        columns.append(torch.cat([log_weights(lambda z: model.log_joint(images, z), q, min(block, samples - done), generator) for done in range(0, samples, block)]))
-    return torch.cat(columns, 1)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.cat([torch.cat([*blocks_of(model.log_joint, images, q, samples, block, generator)]) for images, q in posteriors(model.q, x, max(1, block // samples))], 1)
 
 def bound_curve(log_w):
     "The importance-weighted bound at every size of `grid`, averaged over disjoint groups of the same draws and over images, `(len(grid),)`."
-    found = []
-    for s in grid(len(log_w)):
-        groups = log_w[:len(log_w) // s * s].view(-1, s, log_w.shape[1])
-        found.append((groups.logsumexp(1) - math.log(s)).mean().item())
-    return np.array(found, np.float32)
+    groups = [log_w[:len(log_w) // s * s].view(-1, s, log_w.shape[1]) for s in grid(len(log_w))]
+    return torch.stack([(group.logsumexp(1) - math.log(group.shape[1])).mean() for group in groups])
 
 # %% ../../nbs/02_vae_nf/24_evaluation_plan.ipynb #cdf9da4f
 def judged(model, x, z, run, generator):
-    "Per image: what every evaluator says of images `x`; with `z`, they are simulated, and there are bounds from above."
+    "What every evaluator says of each of the images `x`, and the `curve` of the importance-weighted bound; with `z`, they are simulated, and there are bounds from above."
     def seed(use): return seed_of("real" if z is None else "simulated", use, run.seed)                # none is run.seed itself, which z was drawn with
-    with torch.no_grad(): place = around(model, x, generator)
-    found = log_marginal(model.log_joint, model.q, x, run.get("samples"), seed=seed("iwae"))
-    result = {"iwae": found.log_p, "iwae_error": found.error, "elbo": found.elbo, "ess": found.ess, "k_hat": found.k_hat.clamp(-10, 10)}
+    with torch.no_grad(): place, log_w = around(model, x, generator), weights_of(model, x, run.get("samples"), seed("iwae"))
+    found = marginal_of([[log_w]], len(log_w))
+    result = {"curve": bound_curve(log_w), "iwae": found.log_p, "iwae_error": found.error, "elbo": found.elbo, "ess": found.ess, "k_hat": found.k_hat.clamp(-10, 10)}
     for name, steps, initial in (("ais", run.get("steps"), place), ("prior_ais", run.get("prior_steps"), None)):
         chains = {"chains": run.get("chains"), "leapfrog": run.get("leapfrog"), "initial": initial, "seed": seed(name)}
         if z is None: lower = ais(model.log_joint, x, model.posterior.dim, steps, **chains)
@@ -114,8 +106,7 @@ def judged(model, x, z, run, generator):
 # %% ../../nbs/02_vae_nf/24_evaluation_plan.ipynb #becff249
 def value(per_image):
     "The mean over images and its standard error."
-    found = estimate(per_image)
-    return {"value": found.value.item(), "std_error": found.std_error.item()}
+    return estimate(per_image).as_dict()
 
 def means(name, found):
     "The values of a record: means over images of each evaluator, and of their differences, image by image."
@@ -132,12 +123,11 @@ def one_record(run, device="cpu"):
         with torch.no_grad(): x, z = simulated(model, run.get("images"), generator)
         real = data.test.pixels(indices=slice(run.get("images")))
         found = {"simulated": judged(model, x, z, run, generator), "real": judged(model, real, None, run, generator)}
-        with torch.no_grad(): curves = {f"{name}_curve": bound_curve(weights_of(model, images, run.get("samples"), generator)) for name, images in (("simulated", x), ("real", real))}
         split = gaps(model.log_joint, model.q, real, run.get("gap_steps"), run.get("gap_draws"), samples=min(1000, run.get("samples")), seed=seed_of("gaps", run.seed))
     values = {key: v for name, of in found.items() for key, v in means(name, of).items()}
     parts = {"approximation": split.log_p - split.best, "amortisation": split.best - split.elbo, "gap": split.log_p - split.elbo, "ais_minus_gap_log_p": found["real"]["ais"] - split.log_p}
     values |= {name: value(part) for name, part in parts.items()}
-    arrays = {f"{name}_{key}": v.float().cpu().numpy() for name, of in found.items() for key, v in of.items()} | curves
+    arrays = {f"{name}_{key}": v.float().cpu().numpy() for name, of in found.items() for key, v in of.items()}
     arrays |= {f"gap_{key}": v.float().cpu().numpy() for key, v in vars(split).items()}
     return Record(run, values, arrays, {"seconds": round(time.monotonic() - start, 2)})
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPE', 'RULES', 'FAMILIES', 'LENGTHS', 'SETTINGS', 'CHOICES', 'HEADLINE', 'SOURCE', 'ROWS', 'PUBLISHED',
            'experiments', 'asked', 'runs_of', 'plan', 'dataset', 'title', 'families_plan', 'settings_plan', 'build',
-           'full_rate', 'image_loss', 'curve_point', 'optimizer', 'trainer', 'train', 'record', 'curves', 'pictures',
-           'latent_kl', 'seconds_each', 'row_name', 'rows']
+           'full_rate', 'image_loss', 'curve_point', 'optimizer', 'trainer_of', 'trainer', 'trained', 'train', 'record',
+           'curves', 'as_bytes', 'pictures', 'latent_kl', 'paired', 'gain', 'seconds_each', 'row_name', 'rows']
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #92229487
 import numpy as np, torch
@@ -92,18 +92,16 @@ def full_rate(model):
     return model
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #d704d29c
-def image_loss(run):
-    "The annealed free energy of a batch of images, in the run's form of annealing."
-    start = .01 if run.get("objective") == "joint" else 0.   # the paper's schedule starts at 0.01
+def image_loss(steps, objective="kl"):
+    "The free energy of a batch of images, annealed over `steps` updates in the form `objective`."
+    start = .01 if objective == "joint" else 0.              # the paper's schedule starts at 0.01
     def loss(model, x, step, generator):
-        return free_energy(lambda z: model.log_joint(x, z), model.q(x), beta=annealing(step, run.get("anneal"), start),
-                           anneal=run.get("objective"), generator=generator)
+        return free_energy(lambda z: model.log_joint(x, z), model.q(x), beta=annealing(step, steps, start), anneal=objective, generator=generator)
     return loss
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #844e6444
-def curve_point(data, count):
-    "A function of the model: F on up to `count` images of each part (a fifth of it for training), one draw each."
-    parts = {name: getattr(data, name).pixels(indices=slice(count // 5 if name == "train" else count)) for name in ("train", "valid", "test")}
+def curve_point(parts):
+    "A function of the model: F on each of `parts`, a dict of images, one draw each."
     def validate(model, step):
         return {f"F_{name}": log_marginal(model.log_joint, model.q, x, samples=1).free_energy.value.item() for name, x in parts.items()}
     return validate
@@ -114,37 +112,46 @@ def optimizer(run):
     return Optimizer("adam", run.get("learning_rate"), weight_decay=run.get("weight_decay"), warmup=run.get("warmup"), schedule="cosine")
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #cdbaa737
-def trainer(runs, device="cpu", folder=None, progress=None):
-    "The `Trainer` of runs that differ in their seeds."
-    run, data = runs[0], dataset(runs[0], device)
-    models = [build(r, data).to(device) for r in runs]
+def trainer_of(runs, models, loss, optimizer, batches, parts, **where):
+    "The `Trainer` of runs that differ in their seeds: 20 points of the curves of `parts`, the best by validation kept. `where`: `folder`, `device`, `progress`."
+    run = runs[0]
+    return Trainer(models, loss, steps=run.get("updates"), optimizer=optimizer, seeds=[r.seed for r in runs], batches=batches, validate=curve_point(parts),
+                   validate_every=max(1, run.get("updates") // 20), keep_best="F_valid", log_every=max(1, run.get("updates") // 100), recipe=str(run.shape), **where)
+
+def trainer(runs, device="cpu", folder=None, progress=None, data=None):
+    "The `Trainer` of runs on images that differ in their seeds."
+    run, data = runs[0], data or dataset(runs[0], device)
+    models, count = [build(r, data).to(device) for r in runs], run.get("evaluation_images")
     models[0].check(data.train.pixels(indices=slice(100)))
-    return Trainer(models, image_loss(run), steps=run.get("updates"), optimizer=optimizer(run),
-                   seeds=[r.seed for r in runs], batches=[Batches(data.train, run.get("batch_size"), r.seed) for r in runs],
-                   validate=curve_point(data, run.get("evaluation_images")), validate_every=max(1, run.get("updates") // 20),
-                   keep_best="F_valid", log_every=max(1, run.get("updates") // 100), folder=folder, device=device, progress=progress, recipe=str(run.shape))
+    parts = {name: getattr(data, name).pixels(indices=slice(count // 5 if name == "train" else count)) for name in ("train", "valid", "test")}
+    return trainer_of(runs, models, image_loss(run.get("anneal"), run.get("objective")), optimizer(run), [Batches(data.train, run.get("batch_size"), r.seed) for r in runs],
+                      parts, folder=folder, device=device, progress=progress)
+
+# %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #8d3ea87e
+def trained(training):
+    "The models of a `Trainer`, trained, at their best points, and the history."
+    history = training.run(); training.load_best()
+    return training.models, history
 
 def train(runs, folder, device, progress=None):
     "Train runs that differ in their seeds; returns their records."
-    training = trainer(runs, device, folder, progress)
-    history, data = training.run(), dataset(runs[0], device)
-    last = history.valid["F_test"][-1]
-    training.load_best()
-    return [record(run, model, data, history, i, last[i]) for i, (run, model) in enumerate(zip(runs, training.models))]
+    data = dataset(runs[0], device)
+    models, history = trained(trainer(runs, device, folder, progress, data))
+    return [record(run, model, data, history, i) for i, (run, model) in enumerate(zip(runs, models))]
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #109514b8
 HEADLINE = (0, 40, 80)                                       # lengths of planar posteriors whose weights are kept, first seed
 
-def record(run, model, data, history, index, last):
+def record(run, model, data, history, index):
     "The record of one trained model: test, validation and training F, NLL (importance sampling), curves, pictures, weights."
     def judged(part, count): return log_marginal(model.log_joint, model.q, part.pixels(indices=slice(count)), run.get("evaluation_samples"), seed=run.seed)
     count = run.get("evaluation_images")
     with evaluating(model):
         test, fitted, shown = judged(data.test, count), judged(data.train, count // 5), pictures(model, data, run.seed) | {"latent_kl": latent_kl(model, data.test.pixels(indices=slice(count // 20)), run.seed)}
     found = {"F": test.free_energy, "nll": test.nll, "kl": test.kl, "F_train": fitted.free_energy, "nll_train": fitted.nll}
-    values = {name: {"value": e.value.item(), "std_error": e.std_error.item()} for name, e in found.items()}
+    values = {name: e.as_dict() for name, e in found.items()}
     per_image = {"test_log_p": test.log_p.float().cpu().numpy(), "test_elbo": test.elbo.float().cpu().numpy()}
-    best = {"F_valid": float(np.min(history.valid["F_valid"][:, index])), "F_last": float(last), "best_step": history.best_step[index]}
+    best = {"F_valid": float(history.best_value[index]), "F_last": float(history.valid["F_test"][-1, index]), "best_step": history.best_step[index]}
     kept = run.experiment == "vae_mnist" and run.flow == "planar" and run.length in HEADLINE and run.seed == 0
     return Record(run, values | best, curves(history, index) | shown | per_image, {"seconds": round(history.seconds, 2)}, halved(model.state_dict()) if kept else None)
 
@@ -155,12 +162,12 @@ def curves(history, index):
     rows |= {name: values[:, index] for name, values in history.valid.items()}
     return {name: np.asarray(values, dtype=np.float32) for name, values in rows.items()}
 
+def as_bytes(**images): return {name: (255 * values).round().byte().cpu().numpy() for name, values in images.items()}
+
 def pictures(model, data, seed, count=10):
     "The first test images with one reconstruction each, and five rows of samples, as bytes."
     x, device = data.test.pixels(indices=slice(count)), data.test.images.device
-    found = {"images": x, "reconstructions": model.reconstruct(x, torch.Generator(device).manual_seed(seed)),
-             "samples": model.sample(5 * count, torch.Generator(device).manual_seed(seed))}
-    return {name: (255 * values).round().byte().cpu().numpy() for name, values in found.items()}
+    return as_bytes(images=x, reconstructions=model.reconstruct(x, torch.Generator(device).manual_seed(seed)), samples=model.sample(5 * count, torch.Generator(device).manual_seed(seed)))
 
 def latent_kl(model, x, seed, draws=100):
     "How far each latent's posterior is from N(0, 1), `(dim,)` in nats, averaged over `x`: the divergence of a Gaussian with the same mean and variance, exact for a diagonal Gaussian."
@@ -168,6 +175,19 @@ def latent_kl(model, x, seed, draws=100):
     mean, variance = z.mean(0), z.var(0)
     noise = variance / draws + 1 / (draws - 1)               # what the estimates of mean and variance add on average
     return (.5 * (mean ** 2 + variance - 1 - variance.log() - noise)).mean(0).cpu().numpy()
+
+# %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #c932d2ae
+def paired(low, high, array="test_elbo"):
+    "By how many nats `test_elbo` or `test_log_p` of the records `high` exceeds that of `low`, image by image: its mean and standard error over images, `(n,)` each, for the seeds both have."
+    others = {record.run.seed: record for record in low}
+    pairs = [record.arrays[array] - others[record.run.seed].arrays[array] for record in high if record.run.seed in others]
+    if not pairs: raise LookupError(f"{low[0].run.slug} and {high[0].run.slug} have no seed in common")
+    return np.array([pair.mean() for pair in pairs]), np.array([pair.std() / len(pair) ** .5 for pair in pairs])
+
+def gain(low, high, array="test_elbo"):
+    "The mean of `paired` over seeds, and its standard error: over seeds, or over images where only one seed is shared."
+    means, errors = paired(low, high, array)
+    return means.mean(), means.std(ddof=1) / len(means) ** .5 if len(means) > 1 else errors[0]
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #d6c189a5
 def seconds_each(records):

@@ -61,7 +61,8 @@ class OneDNN(torch.autograd.Function):
 def suits(x, weight, bias):
     "Whether these are plain tensors in single precision on a CPU where oneDNN is the faster one."
     given = [t for t in (x, weight, bias) if t is not None]
-    return x.dtype == torch.float32 and weight.dim() == 2 and x.numel() > 0 and all(in_memory(t, x.dtype) for t in given) and chosen() == "onednn"
+    fit = x.dtype == torch.float32 and weight.dim() == 2 and x.numel() > 0 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+    return fit and all(in_memory(t, x.dtype) for t in given) and chosen() == "onednn" and not torch.is_autocast_enabled("cpu")
 
 def linear(x, weight, bias=None, relu=False):
     "`relu(x W^T + b)`, or without the rectifier, `(..., in) -> (..., out)`; torch's own unless all is plain single precision on a CPU where oneDNN is faster."

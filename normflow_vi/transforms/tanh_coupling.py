@@ -55,10 +55,10 @@ class TanhCoupling(Transform):
         bound, K, half = math.sqrt(2 / self.dim), self.length, self.dim // 2
         return {name: torch.empty(size).uniform_(-bound, bound) for name, size in [("u", (K, self.dim - half)), ("w", (K, half)), ("b", (K,))]}
 
+    def constants_of(self, k): return {"turn": self.turn[k:k + 1] @ (self.turn[k - 1].mT if k else torch.eye(self.dim).to(self.turn))}
+
     def prepare(self, turn, u, w, b):
         if self.mix == "ortho": turn = polished(turn)
         return dict(zip(("u", "w"), unmixed(turn, u, w))) | {"b": b, "end": turn[-1]}
-    def push_stack(self, z, u, w, b, end):
-        y, zero = orthogonal_layers(z, u, w, b)
-        return y @ end.mT, zero
+    def push_stack(self, z, u, w, b, end): y, zero = orthogonal_layers(z, u, w, b); return y @ end.mT, zero
     def pull_stack(self, y, u, w, b, end): return orthogonal_layers(y @ end, -u.flip(-2), w.flip(-2), b.flip(-1))
