@@ -24,9 +24,10 @@ def image_model(length, seed=0, family="planar"):
     return dlgm(torch.full((784,), .13), family, length)
 
 
-def image_trainer(length, seeds, steps=10**6):
-    return Trainer([image_model(length, seed) for seed in seeds], image_loss, steps=steps, optimizer=ADAM, seeds=list(seeds),
-                   batches=[Batches(BITS, 100, seed) for seed in seeds], log_every=100)
+def image_trainer(length, seeds, steps=10**6, device="cpu"):
+    bits = BITS.to(device)
+    return Trainer([image_model(length, seed).to(device) for seed in seeds], image_loss, steps=steps, optimizer=ADAM, seeds=list(seeds),
+                   batches=[Batches(bits, 100, seed) for seed in seeds], log_every=100, device=device)
 
 
 def energy_trainer(length, seeds, samples=512, steps=10**6):
