@@ -146,6 +146,7 @@ def _run(a):
     failures = []
     for path in a.files:
         try: work(path)
+        except (ParameterError, BrokenPipeError): raise
         except Exception as error:
             traceback.print_exc()
             failures.append(f"{type(error).__name__}: {error}" + f" ({path})" * (len(a.files) > 1))

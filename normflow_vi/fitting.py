@@ -16,7 +16,7 @@ import numpy as np
 from torch.distributions.constraints import Constraint
 from .diagnosis import risen
 from .fitted import Fit
-from .flows import Flow, FlowDistribution, Place, draw
+from .flows import Flow, FlowDistribution, Place, contains, draw
 from .gradients import check_posterior
 from .objectives import Estimate, annealing, check_bound, estimate, parts_of, renyi
 from .placing import is_placed, place_density, place_samples
@@ -188,7 +188,7 @@ def check_samples(q, samples):
     base = getattr(getattr(q.base, "distribution", None), "support", None)
     if base is not None and not all(base.check(q.place.loc.new_full((q.dim,), far)).all() for far in (-1e3, 1e3)): raise ValueError(f"q: its base lives on {base}, not on R^{q.dim}; put what is restricted into support=")
     samples = rows_of(q, samples)
-    for good, where in ((q.support.check(samples).reshape(len(samples), -1).all(1), "outside the support"), (q.place.inverse(samples.to(q.place.loc))[0].isfinite().all(1), "on the boundary of the support, which no draw reaches,")):
+    for good, where in ((contains(q.support, samples), "outside the support"), (q.place.inverse(samples.to(q.place.loc))[0].isfinite().all(1), "on the boundary of the support, which no draw reaches,")):
         if not good.all(): raise ValueError(f"samples: row {first_false(good)} lies {where} {q.support}")
     return samples.to(q.place.loc)
 

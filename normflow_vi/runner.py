@@ -6,8 +6,8 @@
 __all__ = ['DATA', 'DEVICES', 'RULES', 'ParameterError', 'check_parameter', 'check_names', 'resolve_device', 'Context',
            'check_parameters', 'check_notebook', 'work_folder', 'write_unit', 'read_unit', 'watch_parent',
            'ProgressFile', 'work', 'Job', 'slots', 'last_line', 'ending', 'Show', 'run_jobs', 'stop', 'RunsFailed',
-           'batched', 'units', 'jobs_of', 'complete', 'run_on_ray', 'Manifest', 'check_executed', 'describe',
-           'outputs_root', 'place', 'publish', 'execute', 'notebook_code']
+           'batched', 'units', 'job_of', 'run_units', 'complete', 'run_on_ray', 'Manifest', 'check_executed',
+           'describe', 'outputs_root', 'place', 'publish', 'execute', 'notebook_code']
 
 # %% ../nbs/90_engine/50_runner.ipynb #de7aff8c
 import json, os, platform, re, secrets, shutil, signal, subprocess, sys, threading, time
@@ -288,13 +288,18 @@ def units(runs, device):
     return sorted(groups, key=lambda unit: -unit[0].length)
 
 # %% ../nbs/90_engine/50_runner.ipynb #e522e1e6
-def jobs_of(units, device, retrain=False):
-    "One job a unit; units of the smoke profile are dealt out to one job a slot."
-    count = slots(device) if all(unit[0].profile == "smoke" for unit in units) else len(units)
-    def job(first, *others):
-        files = [str(write_unit(unit, device, retrain)) for unit in (first, *others)]
-        return Job(first[0].slug + f" and {len(others)} more" * bool(others), ["run", *files], work_folder(first))
-    return [job(*share) for share in (units[slot::count] for slot in range(count)) if share]
+def job_of(some, device, retrain=False):
+    "The job of one or several units."
+    files = [str(write_unit(unit, device, retrain)) for unit in some]
+    return Job(some[0][0].slug + f" and {len(some) - 1} more" * (len(some) > 1), ["run", *files], work_folder(some[0]))
+
+def run_units(todo, device, retrain=False, quiet=False):
+    "Run units in processes of this machine, those of the smoke profile several to a process; returns the failures, `{name: why}`."
+    count = slots(device) if all(unit[0].profile == "smoke" for unit in todo) else len(todo)
+    jobs = [(job_of(share, device, retrain), share) for share in (todo[slot::count] for slot in range(count)) if share]
+    failures = run_jobs([job for job, _ in jobs], device, quiet)
+    again = [unit for job, share in jobs if len(share) > 1 and failures.pop(job.name, None) for unit in share]
+    return failures | (run_jobs([job_of([unit], device, retrain) for unit in again], device, quiet) if again else {})
 
 # %% ../nbs/90_engine/50_runner.ipynb #8def1d53
 def complete(runs, device="auto", progress=True, retrain=False, engine="local"):
@@ -302,10 +307,12 @@ def complete(runs, device="auto", progress=True, retrain=False, engine="local"):
 
     `progress=False` keeps it silent. `engine="ray"` hands the units to a Ray cluster. Raises `RunsFailed` after all others have finished.
     """
+    if engine not in ("local", "ray"): raise ValueError(f"engine={engine!r}: allowed are local, ray")
     device, runs = resolve_device(device), list(runs)
     store = Store(dict.fromkeys(records_root(run.profile) for run in runs))
     todo = runs if retrain else [run for run in runs if store.find(run) is None]
-    failures = {"local": run_jobs, "ray": run_on_ray}[engine](jobs_of(units(todo, device), device, retrain), device, not progress)
+    todo = units(todo, device)
+    failures = run_units(todo, device, retrain, not progress) if engine == "local" else run_on_ray([job_of([unit], device, retrain) for unit in todo], device, not progress)
     if failures: raise RunsFailed("; ".join(f"{name}: {why}" for name, why in failures.items()))
     return [store.find(run) for run in runs]
 
