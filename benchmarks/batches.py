@@ -5,8 +5,9 @@
 50,000 images of MNIST's shape, four pixels in five black, the others of random grey. Each candidate draws shuffled batches without replacement and turns a pixel on with its grey as probability. Agreement: over
 200,000 copies of one image, the z-scores of the shares of ones among its grey pixels have mean 0 and standard deviation 1; its black pixels stay 0, its white ones 1.
 """
-from harness import arguments, interleaved, parts_of, report
+
 import torch
+from harness import arguments, interleaved, parts_of, report
 from torch.utils.data import DataLoader, TensorDataset
 
 from normflow_vi.data import Batches, Split
@@ -14,7 +15,7 @@ from normflow_vi.data import Batches, Split
 given = arguments("time batch preparation", images=50_000, batch=100, rounds=15)
 TURN, generator = 50, torch.Generator().manual_seed(0)
 grey = torch.randint(256, (given.images, 784), dtype=torch.uint8, generator=generator)
-images = grey * (torch.rand(given.images, 784, generator=generator) < .2)
+images = grey * (torch.rand(given.images, 784, generator=generator) < 0.2)
 
 
 def ours(images):
@@ -25,28 +26,40 @@ def ours(images):
 def indexed(images):
     """Resident bytes: index, scale, `torch.bernoulli`."""
     state = {"order": torch.empty(0, dtype=torch.int64)}
+
     def draw():
-        if len(state["order"]) < given.batch: state["order"] = torch.randperm(len(images))
-        rows, state["order"] = state["order"][:given.batch], state["order"][given.batch:]
+        if len(state["order"]) < given.batch:
+            state["order"] = torch.randperm(len(images))
+        rows, state["order"] = state["order"][: given.batch], state["order"][given.batch :]
         return torch.bernoulli(images[rows].float() / 255)
+
     return draw
 
 
 def loader(images):
     """`TensorDataset` and `DataLoader` in the same process, over images in [0, 1], then `torch.bernoulli`."""
-    batches, state = DataLoader(TensorDataset(images.float() / 255), batch_size=given.batch, shuffle=True, drop_last=True), {"left": iter(())}
+    batches, state = (
+        DataLoader(TensorDataset(images.float() / 255), batch_size=given.batch, shuffle=True, drop_last=True),
+        {"left": iter(())},
+    )
+
     def draw():
         found = next(state["left"], None)
         if found is None:
             state["left"] = iter(batches)
             found = next(state["left"])
         return torch.bernoulli(found[0])
+
     return draw
 
 
 def standardised(make, draws=2000):
     """Mean, standard deviation and number of the z-scores of the pixels that are neither black nor white, over batches of copies of one image."""
-    draw, p, total = make(images[:1].repeat(given.batch, 1)), images[0].double() / 255, torch.zeros(784, dtype=torch.float64)
+    draw, p, total = (
+        make(images[:1].repeat(given.batch, 1)),
+        images[0].double() / 255,
+        torch.zeros(784, dtype=torch.float64),
+    )
     for _ in range(draws):
         x = draw()
         assert x.dtype == torch.float32 and x.shape == (given.batch, 784) and ((x == 0) | (x == 1)).all()
@@ -59,9 +72,13 @@ def standardised(make, draws=2000):
 
 makers = {"ours": ours, "index, torch.bernoulli": indexed, "TensorDataset, DataLoader": loader}
 draws = {name: make(images) for name, make in makers.items()}
-found = interleaved({name: (lambda draw=draw: [draw() for _ in range(TURN)]) for name, draw in draws.items()}, given.rounds)
+found = interleaved(
+    {name: (lambda draw=draw: [draw() for _ in range(TURN)]) for name, draw in draws.items()}, given.rounds
+)
 report(f"one binarised batch of {given.batch} x 784", found, per=TURN)
 parts_of(found, "ours", [name for name in found if name != "ours"])
 for name, make in makers.items():
     mean, sd, pixels = standardised(make)
-    print(f"  {name:<34} z-scores of {pixels} pixels: mean {mean:+.2f} (expected within 3/sqrt({pixels}) = {3 / pixels**.5:.2f}), standard deviation {sd:.2f}")
+    print(
+        f"  {name:<34} z-scores of {pixels} pixels: mean {mean:+.2f} (expected within 3/sqrt({pixels}) = {3 / pixels**0.5:.2f}), standard deviation {sd:.2f}"
+    )

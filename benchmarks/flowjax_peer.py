@@ -2,21 +2,22 @@
 
 One JSON object a line. `build` compiles a case from tensors and answers what it computes from them; `run` calls it `times` times and answers the seconds that took. Everything is compiled (jit) and single precision, jax's default.
 """
+
 import json
 import sys
 import time
 
 import equinox as eqx
-from flowjax.bijections import Planar, RationalQuadraticSpline, Scan
-from flowjax.distributions import StandardNormal, Transformed
-from flowjax.train import fit_to_key_based_loss
-from flowjax.train.losses import ElboLoss
-from flowjax.train.train_utils import step
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from flowjax.bijections import Planar, RationalQuadraticSpline, Scan
+from flowjax.distributions import StandardNormal, Transformed
+from flowjax.train import fit_to_key_based_loss
+from flowjax.train.losses import ElboLoss
+from flowjax.train.train_utils import step
 
 
 def stack(params):
@@ -28,24 +29,38 @@ def stack(params):
 
 def log_density(z):
     """U1 of Rezende & Mohamed 2015, at one point."""
-    ring = -.5 * ((jnp.linalg.norm(z) - 2) / .4) ** 2
-    return ring + jnp.logaddexp(-.5 * ((z[0] - 2) / .6) ** 2, -.5 * ((z[0] + 2) / .6) ** 2)
+    ring = -0.5 * ((jnp.linalg.norm(z) - 2) / 0.4) ** 2
+    return ring + jnp.logaddexp(-0.5 * ((z[0] - 2) / 0.6) ** 2, -0.5 * ((z[0] + 2) / 0.6) ** 2)
 
 
 def fit(params, z, samples):
     """Training steps on U1, by the loop of the library and bare; the answer: values, log-dets, and log-densities of the target."""
-    dist, loss, optimizer = Transformed(StandardNormal((2,)), stack(params)), ElboLoss(log_density, samples), optax.adam(1e-3)
+    dist, loss, optimizer = (
+        Transformed(StandardNormal((2,)), stack(params)),
+        ElboLoss(log_density, samples),
+        optax.adam(1e-3),
+    )
     state = {"library": dist, "bare": eqx.partition(dist, eqx.is_inexact_array)[0], "key": jr.key(1)}
     static, state["optimizer"] = eqx.partition(dist, eqx.is_inexact_array)[1], optimizer.init(state["bare"])
 
     def library(times):
         state["key"], key = jr.split(state["key"])
-        state["library"], _ = fit_to_key_based_loss(key, state["library"], loss_fn=loss, steps=times, optimizer=optimizer, show_progress=False)
+        state["library"], _ = fit_to_key_based_loss(
+            key, state["library"], loss_fn=loss, steps=times, optimizer=optimizer, show_progress=False
+        )
 
     def bare(times):
         for key in jr.split(state["key"], times):
-            state["bare"], state["optimizer"], value = step(state["bare"], static, key=key, optimizer=optimizer, opt_state=state["optimizer"], loss_fn=loss)
-        jax.block_until_ready(value); state["key"] = key
+            state["bare"], state["optimizer"], value = step(
+                state["bare"],
+                static,
+                key=key,
+                optimizer=optimizer,
+                opt_state=state["optimizer"],
+                loss_fn=loss,
+            )
+        jax.block_until_ready(value)
+        state["key"] = key
 
     y, log_det = jax.vmap(dist.bijection.transform_and_log_det)(z)
     return {"fit": library, "step": bare}, (y, log_det, jax.vmap(log_density)(y))
@@ -53,33 +68,53 @@ def fit(params, z, samples):
 
 def compiled(name, function, arguments, cotangents):
     """Forward and backward of `function(*arguments)` in one program; the answer: values and gradients."""
+
     def both(arguments, cotangents):
         values, back = jax.vjp(function, *arguments)
         return *values, *back(cotangents)
+
     both = jax.jit(both)
 
     def call(times):
-        for _ in range(times): jax.block_until_ready(both(arguments, cotangents))
+        for _ in range(times):
+            jax.block_until_ready(both(arguments, cotangents))
+
     return {name: call}, both(arguments, cotangents)
 
 
 def amortised(params, z, gy, gl):
     """A stack whose parameters `(batch, K, 2 D + 1)` differ from row to row of `z`."""
-    return compiled("amortised", lambda params, z: jax.vmap(lambda params, z: stack(params).transform_and_log_det(z))(params, z), (params, z), (gy, gl))
+    return compiled(
+        "amortised",
+        lambda params, z: jax.vmap(lambda params, z: stack(params).transform_and_log_det(z))(params, z),
+        (params, z),
+        (gy, gl),
+    )
 
 
 def spline(theta, z, gy, gl, bound, inverse):
     """Splines with parameters of their own: widths and heights before the softmax, slopes at all knots before the softplus."""
+
     def one(theta, z):
         bins = (theta.shape[-1] - 1) // 3
         law = RationalQuadraticSpline(knots=bins - 1, interval=bound, min_width=2e-3 * bound)
-        law = eqx.tree_at(lambda law: (law.x_pos.arr, law.y_pos.arr, law.derivatives.args[0]), law, (theta[:bins], theta[bins:2 * bins], theta[2 * bins:]))
-        law = eqx.tree_at(lambda law: (law.x_pos, law.y_pos, law.derivatives), law, (law.x_pos.unwrap(), law.y_pos.unwrap(), law.derivatives.unwrap()))
+        law = eqx.tree_at(
+            lambda law: (law.x_pos.arr, law.y_pos.arr, law.derivatives.args[0]),
+            law,
+            (theta[:bins], theta[bins : 2 * bins], theta[2 * bins :]),
+        )
+        law = eqx.tree_at(
+            lambda law: (law.x_pos, law.y_pos, law.derivatives),
+            law,
+            (law.x_pos.unwrap(), law.y_pos.unwrap(), law.derivatives.unwrap()),
+        )
         return (law.inverse_and_log_det if inverse else law.transform_and_log_det)(z)
+
     return compiled("pull" if inverse else "push", jax.vmap(one), (theta, z), (gy, gl))
 
 
-def dense(x, weight, bias): return x @ weight.T + bias
+def dense(x, weight, bias):
+    return x @ weight.T + bias
 
 
 def scanned(head, z, h):
@@ -96,6 +131,7 @@ def scanned(head, z, h):
         u_hat, w, b = part
         t = jnp.tanh((w * z).sum(-1) + b)
         return z + u_hat * t[:, None], t
+
     z, t = jax.lax.scan(layer, z, (u_hat, w, b))
     return z, jnp.log(1 + (1 - t * t) * (slope - 1)).sum(0)
 
@@ -103,8 +139,12 @@ def scanned(head, z, h):
 def conditional(head, z, h):
     """flowjax's planar layers with a context, as the library has them: each emits its parameters by a linear network of its own."""
     K, dim = head[0].shape[0], z.shape[-1]
-    layers = eqx.filter_vmap(lambda key: Planar(key, dim=dim, cond_dim=h.shape[-1], width_size=1, depth=0))(jr.split(jr.key(0), K))
-    layers = eqx.tree_at(lambda layer: (layer.conditioner.layers[0].weight, layer.conditioner.layers[0].bias), layers, head)
+    layers = eqx.filter_vmap(lambda key: Planar(key, dim=dim, cond_dim=h.shape[-1], width_size=1, depth=0))(
+        jr.split(jr.key(0), K)
+    )
+    layers = eqx.tree_at(
+        lambda layer: (layer.conditioner.layers[0].weight, layer.conditioner.layers[0].bias), layers, head
+    )
     return jax.vmap(Scan(layers).transform_and_log_det)(z, h)
 
 
@@ -112,10 +152,13 @@ def image_energy(parameters, x, noise, stack):
     """The free energy of a batch: encoder of two layers, diagonal Gaussian, `stack`, decoder of three layers."""
     h = jax.nn.relu(dense(jax.nn.relu(dense(x, *parameters[0:2])), *parameters[2:4]))
     shift, log_scale = jnp.split(dense(h, *parameters[10:12]), 2, -1)
-    z, log_det = shift + jnp.exp(log_scale) * noise, 0.
-    if len(parameters) > 12: z, log_det = stack(parameters[12:], z, h)
-    logits = dense(jax.nn.relu(dense(jax.nn.relu(dense(z, *parameters[4:6])), *parameters[6:8])), *parameters[8:10])
-    log_ratio = .5 * ((z * z).sum(-1) - (noise * noise).sum(-1)) - log_scale.sum(-1) - log_det
+    z, log_det = shift + jnp.exp(log_scale) * noise, 0.0
+    if len(parameters) > 12:
+        z, log_det = stack(parameters[12:], z, h)
+    logits = dense(
+        jax.nn.relu(dense(jax.nn.relu(dense(z, *parameters[4:6])), *parameters[6:8])), *parameters[8:10]
+    )
+    log_ratio = 0.5 * ((z * z).sum(-1) - (noise * noise).sum(-1)) - log_scale.sum(-1) - log_det
     return (log_ratio - (x * logits).sum(-1) + jax.nn.softplus(logits).sum(-1)).mean()
 
 
@@ -123,28 +166,48 @@ def image_model(path, name, flow, dynamic):
     """Whole training steps of an image model whose weights, images, batch and noise are in the file `path`; values and gradients of that batch go into `path + name`."""
     given = np.load(path)
     stack, optimizer = {"scan": scanned, "flowjax": conditional}[flow], optax.adam(1e-3)
-    parameters = [jnp.asarray(given[f"p{i}"], jnp.float32) for i in range(sum(key[0] == "p" for key in given.files))]
+    parameters = [
+        jnp.asarray(given[f"p{i}"], jnp.float32) for i in range(sum(key[0] == "p" for key in given.files))
+    ]
     images, batch = jnp.asarray(given["images"]), len(given["x"])
-    value, slopes = jax.value_and_grad(image_energy)(parameters, jnp.asarray(given["x"]), jnp.asarray(given["noise"]), stack)
-    np.savez(path + name, value=np.asarray(value), **{f"g{i}": np.asarray(slope) for i, slope in enumerate(slopes)})
+    value, slopes = jax.value_and_grad(image_energy)(
+        parameters, jnp.asarray(given["x"]), jnp.asarray(given["noise"]), stack
+    )
+    np.savez(
+        path + name, value=np.asarray(value), **{f"g{i}": np.asarray(slope) for i, slope in enumerate(slopes)}
+    )
 
     def update(parameters, moments, order, first, key):
         pixels = images[jax.lax.dynamic_slice(order, (first,), (batch,))].astype(jnp.float32)
         bits, noise = jr.split(key)
         x = jr.bernoulli(bits, pixels / 255).astype(jnp.float32) if dynamic else pixels
-        value, slopes = jax.value_and_grad(image_energy)(parameters, x, jr.normal(noise, (batch, given["noise"].shape[-1])), stack)
+        value, slopes = jax.value_and_grad(image_energy)(
+            parameters, x, jr.normal(noise, (batch, given["noise"].shape[-1])), stack
+        )
         moved, moments = optimizer.update(slopes, moments)
         return optax.apply_updates(parameters, moved), moments, value
+
     update = jax.jit(update, donate_argnums=(0, 1))
-    state = {"parameters": parameters, "moments": optimizer.init(parameters), "order": jnp.arange(len(images)), "first": len(images), "key": jr.key(1)}
+    state = {
+        "parameters": parameters,
+        "moments": optimizer.init(parameters),
+        "order": jnp.arange(len(images)),
+        "first": len(images),
+        "key": jr.key(1),
+    }
 
     def steps(times):
         keys = jr.split(state["key"], times + 2)
         for key in keys[2:]:
-            if state["first"] + batch > len(images): state["order"], state["first"] = jr.permutation(keys[1], state["order"]), 0
-            state["parameters"], state["moments"], value = update(state["parameters"], state["moments"], state["order"], state["first"], key)
+            if state["first"] + batch > len(images):
+                state["order"], state["first"] = jr.permutation(keys[1], state["order"]), 0
+            state["parameters"], state["moments"], value = update(
+                state["parameters"], state["moments"], state["order"], state["first"], key
+            )
             state["first"] += batch
-        jax.block_until_ready(value); state["key"] = keys[0]
+        jax.block_until_ready(value)
+        state["key"] = keys[0]
+
     return {name: steps}, ()
 
 
@@ -153,7 +216,12 @@ for line in sys.stdin:
     question = json.loads(line)
     if "build" in question:
         build = known[question.pop("build")]
-        made, answer = build(**{name: jnp.asarray(value, jnp.float32) if isinstance(value, list) else value for name, value in question.items()})
+        made, answer = build(
+            **{
+                name: jnp.asarray(value, jnp.float32) if isinstance(value, list) else value
+                for name, value in question.items()
+            }
+        )
         calls |= made
         answer = [value.tolist() for value in answer]
     else:

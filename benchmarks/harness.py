@@ -1,4 +1,5 @@
 """Interleaved timing: candidates take turns on one thread of one core; medians of processor time, minima of wall time."""
+
 import argparse
 import json
 import os
@@ -18,6 +19,7 @@ torch.set_num_threads(1)
 
 class Took(NamedTuple):
     """Seconds that a candidate measured itself, because it ran in a process of its own."""
+
     cpu: float
     wall: float
 
@@ -30,8 +32,12 @@ def interleaved(candidates, rounds=15, warmup=2):
             wall, cpu = time.perf_counter(), time.process_time()
             found = call()
             took = Took(time.process_time() - cpu, time.perf_counter() - wall)
-            if round_ >= warmup: seen[name].append(found if isinstance(found, Took) else took)
-    return {name: (1e3 * statistics.median(took.cpu for took in times), 1e3 * min(took.wall for took in times)) for name, times in seen.items()}
+            if round_ >= warmup:
+                seen[name].append(found if isinstance(found, Took) else took)
+    return {
+        name: (1e3 * statistics.median(took.cpu for took in times), 1e3 * min(took.wall for took in times))
+        for name, times in seen.items()
+    }
 
 
 def report(title, found, per=1):
@@ -39,12 +45,22 @@ def report(title, found, per=1):
     first = next(iter(found.values()))
     print(title)
     for name, (cpu, wall) in found.items():
-        print(f"  {name:<34} {cpu / per:8.3f} ms processor   {wall / per:8.3f} ms wall   ratio {cpu / first[0]:.2f} / {wall / first[1]:.2f}")
+        print(
+            f"  {name:<34} {cpu / per:8.3f} ms processor   {wall / per:8.3f} ms wall   ratio {cpu / first[0]:.2f} / {wall / first[1]:.2f}"
+        )
 
 
 def parts_of(found, mine, others):
     """Print the time of `mine` as a part of that of each of the `others` that ran, the form in which goals are stated."""
-    print(f"  {mine} as a part of:", *(f"{name} {found[mine][0] / found[name][0]:.3f} / {found[mine][1] / found[name][1]:.3f}" for name in others if name in found), sep="  ")
+    print(
+        f"  {mine} as a part of:",
+        *(
+            f"{name} {found[mine][0] / found[name][0]:.3f} / {found[mine][1] / found[name][1]:.3f}"
+            for name in others
+            if name in found
+        ),
+        sep="  ",
+    )
 
 
 def arguments(description, **numbers):
@@ -52,12 +68,17 @@ def arguments(description, **numbers):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--peers", help="folder with the peers written in torch")
     parser.add_argument("--jax", help="python of an environment with flowjax")
-    for name, default in numbers.items(): parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
-    if given.peers: sys.path.append(given.peers)
+    if given.peers:
+        sys.path.append(given.peers)
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
-    print(f"torch {torch.__version__}, one thread on core {core}" + ("" if kernels.has_numba() else "; without numba, every kernel is its torch reference"))
+    print(
+        f"torch {torch.__version__}, one thread on core {core}"
+        + ("" if kernels.has_numba() else "; without numba, every kernel is its torch reference")
+    )
     return given
 
 
@@ -65,52 +86,83 @@ def with_peers(builders):
     """`{name: build()}` for those whose library is there; the others are named."""
     built = {}
     for name, build in builders.items():
-        try: built[name] = build()
-        except ImportError as missing: print(f"without {name}: {missing}")
+        try:
+            built[name] = build()
+        except ImportError as missing:
+            print(f"without {name}: {missing}")
     return built
 
 
 def gap(found, expected):
     """The largest difference of two lists of tensors, relative to `1 + |expected|`."""
-    return max(((torch.as_tensor(a, dtype=b.dtype) - b).abs() / (1 + b.abs())).max().item() for a, b in zip(found, expected, strict=True))
+    return max(
+        ((torch.as_tensor(a, dtype=b.dtype) - b).abs() / (1 + b.abs())).max().item()
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
 def torch_only(function):
     """`function` with every kernel switched off: the references in torch, which also run where numba is not installed."""
+
     def call(*given):
-        with mock.patch.object(kernels, "has_numba", lambda: False): return function(*given)
+        with mock.patch.object(kernels, "has_numba", lambda: False):
+            return function(*given)
+
     return call
 
 
 def torch_products(function):
     """`function` with torch's own matrix products in place of oneDNN's."""
+
     def call(*given):
-        with mock.patch.object(product, "chosen", lambda: "torch"): return function(*given)
+        with mock.patch.object(product, "chosen", lambda: "torch"):
+            return function(*given)
+
     return call
 
 
 def onednn_everywhere(function):
     """`function` with every single-precision product of the process routed to oneDNN, by the global switch of torch that does so on this kind of processor (others would round to bfloat16)."""
+
     def call(*given):
         switch = torch.backends.mkldnn.matmul
         before, switch.fp32_precision = switch.fp32_precision, "bf16"
-        try: return function(*given)
-        finally: switch.fp32_precision = before
+        try:
+            return function(*given)
+        finally:
+            switch.fp32_precision = before
+
     return call
 
 
 class Neighbour:
     """`flowjax_peer.py` in its own environment, on the same core: it sleeps until it is asked, and times itself."""
+
     def __init__(self, python):
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "flowjax_peer.py")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | {"JAX_PLATFORMS": "cpu"}
-        self.process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | {
+            "JAX_PLATFORMS": "cpu"
+        }
+        self.process = subprocess.Popen(
+            [python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def ask(self, **question):
-        self.process.stdin.write(json.dumps({name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in question.items()}) + "\n")
+        self.process.stdin.write(
+            json.dumps(
+                {
+                    name: value.tolist() if isinstance(value, torch.Tensor) else value
+                    for name, value in question.items()
+                }
+            )
+            + "\n"
+        )
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
-        if not answer: raise RuntimeError(f"flowjax_peer.py ended, see above for the reason (question: {sorted(question)})")
+        if not answer:
+            raise RuntimeError(
+                f"flowjax_peer.py ended, see above for the reason (question: {sorted(question)})"
+            )
         return json.loads(answer)
 
     def timed(self, case, times):

@@ -8,8 +8,11 @@ __all__ = ['ACCEPTANCE', 'PILOT', 'RATE', 'FIRST', 'temperatures', 'Point', 'loo
            'bidirectional']
 
 # %% ../nbs/01_flows/44_annealed.ipynb #8bcff014
-import math, torch
+import math
 from dataclasses import dataclass, replace
+
+import torch
+
 from .objectives import joint, parts_of
 from .transforms.base import check_int, check_tensor, first_false
 
@@ -23,65 +26,90 @@ def temperatures(steps):
 @dataclass(frozen=True)
 class Point:
     "`e` `(M, N, D)` with the log-joint there, `(M, N)`, and its gradient."
+
     e: torch.Tensor
     log_joint: torch.Tensor
     slope: torch.Tensor
 
-    def log_initial(self): return -.5 * ((self.e * self.e).sum(-1) + self.e.shape[-1] * math.log(2 * math.pi))
-    def log_density(self, beta): return (1 - beta) * self.log_initial() + beta * self.log_joint
-    def gradient(self, beta): return beta * self.slope - (1 - beta) * self.e
+    def log_initial(self):
+        return -0.5 * ((self.e * self.e).sum(-1) + self.e.shape[-1] * math.log(2 * math.pi))
+
+    def log_density(self, beta):
+        return (1 - beta) * self.log_initial() + beta * self.log_joint
+
+    def gradient(self, beta):
+        return beta * self.slope - (1 - beta) * self.e
+
     def where(self, chosen, other):
         "This point where `chosen` `(M, N)`, the `other` elsewhere."
-        return Point(*(torch.where(chosen[..., None] if a.dim() > chosen.dim() else chosen, a, b) for a, b in zip(vars(self).values(), vars(other).values())))
+        return Point(
+            *(
+                torch.where(chosen[..., None] if a.dim() > chosen.dim() else chosen, a, b)
+                for a, b in zip(vars(self).values(), vars(other).values())
+            )
+        )
+
 
 def look(log_joint, x, place):
     "The function `e -> Point` of images `x`; `place`: `(m, s)`. One forward and one backward pass of the decoder, without gradients of its parameters."
+
     def at(e):
         e = e.detach().requires_grad_()
-        with torch.enable_grad():                            # also where an evaluation has switched gradients off
-            total = joint(parts_of(lambda z: log_joint(x, z), place[0] + place[1] * e, e[..., 0])) + place[1].log().sum(-1)
+        with torch.enable_grad():  # also where an evaluation has switched gradients off
+            total = joint(parts_of(lambda z: log_joint(x, z), place[0] + place[1] * e, e[..., 0])) + place[
+                1
+            ].log().sum(-1)
             return Point(e.detach(), total.detach(), torch.autograd.grad(total.sum(), e)[0])
+
     return at
 
 # %% ../nbs/01_flows/44_annealed.ipynb #ad76349c
 def leap(point, p, size, beta, steps, at):
     "`(point, momentum)` after `steps` leapfrog steps of length `size` `(M, N, 1)` on `f_beta`."
-    p = p + .5 * size * point.gradient(beta)
+    p = p + 0.5 * size * point.gradient(beta)
     for step in range(steps):
         point = at(point.e + size * p)
-        p = p + (size if step < steps - 1 else .5 * size) * point.gradient(beta)
+        p = p + (size if step < steps - 1 else 0.5 * size) * point.gradient(beta)
     return point, p
+
 
 def transition(point, size, beta, steps, at, generator):
     "`(point, probability of acceptance (M, N))` after one transition of Hamiltonian Monte Carlo; `size`: `(N,)`. Neal 2011, section 5.3.2."
-    def noise(of, shape): return of(shape, generator=generator, dtype=point.e.dtype, device=point.e.device)
+
+    def noise(of, shape):
+        return of(shape, generator=generator, dtype=point.e.dtype, device=point.e.device)
+
     p = noise(torch.randn, point.e.shape)
-    size = size[:, None] * (.8 + .4 * noise(torch.rand, (*point.e.shape[:-1], 1)))
+    size = size[:, None] * (0.8 + 0.4 * noise(torch.rand, (*point.e.shape[:-1], 1)))
     new, q = leap(point, p, size, beta, steps, at)
-    change = new.log_density(beta) - point.log_density(beta) + .5 * (p.square().sum(-1) - q.square().sum(-1))
+    change = new.log_density(beta) - point.log_density(beta) + 0.5 * (p.square().sum(-1) - q.square().sum(-1))
     chance = change.exp().clamp(max=1).nan_to_num(0)
     good = (noise(torch.rand, chance.shape) < chance) & new.slope.isfinite().all(-1)
     return new.where(good, point), chance
 
 # %% ../nbs/01_flows/44_annealed.ipynb #30eeb1ca
-ACCEPTANCE = .65
+ACCEPTANCE = 0.65
 
-def forward(point, sizes, betas, steps, at, generator, rate=0.):
+
+def forward(point, sizes, betas, steps, at, generator, rate=0.0):
     """`(log_w (M, N), acceptance (T,), sizes (T, N))` of chains along the path from their initial draws.
 
     `sizes` `(T, N)` are used as they are for `rate=0`; otherwise lengths begin at `sizes[0]` and follow the acceptance, and those they came to are returned.
     """
-    log_w, rates, found, size = 0., [], [], sizes[0]
+    log_w, rates, found, size = 0.0, [], [], sizes[0]
     for t, (before, beta) in enumerate(zip(betas, betas[1:])):
         log_w = log_w + (beta - before) * (point.log_joint - point.log_initial()).double()
         point, chance = transition(point, size if rate else sizes[t], beta, steps, at, generator)
-        if rate: size = size * (rate * (chance.mean(0) - ACCEPTANCE)).exp()
-        rates.append(chance.mean()); found.append(size)
+        if rate:
+            size = size * (rate * (chance.mean(0) - ACCEPTANCE)).exp()
+        rates.append(chance.mean())
+        found.append(size)
     return log_w, torch.stack(rates), torch.stack(found) if rate else sizes
+
 
 def backward(point, sizes, betas, steps, at, generator):
     "The same from draws at the other end, back along the path: `1 / w` then has the mean `1 / p(x)`; Grosse et al. 2015, section 3."
-    log_w, rates = 0., []
+    log_w, rates = 0.0, []
     for t in reversed(range(len(sizes))):
         point, chance = transition(point, sizes[t], betas[t + 1], steps, at, generator)
         log_w = log_w + (betas[t + 1] - betas[t]) * (point.log_joint - point.log_initial()).double()
@@ -96,15 +124,20 @@ class Annealed:
     `log_p` `(N,)`: `log mean w`, a lower bound in expectation; or `-log mean 1/w`, an upper bound, where the chains went `back`. `error` `(N,)`: its standard error over chains (delta method);
     on the way back all chains of an image start from one `z`, and the noise of that one draw is not in it, so look at the spread over images.
     """
+
     log_weights: torch.Tensor
     acceptance: torch.Tensor
     step_sizes: torch.Tensor
     back: bool = False
 
     @property
-    def sign(self): return -1 if self.back else 1
+    def sign(self):
+        return -1 if self.back else 1
+
     @property
-    def log_p(self): return self.sign * ((self.sign * self.log_weights).logsumexp(0) - math.log(len(self.log_weights)))
+    def log_p(self):
+        return self.sign * ((self.sign * self.log_weights).logsumexp(0) - math.log(len(self.log_weights)))
+
     @property
     def error(self):
         w = (self.sign * (self.log_weights - self.log_p)).exp()
@@ -113,36 +146,56 @@ class Annealed:
 # %% ../nbs/01_flows/44_annealed.ipynb #7dbae662
 def collected(parts):
     "One `Annealed` of those of a few images each; the acceptance is the mean over images."
-    counts = torch.tensor([part.log_weights.shape[1] for part in parts], dtype=torch.float64, device=parts[0].acceptance.device)
-    return Annealed(torch.cat([part.log_weights for part in parts], 1), torch.stack([part.acceptance.double() for part in parts], 1) @ counts / counts.sum(),
-                    torch.cat([part.step_sizes for part in parts], 1), parts[0].back)
+    counts = torch.tensor(
+        [part.log_weights.shape[1] for part in parts], dtype=torch.float64, device=parts[0].acceptance.device
+    )
+    return Annealed(
+        torch.cat([part.log_weights for part in parts], 1),
+        torch.stack([part.acceptance.double() for part in parts], 1) @ counts / counts.sum(),
+        torch.cat([part.step_sizes for part in parts], 1),
+        parts[0].back,
+    )
 
 # %% ../nbs/01_flows/44_annealed.ipynb #4060e3cd
 def check_rows(x):
     "Raise `ValueError` for data `x` without rows, or with values that are not finite, naming the first such row."
-    if not isinstance(x, torch.Tensor) or x.dim() < 1: raise TypeError(f"x: expected a tensor (N, ...), got {type(x).__name__}")
-    if len(x) == 0: raise ValueError("x: expected at least one row, got none")
+    if not isinstance(x, torch.Tensor) or x.dim() < 1:
+        raise TypeError(f"x: expected a tensor (N, ...), got {type(x).__name__}")
+    if len(x) == 0:
+        raise ValueError("x: expected at least one row, got none")
     good = x.isfinite().reshape(len(x), -1).all(1)
-    if not good.all(): raise ValueError(f"x: {int((~good).sum())} of {len(x)} rows have values that are NaN or infinite, the first is row {first_false(good)}")
+    if not good.all():
+        raise ValueError(
+            f"x: {int((~good).sum())} of {len(x)} rows have values that are NaN or infinite, the first is row {first_false(good)}"
+        )
+
 
 def placed(initial, x, latent_dim):
     "`(m, s)` `(N, D)` of the initial Gaussian; the standard normal for `None`."
     dtype = x.dtype if x.is_floating_point() else torch.float32
-    if initial is None: return torch.zeros(len(x), latent_dim, dtype=dtype, device=x.device), torch.ones(len(x), latent_dim, dtype=dtype, device=x.device)
+    if initial is None:
+        return torch.zeros(len(x), latent_dim, dtype=dtype, device=x.device), torch.ones(
+            len(x), latent_dim, dtype=dtype, device=x.device
+        )
     for name, value in zip(("mean", "scale"), initial):
         check_tensor(f"initial {name}", value, latent_dim, "latent_dim")
-        if value.shape != (len(x), latent_dim) or not value.isfinite().all(): raise ValueError(f"initial {name}: expected finite numbers of shape ({len(x)}, {latent_dim}), got shape {tuple(value.shape)}")
-    if not (initial[1] > 0).all(): raise ValueError("initial scale: expected numbers above 0")
+        if value.shape != (len(x), latent_dim) or not value.isfinite().all():
+            raise ValueError(
+                f"initial {name}: expected finite numbers of shape ({len(x)}, {latent_dim}), got shape {tuple(value.shape)}"
+            )
+    if not (initial[1] > 0).all():
+        raise ValueError("initial scale: expected numbers above 0")
     return tuple(value.detach().to(dtype) for value in initial)
 
 # %% ../nbs/01_flows/44_annealed.ipynb #dfa9c470
-PILOT, RATE, FIRST = 4, .3, 20                               # chains of a pilot run, how fast it adapts, transitions before it sets out
+PILOT, RATE, FIRST = 4, 0.3, 20  # chains of a pilot run, how fast it adapts, transitions before it sets out
+
 
 def pilot(at, shape, betas, steps, generator, dtype, device):
     "Step lengths `(T, N)`, adapted along the path by chains that are then forgotten; `shape`: `(N, D)`."
     N, D = shape
     point = at(torch.randn(PILOT, N, D, generator=generator, dtype=dtype, device=device))
-    size = torch.full((1, N), .7 * D ** -.25, dtype=dtype, device=device)
+    size = torch.full((1, N), 0.7 * D**-0.25, dtype=dtype, device=device)
     settle = forward(point, size, betas[1].expand(FIRST + 1), steps, at, generator, RATE)[2]
     return forward(point, settle[-1:], betas, steps, at, generator, RATE)[2]
 
@@ -153,27 +206,62 @@ def anneal(log_joint, x, place, z, betas, chains, steps, generator):
     sizes = pilot(at, place[0].shape, betas, steps, generator, dtype, x.device)
     start = at(torch.randn(chains, *place[0].shape, generator=generator, dtype=dtype, device=x.device))
     there = Annealed(*forward(start, sizes, betas, steps, at, generator))
-    if z is None: return there, None
-    return there, Annealed(*backward(at(((z - place[0]) / place[1]).expand(chains, *z.shape)), sizes, betas, steps, at, generator), back=True)
+    if z is None:
+        return there, None
+    return there, Annealed(
+        *backward(
+            at(((z - place[0]) / place[1]).expand(chains, *z.shape)), sizes, betas, steps, at, generator
+        ),
+        back=True,
+    )
+
 
 def check_finite(**values):
     "Raise `FloatingPointError` naming the first row at which one of `values` `(N,)` is not finite."
     good = torch.stack([value.isfinite() for value in values.values()]).all(0)
-    if good.all(): return
+    if good.all():
+        return
     first = first_false(good)
-    raise FloatingPointError(" and ".join(f"{name} is {value[first]:g}" for name, value in values.items()) +
-                             f" for row {first} of x ({int((~good).sum())} such rows): log_joint or the posterior returned NaN or infinity there")
+    raise FloatingPointError(
+        " and ".join(f"{name} is {value[first]:g}" for name, value in values.items())
+        + f" for row {first} of x ({int((~good).sum())} such rows): log_joint or the posterior returned NaN or infinity there"
+    )
 
 # %% ../nbs/01_flows/44_annealed.ipynb #45811709
 def run(log_joint, x, z, latent_dim, steps, chains, leapfrog, initial, block, seed):
     "`ais` and `bidirectional`: `(there, back)` of all images, a few at a time."
     check_rows(x)
-    for name, value in {"latent_dim": latent_dim, "steps": steps, "chains": chains, "leapfrog": leapfrog, "block": block}.items(): check_int(name, value)
-    place, generator, few = placed(initial, x, latent_dim), torch.Generator(x.device).manual_seed(seed), max(1, block // chains)
+    for name, value in {
+        "latent_dim": latent_dim,
+        "steps": steps,
+        "chains": chains,
+        "leapfrog": leapfrog,
+        "block": block,
+    }.items():
+        check_int(name, value)
+    place, generator, few = (
+        placed(initial, x, latent_dim),
+        torch.Generator(x.device).manual_seed(seed),
+        max(1, block // chains),
+    )
     betas = temperatures(steps).to(x.device)
-    parts = [anneal(log_joint, x[rows], [part[rows] for part in place], None if z is None else z[rows], betas, chains, leapfrog, generator)
-             for rows in (slice(first, first + few) for first in range(0, len(x), few))]
-    there, back = collected([part[0] for part in parts]), None if z is None else collected([part[1] for part in parts])
+    parts = [
+        anneal(
+            log_joint,
+            x[rows],
+            [part[rows] for part in place],
+            None if z is None else z[rows],
+            betas,
+            chains,
+            leapfrog,
+            generator,
+        )
+        for rows in (slice(first, first + few) for first in range(0, len(x), few))
+    ]
+    there, back = (
+        collected([part[0] for part in parts]),
+        None if z is None else collected([part[1] for part in parts]),
+    )
     check_finite(**{"log p": there.log_p} | ({} if back is None else {"its bound from above": back.log_p}))
     return there, back
 
@@ -188,12 +276,17 @@ def ais(log_joint, x, latent_dim, steps=500, chains=16, leapfrog=10, initial=Non
     """
     return run(log_joint, x, None, latent_dim, steps, chains, leapfrog, initial, block, seed)[0]
 
+
 def bidirectional(log_joint, x, z, steps=500, chains=16, leapfrog=10, initial=None, block=1000, seed=0):
     """`(lower, upper)`, two `Annealed`, for rows of `x` that were simulated from the model with the latent vectors `z` `(N, D)`.
 
     The arguments are those of `ais`; chains of one image all return from the same `z`. `seed` must not be the one that `z` was drawn with: the chains' noise would be made of the same numbers as `z`, and neither bound would hold.
     Cost: that of `ais` and `steps * leapfrog * chains` gradients more. Source: Grosse et al. 2015.
     """
-    check_rows(x); check_rows(z)
-    if z.dim() != 2 or len(z) != len(x): raise ValueError(f"z has shape {tuple(z.shape)}: expected one vector for each of the {len(x)} rows of x")
+    check_rows(x)
+    check_rows(z)
+    if z.dim() != 2 or len(z) != len(x):
+        raise ValueError(
+            f"z has shape {tuple(z.shape)}: expected one vector for each of the {len(x)} rows of x"
+        )
     return run(log_joint, x, z, z.shape[1], steps, chains, leapfrog, initial, block, seed)

@@ -9,12 +9,15 @@ __all__ = ['rank', 'bins_for', 'chi_square', 'binomial', 'pointwise', 'corridor'
            'quantity', 'sbc', 'log_joint', 'Fitted', 'make_models', 'fit_each']
 
 # %% ../nbs/01_flows/52_calibration.ipynb #322cdbcc
-import math, torch
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+
+import torch
 from torch import nn
 from torch.distributions import Distribution
 from torch.special import gammainc, gammaincc, ndtr, ndtri
+
 from .flows import Flow
 from .objectives import free_energy
 from .placing import place_samples
@@ -28,18 +31,30 @@ def rank(truth, draws):
     return below + (torch.rand(equal.shape, dtype=torch.float64, device=draws.device) * (equal + 1)).long()
 
 # %% ../nbs/01_flows/52_calibration.ipynb #3b21e521
-def bins_for(simulations, draws): return 20 if (draws + 1) % 20 == 0 and simulations >= 200 else 10
+def bins_for(simulations, draws):
+    return 20 if (draws + 1) % 20 == 0 and simulations >= 200 else 10
+
 
 def chi_square(counts):
     "The p-value of Pearson's chi-square test that counts `(B, ...)` have equal expectations."
     expected = counts.sum(0) / len(counts)
-    return gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), ((counts - expected) ** 2 / expected).sum(0).double() / 2)
+    return gammaincc(
+        torch.tensor((len(counts) - 1) / 2, dtype=torch.float64),
+        ((counts - expected) ** 2 / expected).sum(0).double() / 2,
+    )
 
 # %% ../nbs/01_flows/52_calibration.ipynb #0580d332
 def binomial(n, chance):
     "Probabilities `(..., n + 1)` of `0..n` successes, for chances `(..., 1)` strictly between 0 and 1."
     k, n = torch.arange(n + 1, dtype=torch.float64), torch.tensor(float(n), dtype=torch.float64)
-    return (torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1) + k * chance.log() + (n - k) * torch.log1p(-chance)).exp()
+    return (
+        torch.lgamma(n + 1)
+        - torch.lgamma(k + 1)
+        - torch.lgamma(n - k + 1)
+        + k * chance.log()
+        + (n - k) * torch.log1p(-chance)
+    ).exp()
+
 
 @lru_cache(maxsize=8)
 def pointwise(simulations, draws):
@@ -53,16 +68,23 @@ def corridor(simulations, draws, gamma):
     inside = (pointwise(simulations, draws) > gamma).int()
     return inside.argmax(1), simulations - inside.flip(1).argmax(1)
 
+
 def poisson(mean, n):
     "Probabilities of `0..n`."
     k = torch.arange(n + 1, dtype=torch.float64)
     return (k * math.log(mean) - mean - torch.lgamma(k + 1)).exp()
 
+
 def chance_inside(simulations, draws, gamma):
     "The exact probability that uniform ranks keep all `S_i` in that corridor: O(L w^2) for one `w` counts wide."
-    step = torch.cat([poisson(simulations / (draws + 1), simulations), torch.zeros(simulations)])      # a negative index finds a zero
+    step = torch.cat(
+        [poisson(simulations / (draws + 1), simulations), torch.zeros(simulations)]
+    )  # a negative index finds a zero
     s, weight = torch.tensor([0]), torch.ones(1, dtype=torch.float64)
-    for low, high in [*zip(*(edge.tolist() for edge in corridor(simulations, draws, gamma))), (simulations, simulations)]:
+    for low, high in [
+        *zip(*(edge.tolist() for edge in corridor(simulations, draws, gamma))),
+        (simulations, simulations),
+    ]:
         t = torch.arange(low, high + 1)
         s, weight = t, step[t[:, None] - s] @ weight
     return (weight / poisson(simulations, simulations)[-1]).item()
@@ -74,40 +96,53 @@ def ecdf_test(counts):
     least = pointwise(simulations, draws)[torch.arange(draws), counts.cumsum(0)[:-1]].min().item()
     return torch.tensor(1 - chance_inside(simulations, draws, least), dtype=torch.float64).clamp(min=0)
 
+
 @lru_cache(maxsize=8)
-def band(simulations, draws, level=.95):
+def band(simulations, draws, level=0.95):
     "Simultaneous limits of the counts `S_1..S_L`, two tensors `(L,)`: uniform ranks stay within both with a probability of at least `level`."
-    low, high = math.log((1 - level) / (2 * draws)), math.log(1 - level)                    # the first is inside by the union bound
+    low, high = (
+        math.log((1 - level) / (2 * draws)),
+        math.log(1 - level),
+    )  # the first is inside by the union bound
     for _ in range(12):
         middle = (low + high) / 2
-        if chance_inside(simulations, draws, math.exp(middle)) >= level: low = middle
-        else: high = middle
+        if chance_inside(simulations, draws, math.exp(middle)) >= level:
+            low = middle
+        else:
+            high = middle
     return corridor(simulations, draws, math.exp(low))
 
 # %% ../nbs/01_flows/52_calibration.ipynb #0b65bb9c
 def standardised(score):
     "A score of the ranks `0..L`, `(L + 1,)`, with mean 0 and variance 1 over uniform ranks."
     score = score - score.mean()
-    return score / (score ** 2).mean().sqrt()
+    return score / (score**2).mean().sqrt()
 
-def normal_scores(draws): return ndtri((torch.arange(draws + 1, dtype=torch.float64) + .5) / (draws + 1))
+
+def normal_scores(draws):
+    return ndtri((torch.arange(draws + 1, dtype=torch.float64) + 0.5) / (draws + 1))
+
 
 def score_test(score, ranks):
     "The standardised sum of a standardised score `(L + 1,)` over ranks `(N, ...)`, and its two-sided p-value; the score has a skewness of at least 0."
-    t, skewness = score[ranks].sum(0) / math.sqrt(len(ranks)), (score ** 3).mean()
-    if skewness < .1: return t, 2 * ndtr(-t.abs())
-    k = 4 * len(ranks) / skewness ** 2
+    t, skewness = score[ranks].sum(0) / math.sqrt(len(ranks)), (score**3).mean()
+    if skewness < 0.1:
+        return t, 2 * ndtr(-t.abs())
+    k = 4 * len(ranks) / skewness**2
     place = (k + t * k.sqrt()).clamp(min=0)
     return t, (2 * torch.minimum(gammainc(k, place), gammaincc(k, place))).clamp(max=1)
 
 # %% ../nbs/01_flows/52_calibration.ipynb #106bb6eb
 def distances(points):
     "Squared Mahalanobis distances `(L + 1, N)` of points `(L + 1, N, D)` from the mean of each column, in the units of its covariance."
-    away = points.double().transpose(0, 1)                                                   # (N, L + 1, D)
+    away = points.double().transpose(0, 1)  # (N, L + 1, D)
     away = away - away.mean(1, keepdim=True)
-    away = away / away.std(1, keepdim=True).clamp(min=torch.finfo(away.dtype).tiny)          # units must not decide what counts as singular
+    away = away / away.std(1, keepdim=True).clamp(
+        min=torch.finfo(away.dtype).tiny
+    )  # units must not decide what counts as singular
     precision = torch.linalg.pinv(away.transpose(1, 2) @ away / len(points), hermitian=True)
     return ((away @ precision) * away).sum(-1).T
+
 
 def chi_square_scores(draws, dim):
     "Quantiles of the chi-square distribution with `dim` degrees of freedom at the ranks `0..L`."
@@ -116,26 +151,36 @@ def chi_square_scores(draws, dim):
 # %% ../nbs/01_flows/52_calibration.ipynb #04983f98
 @dataclass(frozen=True, eq=False)
 class _Tests:
-    ranks: torch.Tensor                                      # (N, Q), 0..L
-    distance: torch.Tensor                                   # (N,), 0..L
-    draws: int                                               # L
-    names: tuple                                             # of the Q quantities
-    dim: int                                                 # D: so many of them, the first, are coordinates
+    ranks: torch.Tensor  # (N, Q), 0..L
+    distance: torch.Tensor  # (N,), 0..L
+    draws: int  # L
+    names: tuple  # of the Q quantities
+    dim: int  # D: so many of them, the first, are coordinates
     alpha: float = 1e-3
 
     @property
-    def bins(self): return bins_for(len(self.ranks), self.draws)
+    def bins(self):
+        return bins_for(len(self.ranks), self.draws)
+
     @property
-    def counts(self): return torch.stack([r.bincount(minlength=self.draws + 1) for r in (*self.ranks.T, self.distance)], 1)
+    def counts(self):
+        return torch.stack([r.bincount(minlength=self.draws + 1) for r in (*self.ranks.T, self.distance)], 1)
+
     @property
-    def histogram(self): return self.counts.unflatten(0, (self.bins, -1)).sum(1)
+    def histogram(self):
+        return self.counts.unflatten(0, (self.bins, -1)).sum(1)
 
     @cached_property
-    def slope(self): return score_test(standardised(normal_scores(self.draws)), self.ranks)
+    def slope(self):
+        return score_test(standardised(normal_scores(self.draws)), self.ranks)
+
     @cached_property
-    def spread(self): return score_test(standardised(normal_scores(self.draws) ** 2), self.ranks)
+    def spread(self):
+        return score_test(standardised(normal_scores(self.draws) ** 2), self.ranks)
+
     @cached_property
-    def width(self): return score_test(standardised(chi_square_scores(self.draws, self.dim)), self.distance)
+    def width(self):
+        return score_test(standardised(chi_square_scores(self.draws, self.dim)), self.distance)
 
 # %% ../nbs/01_flows/52_calibration.ipynb #e985f792
 class _Verdict(_Tests):
@@ -143,26 +188,41 @@ class _Verdict(_Tests):
     def p_values(self):
         "The p-values `(Q,)` of each test of single quantities by name, not adjusted for their number."
         Q = len(self.names)
-        return {"chi-square": chi_square(self.histogram[:, :Q]), "ECDF": torch.stack([ecdf_test(c) for c in self.counts.T[:Q]]), "slope": self.slope[1], "spread": self.spread[1]}
+        return {
+            "chi-square": chi_square(self.histogram[:, :Q]),
+            "ECDF": torch.stack([ecdf_test(c) for c in self.counts.T[:Q]]),
+            "slope": self.slope[1],
+            "spread": self.spread[1],
+        }
 
     @cached_property
     def p_value(self):
         "One p-value: twice that of the distance, or the least of all others times twice their number, whichever is smaller."
         others = torch.stack([*self.p_values.values()])
-        return min(1., 2 * self.width[1].item(), 2 * others.numel() * others.min().item())
+        return min(1.0, 2 * self.width[1].item(), 2 * others.numel() * others.min().item())
 
     @property
-    def passed(self): return self.p_value > self.alpha
+    def passed(self):
+        return self.p_value > self.alpha
 
 # %% ../nbs/01_flows/52_calibration.ipynb #bde558bb
 def width_in_words(t, ratio):
     "What a standardised spread or distance `t` says, `ratio` being how far out the truth lies; empty if it is within three standard deviations."
-    if t > 3: return f"the truth lies about {ratio:.2f} times as far out as it should: the draws are too narrow, or displaced (over-confident)"
-    return f"the truth lies only about {ratio:.2f} times as far out as it should: the draws are too wide (under-confident)" if t < -3 else ""
+    if t > 3:
+        return f"the truth lies about {ratio:.2f} times as far out as it should: the draws are too narrow, or displaced (over-confident)"
+    return (
+        f"the truth lies only about {ratio:.2f} times as far out as it should: the draws are too wide (under-confident)"
+        if t < -3
+        else ""
+    )
+
 
 def in_words(name, slope, spread, shift, ratio):
     "What the ranks of one quantity look like, from its standardised slope and spread; empty if both are within three standard deviations."
-    if abs(slope) <= max(3, abs(spread)): return (("U: " if spread > 0 else "hump: ") + width_in_words(spread, ratio)) if abs(spread) > 3 else ""
+    if abs(slope) <= max(3, abs(spread)):
+        return (
+            (("U: " if spread > 0 else "hump: ") + width_in_words(spread, ratio)) if abs(spread) > 3 else ""
+        )
     return f"slope: the draws of {name} lie too {'low' if slope > 0 else 'high'}, by about {abs(shift):.2g} of their standard deviation (biased)"
 
 # %% ../nbs/01_flows/52_calibration.ipynb #5e3294a2
@@ -171,34 +231,60 @@ class _Words(_Verdict):
     def words(self):
         "A phrase for each quantity by name, and for `distance`; empty where slope and spread are as they should be."
         z, far = normal_scores(self.draws), chi_square_scores(self.draws, self.dim)
-        rows = zip(self.names, self.slope[0].tolist(), self.spread[0].tolist(), z[self.ranks].mean(0).tolist(), ((z ** 2)[self.ranks].mean(0) / (z ** 2).mean()).sqrt().tolist())
-        return {row[0]: in_words(*row) for row in rows} | {"distance": width_in_words(self.width[0], (far[self.distance].mean() / far.mean()).sqrt())}
+        rows = zip(
+            self.names,
+            self.slope[0].tolist(),
+            self.spread[0].tolist(),
+            z[self.ranks].mean(0).tolist(),
+            ((z**2)[self.ranks].mean(0) / (z**2).mean()).sqrt().tolist(),
+        )
+        return {row[0]: in_words(*row) for row in rows} | {
+            "distance": width_in_words(self.width[0], (far[self.distance].mean() / far.mean()).sqrt())
+        }
 
     def summary(self):
         "The verdict, the distance, and for each quantity its p-values and shape."
         verdict = "passed, nothing found that so many simulations can show" if self.passed else "FAILED"
-        lines = [f"{len(self.ranks)} simulations, {self.draws} draws each, {self.bins} bins: {verdict} (p = {self.p_value:.2g} over all tests, alpha = {self.alpha:g})"]
+        lines = [
+            f"{len(self.ranks)} simulations, {self.draws} draws each, {self.bins} bins: {verdict} (p = {self.p_value:.2g} over all tests, alpha = {self.alpha:g})"
+        ]
         shown = {"distance": f"{self.width[0]:+.1f} standard deviations, p = {self.width[1]:.2g}"}
-        for j, name in enumerate(self.names): shown[name] = "p = " + ", ".join(f"{p[j]:.2g} ({test})" for test, p in self.p_values.items())
-        return "\n".join(lines + [f"{name}: {line}" + ("; " + self.words[name] if self.words[name] and not self.passed else "") for name, line in shown.items()])
+        for j, name in enumerate(self.names):
+            shown[name] = "p = " + ", ".join(f"{p[j]:.2g} ({test})" for test, p in self.p_values.items())
+        return "\n".join(
+            lines
+            + [
+                f"{name}: {line}" + ("; " + self.words[name] if self.words[name] and not self.passed else "")
+                for name, line in shown.items()
+            ]
+        )
 
 # %% ../nbs/01_flows/52_calibration.ipynb #356e8f1e
 def draw_histogram(axes, counts, name):
     "Bars of the counts `(B,)` over the central 99 % of a bin's binomial distribution."
     N, B = int(counts.sum()), len(counts)
     mass = binomial(N, torch.tensor(1 / B, dtype=torch.float64)).cumsum(0)
-    low, high = int((mass < .005).sum()), int((mass < .995).sum())
-    axes.bar([(b + .5) / B for b in range(B)], counts.tolist(), width=.9 / B, color="tab:blue")
-    axes.axhspan(low, high, color="0.5", alpha=.3, label="99 % of a bin"); axes.axhline(N / B, color="black", linewidth=.8)
+    low, high = int((mass < 0.005).sum()), int((mass < 0.995).sum())
+    axes.bar([(b + 0.5) / B for b in range(B)], counts.tolist(), width=0.9 / B, color="tab:blue")
+    axes.axhspan(low, high, color="0.5", alpha=0.3, label="99 % of a bin")
+    axes.axhline(N / B, color="black", linewidth=0.8)
     axes.set(title=name, xlim=(0, 1))
+
 
 def draw_ecdf(axes, counts):
     "The ECDF of ranks with counts `(L + 1,)`, less the diagonal, over the 95 % and 99.9 % bands."
     N, L = int(counts.sum()), len(counts) - 1
     u = torch.arange(1, L + 1) / (L + 1)
-    for level, grey in ((.999, "0.9"), (.95, "0.8")):
-        axes.fill_between(u, *(edge / N - u for edge in band(N, L, level)), color=grey, linewidth=0, label=f"{100 * level:g} % band")
-    axes.plot(u, counts.cumsum(0)[:-1] / N - u, color="tab:blue"); axes.set(xlim=(0, 1), xlabel="rank / (L + 1)")
+    for level, grey in ((0.999, "0.9"), (0.95, "0.8")):
+        axes.fill_between(
+            u,
+            *(edge / N - u for edge in band(N, L, level)),
+            color=grey,
+            linewidth=0,
+            label=f"{100 * level:g} % band",
+        )
+    axes.plot(u, counts.cumsum(0)[:-1] / N - u, color="tab:blue")
+    axes.set(xlim=(0, 1), xlabel="rank / (L + 1)")
 
 # %% ../nbs/01_flows/52_calibration.ipynb #6d0c5622
 class Calibration(_Words):
@@ -207,33 +293,64 @@ class Calibration(_Words):
     `passed`: whether `p_value`, over all tests, exceeds `alpha`. `p_values` by test; `slope`, `spread` `(Q,)` and `width` `()`: standardised statistics with their p-values. `histogram` `(B, Q + 1)` and
     `counts` `(L + 1, Q + 1)`, the distance last. `words`, `summary()`, `plot()`. Source: Talts et al. 2018; Säilynoja et al. 2022.
     """
+
     def plot(self):
         "A figure: for each quantity and the distance its histogram, and the difference of its ECDF from the diagonal with 95 % and 99.9 % bands."
         import matplotlib.pyplot as plt
+
         names = (*self.names, "distance")
-        figure, panels = plt.subplots(2, len(names), figsize=(3 * len(names), 4.6), squeeze=False, sharex=True, sharey="row", layout="constrained")
-        for j, name in enumerate(names): draw_histogram(panels[0, j], self.histogram[:, j], name); draw_ecdf(panels[1, j], self.counts[:, j])
-        for row, label in zip(panels, ("simulations", "ECDF - diagonal")): row[0].legend(fontsize=7, loc="lower left"); row[0].set_ylabel(label)
+        figure, panels = plt.subplots(
+            2,
+            len(names),
+            figsize=(3 * len(names), 4.6),
+            squeeze=False,
+            sharex=True,
+            sharey="row",
+            layout="constrained",
+        )
+        for j, name in enumerate(names):
+            draw_histogram(panels[0, j], self.histogram[:, j], name)
+            draw_ecdf(panels[1, j], self.counts[:, j])
+        for row, label in zip(panels, ("simulations", "ECDF - diagonal")):
+            row[0].legend(fontsize=7, loc="lower left")
+            row[0].set_ylabel(label)
         return figure
 
 # %% ../nbs/01_flows/52_calibration.ipynb #55886860
 def check_counts(simulations, draws):
     "Raise `ValueError` unless there are enough simulations and draws, and `draws + 1` is a multiple of 10."
-    check_int("simulations", simulations, 50); check_int("draws", draws, 9)
-    if (draws + 1) % 10: raise ValueError(f"draws={draws}: draws + 1 must be a multiple of 10, so that bins hold equally many ranks; {max(1, round((draws + 1) / 10)) * 10 - 1} will do")
+    check_int("simulations", simulations, 50)
+    check_int("draws", draws, 9)
+    if (draws + 1) % 10:
+        raise ValueError(
+            f"draws={draws}: draws + 1 must be a multiple of 10, so that bins hold equally many ranks; {max(1, round((draws + 1) / 10)) * 10 - 1} will do"
+        )
+
 
 def check_rows(name, value, rows):
     "Raise unless `value` is a tensor of `rows` finite rows."
-    if not isinstance(value, torch.Tensor): raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dim() < 1 or len(value) != rows: raise ValueError(f"{name} has shape {tuple(value.shape)}: its first axis must be that of theta, N={rows}")
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dim() < 1 or len(value) != rows:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: its first axis must be that of theta, N={rows}"
+        )
     good = value.isfinite().reshape(rows, -1).all(1)
-    if not good.all(): raise ValueError(f"{name}: not finite in {int((~good).sum())} of {rows} simulations, first in number {first_false(good)}")
+    if not good.all():
+        raise ValueError(
+            f"{name}: not finite in {int((~good).sum())} of {rows} simulations, first in number {first_false(good)}"
+        )
+
 
 def simulated(prior, simulate, simulations):
     "True parameters `(N, D)` from the prior and a data set for each, `(N, ...)`."
     shape, batch = (tuple(getattr(prior, name, ())) for name in ("event_shape", "batch_shape"))
-    if not isinstance(prior, Distribution): raise TypeError(f"prior: expected a torch distribution, got {type(prior).__name__}")
-    if len(shape) != 1 or batch: raise ValueError(f"prior: expected event shape (D,) and no batch shape, got {shape} and {batch}; Independent(..., 1) turns a batch into an event")
+    if not isinstance(prior, Distribution):
+        raise TypeError(f"prior: expected a torch distribution, got {type(prior).__name__}")
+    if len(shape) != 1 or batch:
+        raise ValueError(
+            f"prior: expected event shape (D,) and no batch shape, got {shape} and {batch}; Independent(..., 1) turns a batch into an event"
+        )
     theta = prior.sample((simulations,))
     check_rows("prior: theta", theta, simulations)
     x = simulate(theta)
@@ -243,21 +360,34 @@ def simulated(prior, simulate, simulations):
 # %% ../nbs/01_flows/52_calibration.ipynb #6cee430d
 def drawn(q, draws, theta):
     "`draws` draws from each of N posteriors, `(L, N, D)`."
-    if not callable(getattr(q, "sample", None)): raise TypeError(f"posterior: expected it to return a distribution, got {type(q).__name__}")
-    with torch.no_grad(): z = q.sample((draws,))
+    if not callable(getattr(q, "sample", None)):
+        raise TypeError(f"posterior: expected it to return a distribution, got {type(q).__name__}")
+    with torch.no_grad():
+        z = q.sample((draws,))
     expected = (draws, *theta.shape)
-    if tuple(z.shape) != expected: raise ValueError(f"posterior: draws have shape {tuple(z.shape)}, expected (draws, N, D) = {expected}: one distribution on R^D a data set")
+    if tuple(z.shape) != expected:
+        raise ValueError(
+            f"posterior: draws have shape {tuple(z.shape)}, expected (draws, N, D) = {expected}: one distribution on R^D a data set"
+        )
     check_rows("posterior: draws", z.transpose(0, 1), len(theta))
     return z
+
 
 def quantity(name, function, theta, z, x):
     "Ranks `(N,)` of `function(theta, x)`, which is given L + 1 points `(L + 1, D)` and one data set at a time."
     points = torch.cat([theta[None], z.to(theta)])
-    with torch.no_grad(): values = [function(points[:, n], x[n]) for n in range(len(x))]
+    with torch.no_grad():
+        values = [function(points[:, n], x[n]) for n in range(len(x))]
     for value in values:
-        if getattr(value, "shape", None) != points.shape[:1]: raise ValueError(f"quantities: {name} has shape {tuple(getattr(value, 'shape', ()))} for theta of shape {tuple(points[:, 0].shape)}, expected ({len(points)},)")
+        if getattr(value, "shape", None) != points.shape[:1]:
+            raise ValueError(
+                f"quantities: {name} has shape {tuple(getattr(value, 'shape', ()))} for theta of shape {tuple(points[:, 0].shape)}, expected ({len(points)},)"
+            )
     values = torch.stack(values, 1)
-    if values.isnan().any(): raise ValueError(f"quantities: {name} is not a number in {int(values.isnan().any(0).sum())} of {len(x)} simulations")
+    if values.isnan().any():
+        raise ValueError(
+            f"quantities: {name} is not a number in {int(values.isnan().any(0).sum())} of {len(x)} simulations"
+        )
     return rank(values[0], values[1:])
 
 # %% ../nbs/01_flows/52_calibration.ipynb #c126b1b0
@@ -268,37 +398,63 @@ def sbc(prior, simulate, posterior, *, quantities=None, simulations=200, draws=9
     an exact posterior, or `fit_each(...)`. `quantities`: further test quantities, `{name: f}` with `f(theta, x)` from `(S, D)` and one data set to `(S,)`; the log-likelihood is a good one.
     All random numbers come from `seed` as far as they come from torch's global generator, which is left as it was. Raises `TypeError` or `ValueError` naming what is wrong. Source: Talts et al. 2018.
     """
-    check_counts(simulations, draws); check_int("seed", seed, 0)
-    if not 0 < alpha < 1: raise ValueError(f"alpha={alpha!r}: expected a number between 0 and 1")
+    check_counts(simulations, draws)
+    check_int("seed", seed, 0)
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha!r}: expected a number between 0 and 1")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         theta, x = simulated(prior, simulate, simulations)
         z = drawn(posterior(x), draws, theta)
         extra = [quantity(name, function, theta, z, x) for name, function in (quantities or {}).items()]
         away = distances(torch.cat([theta[None], z.to(theta)]))
-        ranks, distance = torch.cat([rank(theta, z), *(r[:, None] for r in extra)], 1), rank(away[0], away[1:])
+        ranks, distance = (
+            torch.cat([rank(theta, z), *(r[:, None] for r in extra)], 1),
+            rank(away[0], away[1:]),
+        )
     D = theta.shape[1]
-    return Calibration(ranks.cpu(), distance.cpu(), draws, (*(f"theta[{i}]" for i in range(D)), *(quantities or {})), D, alpha)
+    return Calibration(
+        ranks.cpu(),
+        distance.cpu(),
+        draws,
+        (*(f"theta[{i}]" for i in range(D)), *(quantities or {})),
+        D,
+        alpha,
+    )
 
 # %% ../nbs/01_flows/52_calibration.ipynb #82d4348a
 def log_joint(prior, log_likelihood, x):
     "The unnormalised posterior log-density of one data set `x`: a function from theta `(..., D)` to `log p(theta) + log p(x | theta)`, `(...)`."
+
     def log_density(theta):
         first, second = prior.log_prob(theta), log_likelihood(theta, x)
         shape = tuple(second.shape) if isinstance(second, torch.Tensor) else type(second).__name__
-        if shape != tuple(first.shape): raise ValueError(f"log_likelihood: returned {shape} for theta of shape {tuple(theta.shape)}, expected {tuple(first.shape)}")
+        if shape != tuple(first.shape):
+            raise ValueError(
+                f"log_likelihood: returned {shape} for theta of shape {tuple(theta.shape)}, expected {tuple(first.shape)}"
+            )
         return first + second
+
     return log_density
 
 # %% ../nbs/01_flows/52_calibration.ipynb #8b1f7562
 class _OwnData(nn.Module):
     "A flow and the data set that it is a posterior of."
-    def __init__(self, q, x): super().__init__(); self.q = q; self.register_buffer("x", x)
+
+    def __init__(self, q, x):
+        super().__init__()
+        self.q = q
+        self.register_buffer("x", x)
+
 
 class Fitted:
     "N flows as N distributions: `sample((L,))` is `(L, N, D)`; `history` is that of their training."
-    def __init__(self, flows, history): self.flows, self.history = flows, history
-    def sample(self, sample_shape=()): return torch.stack([q.sample(sample_shape) for q in self.flows], len(sample_shape))
+
+    def __init__(self, flows, history):
+        self.flows, self.history = flows, history
+
+    def sample(self, sample_shape=()):
+        return torch.stack([q.sample(sample_shape) for q in self.flows], len(sample_shape))
 
 # %% ../nbs/01_flows/52_calibration.ipynb #9983efb2
 def make_models(make_flow, prior, x):
@@ -306,25 +462,46 @@ def make_models(make_flow, prior, x):
     theta = prior.sample((1000,))
     flows = [make_flow() for _ in x]
     for q in flows:
-        if not isinstance(q, Flow): raise TypeError(f"make_flow: expected it to return a Flow, got {type(q).__name__}")
-        if q.context_dim is not None: raise ValueError(f"make_flow: the flow has context_dim={q.context_dim}; an amortised flow is a posterior by itself")
-        if q().event_shape != prior.event_shape: raise ValueError(f"make_flow: the flow has event shape {tuple(q().event_shape)}, the prior {tuple(prior.event_shape)}")
+        if not isinstance(q, Flow):
+            raise TypeError(f"make_flow: expected it to return a Flow, got {type(q).__name__}")
+        if q.context_dim is not None:
+            raise ValueError(
+                f"make_flow: the flow has context_dim={q.context_dim}; an amortised flow is a posterior by itself"
+            )
+        if q().event_shape != prior.event_shape:
+            raise ValueError(
+                f"make_flow: the flow has event shape {tuple(q().event_shape)}, the prior {tuple(prior.event_shape)}"
+            )
         place_samples(q.place, theta.to(q.place.loc))
     return [_OwnData(q, row) for q, row in zip(flows, x)]
 
 # %% ../nbs/01_flows/52_calibration.ipynb #56b66720
-def fit_each(prior, log_likelihood, make_flow, *, steps=500, samples=32, learning_rate=.05):
+def fit_each(prior, log_likelihood, make_flow, *, steps=500, samples=32, learning_rate=0.05):
     """A `posterior` for `sbc` that fits a flow of its own to each data set, all of them as one batched program.
 
     `log_likelihood(theta, x)`: from theta `(S, D)` and one data set to `(S,)`, in operations that `torch.func.vmap` knows. `make_flow()`: a new `Flow` without context on the prior's support.
     The reverse divergence is minimised by Adam with a cosine schedule, `samples` draws a step. Time grows with N, `steps` and `samples`.
     Raises `ValueError` or `TypeError` naming the argument, and `training.NonFinite`, whose seed is the number of the data set.
     """
-    for name, value in (("steps", steps), ("samples", samples)): check_int(name, value)
-    optimizer = Optimizer("adam", check_positive("learning_rate", learning_rate), clip=10.)
-    def loss(model, batch, step, generator): return free_energy(log_joint(prior, log_likelihood, model.x), model.q(), samples, generator=generator)
+    for name, value in (("steps", steps), ("samples", samples)):
+        check_int(name, value)
+    optimizer = Optimizer("adam", check_positive("learning_rate", learning_rate), clip=10.0)
+
+    def loss(model, batch, step, generator):
+        return free_energy(log_joint(prior, log_likelihood, model.x), model.q(), samples, generator=generator)
+
     def posterior(x):
         models = make_models(make_flow, prior, x)
-        with unvalidated(): history = Trainer(models, loss, steps=steps, seeds=range(len(models)), optimizer=optimizer, device=str(x.device), threads=torch.get_num_threads()).run()
+        with unvalidated():
+            history = Trainer(
+                models,
+                loss,
+                steps=steps,
+                seeds=range(len(models)),
+                optimizer=optimizer,
+                device=str(x.device),
+                threads=torch.get_num_threads(),
+            ).run()
         return Fitted([model.q.eval() for model in models], history)
+
     return posterior

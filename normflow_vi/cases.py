@@ -8,18 +8,24 @@ __all__ = ['SMALL', 'BITWISE', 'JUMPS', 'LINEAR', 'RESIDUAL', 'OVERFLOWS', 'COUP
 
 # %% ../nbs/04_cif/25_cases.ipynb #d74457f6
 import torch
+
 from .contract import Case, contexts
 from .transforms import *
 from .transforms.factories import IAF, MAF, NICE, NSF, RealNVP
 from .transforms.laws import Gate
 
 SMALL = dict(hidden=(8, 8), activation="tanh")
-BITWISE = {"runs": (0., "elementwise: bitwise equal")}
+BITWISE = {"runs": (0.0, "elementwise: bitwise equal")}
 
 # %% ../nbs/04_cif/25_cases.ipynb #a7377852
 def row(name, cls, exceptions={}, dims=(1, 2, 5), **options):
     "The case of `cls(dim, length, context_dim, **options)`."
-    return Case(name, lambda dim, length, context_dim: cls(dim, length, context_dim, **options), dims=dims, exceptions=exceptions)
+    return Case(
+        name,
+        lambda dim, length, context_dim: cls(dim, length, context_dim, **options),
+        dims=dims,
+        exceptions=exceptions,
+    )
 
 # %% ../nbs/04_cif/25_cases.ipynb #b016db8b
 def used(layer):
@@ -27,75 +33,200 @@ def used(layer):
     layer.forward(2 * torch.randn(64, layer.dim) + 1, contexts(64, layer.context_dim, torch.float32))
     return layer
 
-JUMPS = {"normalised": (None, "the density jumps at 0, where the midpoint rule is of first order; tests/test_linear.py integrates orthant by orthant")}
+
+JUMPS = {
+    "normalised": (
+        None,
+        "the density jumps at 0, where the midpoint rule is of first order; tests/test_linear.py integrates orthant by orthant",
+    )
+}
 LINEAR = (
-    row("affine", Affine, BITWISE), row("affine-bounded", Affine, BITWISE, max_log_scale=2.),
-    row("prelu", PReLU, BITWISE | JUMPS), row("prelu-bounded", PReLU, BITWISE | JUMPS, alpha=3., max_log_scale=5.),
-    Case("batchnorm", lambda dim, length, context_dim: used(BatchNorm(dim, length, context_dim)), exceptions=BITWISE),
-    row("slog", SLog, BITWISE), row("permutation", Permutation, BITWISE), row("permutation-reverse", Permutation, BITWISE, kind="reverse"),
-    row("orthogonal", Orthogonal), row("householder", Householder), row("householder-3", Householder, reflections=3),
-    row("plu", PLU), row("plu-bounded", PLU, max_log_scale=5.), row("triangular", Triangular),
-    row("circular-convolution", CircularConvolution), row("circular-convolution-even", CircularConvolution, dims=(1, 2, 6), max_log_scale=3.),
-    row("symmetric-convolution", SymmetricConvolution, max_log_scale=3.),
-    row("scaled-convolution", ScaledConvolution, max_log_scale=3.), row("gated-convolution", GatedConvolution))
+    row("affine", Affine, BITWISE),
+    row("affine-bounded", Affine, BITWISE, max_log_scale=2.0),
+    row("prelu", PReLU, BITWISE | JUMPS),
+    row("prelu-bounded", PReLU, BITWISE | JUMPS, alpha=3.0, max_log_scale=5.0),
+    Case(
+        "batchnorm",
+        lambda dim, length, context_dim: used(BatchNorm(dim, length, context_dim)),
+        exceptions=BITWISE,
+    ),
+    row("slog", SLog, BITWISE),
+    row("permutation", Permutation, BITWISE),
+    row("permutation-reverse", Permutation, BITWISE, kind="reverse"),
+    row("orthogonal", Orthogonal),
+    row("householder", Householder),
+    row("householder-3", Householder, reflections=3),
+    row("plu", PLU),
+    row("plu-bounded", PLU, max_log_scale=5.0),
+    row("triangular", Triangular),
+    row("circular-convolution", CircularConvolution),
+    row("circular-convolution-even", CircularConvolution, dims=(1, 2, 6), max_log_scale=3.0),
+    row("symmetric-convolution", SymmetricConvolution, max_log_scale=3.0),
+    row("scaled-convolution", ScaledConvolution, max_log_scale=3.0),
+    row("gated-convolution", GatedConvolution),
+)
 
 # %% ../nbs/04_cif/25_cases.ipynb #aa472a2a
 RESIDUAL = (
-    row("planar", Planar), row("planar-paper", Planar, constraint="paper"), row("radial", Radial), row("radial-paper", Radial, constraint="paper"),
-    Case("sylvester", lambda dim, length, context_dim: Sylvester(dim, length, context_dim, bottleneck=min(dim, 2))),
-    Case("sylvester-paper", lambda dim, length, context_dim: Sylvester(dim, length, context_dim, bottleneck=min(dim, 3), constraint="paper")),
+    row("planar", Planar),
+    row("planar-paper", Planar, constraint="paper"),
+    row("radial", Radial),
+    row("radial-paper", Radial, constraint="paper"),
+    Case(
+        "sylvester",
+        lambda dim, length, context_dim: Sylvester(dim, length, context_dim, bottleneck=min(dim, 2)),
+    ),
+    Case(
+        "sylvester-paper",
+        lambda dim, length, context_dim: Sylvester(
+            dim, length, context_dim, bottleneck=min(dim, 3), constraint="paper"
+        ),
+    ),
     row("sylvester-householder", Sylvester, dims=(1, 2, 3), kind="householder", reflections=2),
-    row("tanh-coupling-perm", TanhCoupling), row("tanh-coupling-ortho", TanhCoupling, mix="ortho"))
+    row("tanh-coupling-perm", TanhCoupling),
+    row("tanh-coupling-ortho", TanhCoupling, mix="ortho"),
+)
 
 # %% ../nbs/04_cif/25_cases.ipynb #abef9626
-OVERFLOWS = {"log_det": (None, "free log-scales of ReLU networks grow with the input and overflow at inputs of 100; the rows with tanh and with max_log_scale are looked at there")}
+OVERFLOWS = {
+    "log_det": (
+        None,
+        "free log-scales of ReLU networks grow with the input and overflow at inputs of 100; the rows with tanh and with max_log_scale are looked at there",
+    )
+}
 COUPLINGS = (
-    row("additive-coupling", AdditiveCoupling, hidden=(8, 8)), row("additive-coupling-perm", AdditiveCoupling, hidden=(8,), mix="perm"), row("affine-coupling-ortho", AffineCoupling, mix="ortho", **SMALL),
-    row("affine-coupling", AffineCoupling, **SMALL), row("affine-coupling-relu", AffineCoupling, OVERFLOWS, hidden=(8, 8)),
-    row("affine-coupling-bounded", AffineCoupling, hidden=(8,), mask="checkerboard", max_log_scale=3.),
-    Case("affine-coupling-channel", lambda dim, length, context_dim: AffineCoupling(dim, length, context_dim, mask="channel", shape=(2, 3) if dim == 6 else None, **SMALL),
-         dims=(1, 2, 6)),
-    Case("gate-coupling", lambda dim, length, context_dim: Coupling(dim, Gate(), length, context_dim, **SMALL)),
-    row("spline-coupling", SplineCoupling, hidden=(16,), activation="tanh"), row("convolution-coupling", ConvolutionCoupling, **SMALL))
+    row("additive-coupling", AdditiveCoupling, hidden=(8, 8)),
+    row("additive-coupling-perm", AdditiveCoupling, hidden=(8,), mix="perm"),
+    row("affine-coupling-ortho", AffineCoupling, mix="ortho", **SMALL),
+    row("affine-coupling", AffineCoupling, **SMALL),
+    row("affine-coupling-relu", AffineCoupling, OVERFLOWS, hidden=(8, 8)),
+    row("affine-coupling-bounded", AffineCoupling, hidden=(8,), mask="checkerboard", max_log_scale=3.0),
+    Case(
+        "affine-coupling-channel",
+        lambda dim, length, context_dim: AffineCoupling(
+            dim, length, context_dim, mask="channel", shape=(2, 3) if dim == 6 else None, **SMALL
+        ),
+        dims=(1, 2, 6),
+    ),
+    Case(
+        "gate-coupling", lambda dim, length, context_dim: Coupling(dim, Gate(), length, context_dim, **SMALL)
+    ),
+    row("spline-coupling", SplineCoupling, hidden=(16,), activation="tanh"),
+    row("convolution-coupling", ConvolutionCoupling, **SMALL),
+)
 
 # %% ../nbs/04_cif/25_cases.ipynb #0c82d0e0
 AUTOREGRESSIVE = (
-    row("iaf", InverseAutoregressive, **SMALL), row("iaf-plain", InverseAutoregressive, form="plain", hidden=(16,), activation="tanh"),
-    row("iaf-linear", InverseAutoregressive, form="plain", hidden=(), max_log_scale=1.),
-    row("maf", MaskedAutoregressive, **SMALL), row("maf-narrow", MaskedAutoregressive, hidden=(3,), activation="elu", order="natural", max_log_scale=1.),
-    row("maf-residual", MaskedAutoregressive, form="gated", hidden=(8, 8, 8), activation="tanh", residual=True),
+    row("iaf", InverseAutoregressive, **SMALL),
+    row("iaf-plain", InverseAutoregressive, form="plain", hidden=(16,), activation="tanh"),
+    row("iaf-linear", InverseAutoregressive, form="plain", hidden=(), max_log_scale=1.0),
+    row("maf", MaskedAutoregressive, **SMALL),
+    row(
+        "maf-narrow", MaskedAutoregressive, hidden=(3,), activation="elu", order="natural", max_log_scale=1.0
+    ),
+    row(
+        "maf-residual", MaskedAutoregressive, form="gated", hidden=(8, 8, 8), activation="tanh", residual=True
+    ),
     row("spline-autoregressive", SplineAutoregressive, hidden=(16,), activation="tanh"),
-    row("spline-autoregressive-residual", SplineAutoregressive, hidden=(16, 16, 16), activation="tanh", order="natural", residual=True))
+    row(
+        "spline-autoregressive-residual",
+        SplineAutoregressive,
+        hidden=(16, 16, 16),
+        activation="tanh",
+        order="natural",
+        residual=True,
+    ),
+)
 
 # %% ../nbs/04_cif/25_cases.ipynb #a627d7fd
 class Frozen(ContinuouslyIndexed):
     "The same noise at every point and call: then the layer is a function."
-    def noise(self, like, generator): return torch.linspace(-1.2, .9, self.index_dim).to(like).expand(like.shape)
 
-def around_planar(cls, form, context_dim, *sizes): return cls(Planar(*sizes, context_dim), index_dim=2, hidden=(6,), form=form, context_dim=context_dim)
+    def noise(self, like, generator):
+        return torch.linspace(-1.2, 0.9, self.index_dim).to(like).expand(like.shape)
 
-NOT_A_LOG_DET = (None, "the second value is a log-weight, not the log-det of z in w; tests/test_continuously_indexed.py integrates it")
-GIVEN = {"reaches": (None, "given u, the networks of q and r take no part; the row with frozen noise looks at all three")}
-FROZEN = {"log_det": NOT_A_LOG_DET, "double": NOT_A_LOG_DET, "normalised": (None, "one draw only bounds log q(z); the joint over (z, u) is integrated instead"),
-          "inverse": (None, "the two directions draw u from different densities: no round trip")}
+
+def around_planar(cls, form, context_dim, *sizes):
+    return cls(Planar(*sizes, context_dim), index_dim=2, hidden=(6,), form=form, context_dim=context_dim)
+
+
+NOT_A_LOG_DET = (
+    None,
+    "the second value is a log-weight, not the log-det of z in w; tests/test_continuously_indexed.py integrates it",
+)
+GIVEN = {
+    "reaches": (
+        None,
+        "given u, the networks of q and r take no part; the row with frozen noise looks at all three",
+    )
+}
+FROZEN = {
+    "log_det": NOT_A_LOG_DET,
+    "double": NOT_A_LOG_DET,
+    "normalised": (None, "one draw only bounds log q(z); the joint over (z, u) is integrated instead"),
+    "inverse": (None, "the two directions draw u from different densities: no round trip"),
+}
 
 # %% ../nbs/04_cif/25_cases.ipynb #2a3f5ea0
 INDEXED = (
-    Case("indexed, given u", lambda dim, length, context_dim: around_planar(ContinuouslyIndexed, "after", context_dim, dim, length).given(torch.randn(2)), exceptions=GIVEN),
-    Case("indexed before, given u", lambda dim, length, context_dim: around_planar(ContinuouslyIndexed, "before", context_dim, dim, length).given(torch.randn(2)), exceptions=GIVEN),
-    Case("indexed, frozen noise", lambda dim, length, context_dim: around_planar(Frozen, "after", context_dim, dim, length), exceptions=FROZEN))
+    Case(
+        "indexed, given u",
+        lambda dim, length, context_dim: around_planar(
+            ContinuouslyIndexed, "after", context_dim, dim, length
+        ).given(torch.randn(2)),
+        exceptions=GIVEN,
+    ),
+    Case(
+        "indexed before, given u",
+        lambda dim, length, context_dim: around_planar(
+            ContinuouslyIndexed, "before", context_dim, dim, length
+        ).given(torch.randn(2)),
+        exceptions=GIVEN,
+    ),
+    Case(
+        "indexed, frozen noise",
+        lambda dim, length, context_dim: around_planar(Frozen, "after", context_dim, dim, length),
+        exceptions=FROZEN,
+    ),
+)
 
 # %% ../nbs/04_cif/25_cases.ipynb #03956f59
-def both(dim, length, context_dim): return Chain(Affine(dim, context_dim=context_dim), Planar(dim, length, context_dim))
+def both(dim, length, context_dim):
+    return Chain(Affine(dim, context_dim=context_dim), Planar(dim, length, context_dim))
+
 
 COMPOSITES = (
-    Case("chain", both), Case("inverse", lambda dim, length, context_dim: Inverse(both(dim, length, context_dim))),
-    Case("spline-autoregressive-inverse", lambda dim, length, context_dim: Inverse(SplineAutoregressive(dim, length, context_dim, hidden=(16,), activation="tanh"))),
-    Case("convolution-chain", lambda dim, length, context_dim: Chain(Affine(dim, context_dim=context_dim), CircularConvolution(dim, length, context_dim),
-                                                                     SLog(dim, context_dim=context_dim), SymmetricConvolution(dim, length, context_dim))),
-    Case("NICE", lambda dim, length, context_dim: NICE(dim, length, mix="ortho", scale=True, hidden=(8,), context_dim=context_dim)),
+    Case("chain", both),
+    Case("inverse", lambda dim, length, context_dim: Inverse(both(dim, length, context_dim))),
+    Case(
+        "spline-autoregressive-inverse",
+        lambda dim, length, context_dim: Inverse(
+            SplineAutoregressive(dim, length, context_dim, hidden=(16,), activation="tanh")
+        ),
+    ),
+    Case(
+        "convolution-chain",
+        lambda dim, length, context_dim: Chain(
+            Affine(dim, context_dim=context_dim),
+            CircularConvolution(dim, length, context_dim),
+            SLog(dim, context_dim=context_dim),
+            SymmetricConvolution(dim, length, context_dim),
+        ),
+    ),
+    Case(
+        "NICE",
+        lambda dim, length, context_dim: NICE(
+            dim, length, mix="ortho", scale=True, hidden=(8,), context_dim=context_dim
+        ),
+    ),
     Case("RealNVP", lambda dim, length, context_dim: RealNVP(dim, length, context_dim=context_dim, **SMALL)),
     Case("MAF", lambda dim, length, context_dim: MAF(dim, length, context_dim=context_dim, **SMALL)),
     Case("IAF", lambda dim, length, context_dim: IAF(dim, length, context_dim=context_dim, **SMALL)),
-    Case("NSF", lambda dim, length, context_dim: NSF(dim, length, mix="plu", hidden=(8,), activation="tanh", bins=4, context_dim=context_dim)))
+    Case(
+        "NSF",
+        lambda dim, length, context_dim: NSF(
+            dim, length, mix="plu", hidden=(8,), activation="tanh", bins=4, context_dim=context_dim
+        ),
+    ),
+)
 CASES = (*LINEAR, *RESIDUAL, *COUPLINGS, *AUTOREGRESSIVE, *INDEXED, *COMPOSITES)

@@ -6,12 +6,16 @@
 __all__ = ['MAGIC', 'VERSION', 'Damaged', 'check_plain', 'pack', 'unpack', 'path_of', 'save', 'latest']
 
 # %% ../nbs/90_engine/20_checkpoint.ipynb #36f42c45
-import io, warnings
+import io
+import warnings
 from pathlib import Path
+
 import torch
+
 from .files import atomic_write, sha256
 
 MAGIC, VERSION = b"normflow_vi checkpoint", 1
+
 
 class Damaged(ValueError):
     "The bytes are not a whole checkpoint of this package."
@@ -19,16 +23,21 @@ class Damaged(ValueError):
 # %% ../nbs/90_engine/20_checkpoint.ipynb #0a379504
 def check_plain(item, place="state"):
     "Raise `TypeError`, naming the place, unless `item` is made of tensors, numbers, strings, `None`, dicts, lists and tuples only."
-    if isinstance(item, torch.Tensor) or type(item) in (int, float, bool, str, type(None)): return
+    if isinstance(item, torch.Tensor) or type(item) in (int, float, bool, str, type(None)):
+        return
     if type(item) not in (dict, list, tuple):
-        raise TypeError(f"{place} is a {type(item).__name__}; a checkpoint holds tensors and plain Python values only")
-    for key, value in item.items() if type(item) is dict else enumerate(item): check_plain(value, f"{place}[{key!r}]")
+        raise TypeError(
+            f"{place} is a {type(item).__name__}; a checkpoint holds tensors and plain Python values only"
+        )
+    for key, value in item.items() if type(item) is dict else enumerate(item):
+        check_plain(value, f"{place}[{key!r}]")
 
 # %% ../nbs/90_engine/20_checkpoint.ipynb #e76e2627
 def pack(step, state):
     "The bytes of a checkpoint: the header line, then the `torch.save` payload."
     check_plain(state)
-    buffer = io.BytesIO(); torch.save({"step": step, "state": state}, buffer)
+    buffer = io.BytesIO()
+    torch.save({"step": step, "state": state}, buffer)
     version, payload = str(VERSION).encode(), buffer.getvalue()
     return b"%s %s %s\n" % (MAGIC, version, sha256(version + payload).encode()) + payload
 
@@ -36,36 +45,54 @@ def pack(step, state):
 def unpack(data):
     "The `(step, state)` in a checkpoint's bytes, on the CPU; raises `Damaged`, or `ValueError` for a newer format."
     line, _, payload = data.partition(b"\n")
-    if not line.startswith(MAGIC + b" ") or len(fields := line[len(MAGIC):].split(b" ")) != 3: raise Damaged("not a checkpoint")
+    if not line.startswith(MAGIC + b" ") or len(fields := line[len(MAGIC) :].split(b" ")) != 3:
+        raise Damaged("not a checkpoint")
     _, version, digest = fields
-    if sha256(version + payload).encode() != digest: raise Damaged("damaged (its SHA-256 is not the one in its header)")
-    if not version.isdigit(): raise Damaged("not a checkpoint")
+    if sha256(version + payload).encode() != digest:
+        raise Damaged("damaged (its SHA-256 is not the one in its header)")
+    if not version.isdigit():
+        raise Damaged("not a checkpoint")
     if int(version) > VERSION:
-        raise ValueError(f"checkpoint format {int(version)}; this version of normflow_vi reads up to {VERSION}: upgrade, or use another folder")
-    try: content = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
-    except Exception as error: raise Damaged(f"not made of plain tensors ({type(error).__name__})") from error
-    if not isinstance(content, dict) or content.keys() != {"step", "state"}: raise Damaged("not the checkpoint of a training")
+        raise ValueError(
+            f"checkpoint format {int(version)}; this version of normflow_vi reads up to {VERSION}: upgrade, or use another folder"
+        )
+    try:
+        content = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise Damaged(f"not made of plain tensors ({type(error).__name__})") from error
+    if not isinstance(content, dict) or content.keys() != {"step", "state"}:
+        raise Damaged("not the checkpoint of a training")
     return content["step"], content["state"]
 
 # %% ../nbs/90_engine/20_checkpoint.ipynb #47b7e746
 def path_of(folder, step):
     "Where the checkpoint of `step` lies; the names sort by step."
-    return Path(folder)/f"step-{step:09d}.ckpt"
+    return Path(folder) / f"step-{step:09d}.ckpt"
+
 
 def save(folder, step, state):
     "Write a checkpoint so that it appears whole or not at all, drop all but the newest two, return its path; `OSError` names the path."
     path, data = path_of(folder, step), pack(step, state)
-    try: atomic_write(path, data)
+    try:
+        atomic_write(path, data)
     except OSError as error:
-        raise OSError(error.errno, f"a checkpoint of {len(data):,} bytes cannot be written ({error.strerror})", str(path)) from error
+        raise OSError(
+            error.errno,
+            f"a checkpoint of {len(data):,} bytes cannot be written ({error.strerror})",
+            str(path),
+        ) from error
     older = sorted(other for other in path.parent.glob("step-*.ckpt") if other.name < path.name)
-    for file in [*older[:-1], *path.parent.glob(".step-*.part")]: file.unlink()
+    for file in [*older[:-1], *path.parent.glob(".step-*.part")]:
+        file.unlink()
     return path
 
 # %% ../nbs/90_engine/20_checkpoint.ipynb #684a36d9
 def latest(folder):
     "`(step, state)` of the newest undamaged checkpoint in `folder`, or None; each one refused on the way is named in a warning."
     for path in sorted(Path(folder).glob("step-*.ckpt"), reverse=True):
-        try: return unpack(path.read_bytes())
-        except Damaged as error: warnings.warn(f"{path} is {error}; it is left alone and the one before it is used", stacklevel=2)
-        except ValueError as error: raise ValueError(f"{path}: {error}") from error
+        try:
+            return unpack(path.read_bytes())
+        except Damaged as error:
+            warnings.warn(f"{path} is {error}; it is left alone and the one before it is used", stacklevel=2)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error

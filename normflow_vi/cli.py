@@ -7,12 +7,28 @@ __all__ = ['COMMANDS', 'selected', 'check_data', 'reproduce_one', 'reproduce', '
            'listed', 'Terminated', 'complain', 'main']
 
 # %% ../nbs/90_engine/80_cli.ipynb #3169ea76
-import argparse, json, re, signal, sys, traceback
+import argparse
+import json
+import re
+import signal
+import sys
+import traceback
 from pathlib import Path
 
 from . import __version__, experiments
 from .records import Record, Store, records_root
-from .runner import DATA, DEVICES, ParameterError, complete, execute, resolve_device, units, watch_parent, work, write_unit
+from normflow_vi.runner import (
+    DATA,
+    DEVICES,
+    ParameterError,
+    complete,
+    execute,
+    resolve_device,
+    units,
+    watch_parent,
+    work,
+    write_unit,
+)
 from .settings import PROFILES, project_root
 
 # %% ../nbs/90_engine/80_cli.ipynb #7285fd5a
@@ -21,42 +37,53 @@ def selected(only):
 
     `ParameterError` if there is no such chapter or experiment.
     """
-    if only is None: return experiments.all(), None
-    known = sorted(path.name for path in (project_root()/"nbs").glob("*_*") if path.is_dir())
-    def number(text): return int(text) if re.fullmatch("[0-9]{1,3}", text) else text
+    if only is None:
+        return experiments.all(), None
+    known = sorted(path.name for path in (project_root() / "nbs").glob("*_*") if path.is_dir())
+
+    def number(text):
+        return int(text) if re.fullmatch("[0-9]{1,3}", text) else text
+
     chapters = [c for c in known if only == c or number(only) == number(c.split("_")[0])]
     found = [e for e in experiments.all() if e.chapter in chapters or e.name == only]
     if not chapters and not found:
         names = ", ".join(e.name for e in experiments.all())
-        raise ParameterError(f"--only {only}: there is no such chapter or experiment; chapters are {', '.join(known)}; experiments are {names}")
+        raise ParameterError(
+            f"--only {only}: there is no such chapter or experiment; chapters are {', '.join(known)}; experiments are {names}"
+        )
     return found, chapters or [found[0].chapter]
 
 # %% ../nbs/90_engine/80_cli.ipynb #ed430aa8
 def check_data(data, plans):
     "With an explicit `--data mnist`: make sure that it can be had before anything starts."
-    if data != "mnist" or not any(run.data_sha256 for plan in plans for run in plan): return
+    if data != "mnist" or not any(run.data_sha256 for plan in plans for run in plan):
+        return
     from normflow_vi.data import load_data
+
     load_data("mnist", binarize="static")
 
 # %% ../nbs/90_engine/80_cli.ipynb #1559ece4
 def reproduce_one(experiment, plan, profile, data, device, engine, retrain):
     "Complete an experiment's plan and execute its notebook; the reason of a failure, or `None`."
     from normflow_vi import report
+
     try:
         complete(plan, device, retrain=retrain, engine=engine)
         manifest = report.draw(experiment, profile, data, device)
         return None if manifest.good else manifest.cause
-    except Exception as error: return f"{type(error).__name__}: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 # %% ../nbs/90_engine/80_cli.ipynb #5b2119c7
 def reproduce(profile="quick", only=None, device="auto", data="auto", engine="local", retrain=False):
     "Reproduce the report, or a part of it; returns what failed, a line each."
     from normflow_vi import report, status
+
     (chosen, chapters), device = selected(only), resolve_device(device)
     check_data(data, [e.plan(profile, data) for e in chosen])
     failures = {}
     for e in chosen:
-        runs = e.plan(profile, data)                         # at its turn: a plan may look at the records of those before it
+        runs = e.plan(profile, data)  # at its turn: a plan may look at the records of those before it
         print(f"{e.name}: {len(runs)} runs, profile {profile}, {device}", file=sys.stderr, flush=True)
         if why := reproduce_one(e, runs, profile, data, device, engine, retrain):
             failures[e.notebook] = why
@@ -72,64 +99,120 @@ def plan_commands(profile, only=None, device="auto", data="auto"):
     "One command for each unit of runs without a record; its file of runs is written to `runs/plan/`."
     store, device = Store([records_root(profile)]), resolve_device(device)
     pending = [run for e in selected(only)[0] for run in e.plan(profile, data) if store.find(run) is None]
-    paths = [write_unit(unit, "auto", path=project_root()/"runs/plan"/f"{unit[0].experiment}-{unit[0].slug}.json") for unit in units(pending, device)]
+    paths = [
+        write_unit(
+            unit, "auto", path=project_root() / "runs/plan" / f"{unit[0].experiment}-{unit[0].slug}.json"
+        )
+        for unit in units(pending, device)
+    ]
     return [f"normflow-vi run {path.relative_to(project_root())}" for path in paths]
 
 # %% ../nbs/90_engine/80_cli.ipynb #676caa4a
 def merge(folder):
     "Take over the records below `folder`; returns `(names of those taken, problems)`. A damaged record of ours counts as absent."
     taken, problems = [], []
-    found = [path for path in sorted(Path(folder).rglob("record.json")) if not path.parent.name.startswith(".")]
+    found = [
+        path for path in sorted(Path(folder).rglob("record.json")) if not path.parent.name.startswith(".")
+    ]
     for path in found:
         try:
             record = Record.load(path.parent)
             ours = Store([records_root(record.run.profile)], damaged=[]).find(record.run)
-            if ours is None: record.save(records_root(record.run.profile)); taken.append(record.run.slug)
-            elif not same_result(ours, record): problems.append(f"{path}: differs from the record here of the same run, which stays")
-        except Exception as error: problems.append(f"{type(error).__name__}: {error}")       # the others are still taken over
+            if ours is None:
+                record.save(records_root(record.run.profile))
+                taken.append(record.run.slug)
+            elif not same_result(ours, record):
+                problems.append(f"{path}: differs from the record here of the same run, which stays")
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {error}")  # the others are still taken over
     return taken, problems if found else [f"{folder}: there are no records in it"]
+
 
 def same_result(a, b):
     "Whether two records of a run hold the same values and arrays, bit by bit."
-    def content(r): return r.values, {name: (x.dtype.str, x.shape, x.tobytes()) for name, x in r.arrays.items()}
+
+    def content(r):
+        return r.values, {name: (x.dtype.str, x.shape, x.tobytes()) for name, x in r.arrays.items()}
+
     return content(a) == content(b)
 
 # %% ../nbs/90_engine/80_cli.ipynb #c430a5eb
 def parser():
     "The command line's grammar."
-    top = argparse.ArgumentParser(prog="normflow-vi", description="Variational inference with normalizing flows: a report that runs")
+    top = argparse.ArgumentParser(
+        prog="normflow-vi", description="Variational inference with normalizing flows: a report that runs"
+    )
     top.add_argument("--version", action="version", version=f"normflow-vi {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
+
     def command(name, text, *options):
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for flag, more in options: sub.add_argument(flag, **more)
-    profile, only = ("--profile", dict(choices=PROFILES, default="quick")), ("--only", dict(metavar="CHAPTER", help="a chapter or an experiment"))
-    device, data = ("--device", dict(choices=DEVICES, default="auto")), ("--data", dict(choices=DATA, default="auto"))
-    engine, retrain = ("--engine", dict(choices=("local", "ray"), default="local")), ("--retrain", dict(action="store_true", help="train runs that have a record, too"))
-    command("reproduce", "train what lacks a record, execute the notebooks, build the report", profile, only, device, data, engine, retrain)
-    command("status", "ours beside the published numbers", ("--json", dict(action="store_true")), ("--all", dict(action="store_true", help="also rows without a measurement")))
+        for flag, more in options:
+            sub.add_argument(flag, **more)
+
+    profile, only = (
+        ("--profile", dict(choices=PROFILES, default="quick")),
+        ("--only", dict(metavar="CHAPTER", help="a chapter or an experiment")),
+    )
+    device, data = (
+        ("--device", dict(choices=DEVICES, default="auto")),
+        ("--data", dict(choices=DATA, default="auto")),
+    )
+    engine, retrain = (
+        ("--engine", dict(choices=("local", "ray"), default="local")),
+        ("--retrain", dict(action="store_true", help="train runs that have a record, too")),
+    )
+    command(
+        "reproduce",
+        "train what lacks a record, execute the notebooks, build the report",
+        profile,
+        only,
+        device,
+        data,
+        engine,
+        retrain,
+    )
+    command(
+        "status",
+        "ours beside the published numbers",
+        ("--json", dict(action="store_true")),
+        ("--all", dict(action="store_true", help="also rows without a measurement")),
+    )
     command("plan", "one command for each run without a record", profile, only, device, data)
-    command("merge", "take over records from another results folder", ("folder", dict(metavar="DIR", type=Path)))
+    command(
+        "merge", "take over records from another results folder", ("folder", dict(metavar="DIR", type=Path))
+    )
     command("report", "build the report from the records there are, without training")
-    command("run", "train the runs in files of a plan", ("files", dict(metavar="RUNS.json", type=Path, nargs="+")))
+    command(
+        "run", "train the runs in files of a plan", ("files", dict(metavar="RUNS.json", type=Path, nargs="+"))
+    )
     command("notebook", "execute one library notebook", ("notebook", dict(type=Path)), profile)
     return top
 
 # %% ../nbs/90_engine/80_cli.ipynb #dfe9373f
-def listed(failures): return [f"{name}: {why}" for name, why in failures.items()]
+def listed(failures):
+    return [f"{name}: {why}" for name, why in failures.items()]
 
-def _reproduce(a): return reproduce(a.profile, a.only, a.device, a.data, a.engine, a.retrain)
+
+def _reproduce(a):
+    return reproduce(a.profile, a.only, a.device, a.data, a.engine, a.retrain)
+
 
 def _status(a):
     from normflow_vi import status
+
     table, problems = status.rows()
     print(json.dumps(table, indent=1, ensure_ascii=False) if a.json else status.text(table, a.all))
     return problems
 
-def _plan(a): print(*plan_commands(a.profile, a.only, a.device, a.data), sep="\n")
+
+def _plan(a):
+    print(*plan_commands(a.profile, a.only, a.device, a.data), sep="\n")
+
 
 def _merge(a):
-    if not a.folder.is_dir(): raise ParameterError(f"merge {a.folder}: there is no such folder")
+    if not a.folder.is_dir():
+        raise ParameterError(f"merge {a.folder}: there is no such folder")
     taken, problems = merge(a.folder)
     print(f"{len(taken)} records taken over", *taken, sep="\n")
     return problems
@@ -137,6 +220,7 @@ def _merge(a):
 # %% ../nbs/90_engine/80_cli.ipynb #e03af54a
 def _report(a):
     from normflow_vi import report
+
     path, failures = report.make()
     print(f"report: {path}")
     return listed(failures)
@@ -145,29 +229,52 @@ def _report(a):
 def _run(a):
     failures = []
     for path in a.files:
-        try: work(path)
-        except (ParameterError, BrokenPipeError): raise
+        try:
+            work(path)
+        except (ParameterError, BrokenPipeError):
+            raise
         except Exception as error:
             traceback.print_exc()
             failures.append(f"{type(error).__name__}: {error}" + f" ({path})" * (len(a.files) > 1))
     return failures
 
+
 def _notebook(a):
     from normflow_vi.report import takes_parameters
-    path = (project_root()/a.notebook).resolve()
-    if path.suffix != ".ipynb" or not path.is_file() or not path.is_relative_to((project_root()/"nbs").resolve()):
+
+    path = (project_root() / a.notebook).resolve()
+    if (
+        path.suffix != ".ipynb"
+        or not path.is_file()
+        or not path.is_relative_to((project_root() / "nbs").resolve())
+    ):
         raise ParameterError(f"notebook {a.notebook}: there is no such notebook below nbs/")
-    if takes_parameters(path): raise ParameterError(f"notebook {a.notebook}: it takes parameters; use: normflow-vi reproduce --only {path.parent.name}")
+    if takes_parameters(path):
+        raise ParameterError(
+            f"notebook {a.notebook}: it takes parameters; use: normflow-vi reproduce --only {path.parent.name}"
+        )
     manifest = execute(a.notebook, profile=a.profile, timeout=600)
     return [] if manifest.good else [f"{a.notebook}: {manifest.cause}"]
 
-COMMANDS = {"reproduce": _reproduce, "status": _status, "plan": _plan, "merge": _merge, "report": _report, "run": _run, "notebook": _notebook}
+
+COMMANDS = {
+    "reproduce": _reproduce,
+    "status": _status,
+    "plan": _plan,
+    "merge": _merge,
+    "report": _report,
+    "run": _run,
+    "notebook": _notebook,
+}
 
 # %% ../nbs/90_engine/80_cli.ipynb #ff419505
 class Terminated(SystemExit):
     "SIGTERM arrived."
 
-def _terminate(number, frame): raise Terminated(128 + number)
+
+def _terminate(number, frame):
+    raise Terminated(128 + number)
+
 
 def complain(text, code):
     "Print one line on standard error and return `code`."
@@ -180,14 +287,20 @@ def main(arguments=None):
     a = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     watch_parent()
-    try: failures = COMMANDS[a.command](a) or []
-    except KeyboardInterrupt as stop: return complain(f"interrupted {stop}".strip(), 128 + getattr(stop, "signum", signal.SIGINT))
-    except Terminated as stop: return complain("terminated", stop.code)
-    except BrokenPipeError: return 1
+    try:
+        failures = COMMANDS[a.command](a) or []
+    except KeyboardInterrupt as stop:
+        return complain(f"interrupted {stop}".strip(), 128 + getattr(stop, "signum", signal.SIGINT))
+    except Terminated as stop:
+        return complain("terminated", stop.code)
+    except BrokenPipeError:
+        return 1
     except Exception as error:
         return complain(f"{type(error).__name__}: {error}", 2 if isinstance(error, ParameterError) else 1)
-    for failure in failures: complain(failure, 1)
+    for failure in failures:
+        complain(failure, 1)
     return 1 if failures else 0
 
 # %% ../nbs/90_engine/80_cli.ipynb #9f477502
-if __name__ == "__main__" and __spec__: sys.exit(main())
+if __name__ == "__main__" and __spec__:
+    sys.exit(main())

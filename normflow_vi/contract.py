@@ -8,47 +8,77 @@ __all__ = ['TOLERANCES', 'C', 'CHECKS', 'Case', 'drawn', 'directions', 'contexts
            'reaches', 'normalised', 'saved', 'refuses', 'walk']
 
 # %% ../nbs/01_flows/27_contract.ipynb #1eb99b96
-import math, torch
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import torch
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+
 from .testing import slogdet_of_jacobian
 
 # %% ../nbs/01_flows/27_contract.ipynb #ecc11717
-TOLERANCES = {"log_det": 1e-10, "inverse": 1e-10, "inverse_log_det": 1e-7, "single": 1e-4, "double": 1e-10, "axes": 1e-12, "rows": 1e-12, "runs": 1e-12,
-              "graph": 1e-12, "slopes": 1e-5, "parameter_slopes": 1e-5, "reaches": 0., "normalised": 1e-3, "saved": 0., "refuses": 0.}
-C = 4                                                        # width of the contexts that the checks use
+TOLERANCES = {
+    "log_det": 1e-10,
+    "inverse": 1e-10,
+    "inverse_log_det": 1e-7,
+    "single": 1e-4,
+    "double": 1e-10,
+    "axes": 1e-12,
+    "rows": 1e-12,
+    "runs": 1e-12,
+    "graph": 1e-12,
+    "slopes": 1e-5,
+    "parameter_slopes": 1e-5,
+    "reaches": 0.0,
+    "normalised": 1e-3,
+    "saved": 0.0,
+    "refuses": 0.0,
+}
+C = 4  # width of the contexts that the checks use
+
 
 @dataclass(frozen=True)
 class Case:
     "A transform to check: `make(dim, length, context_dim)`, and `exceptions` `{check: (tolerance or None, reason)}`."
+
     name: str
     make: Callable
     dims: tuple = (1, 2, 5)
-    jitter: float = .3                                       # relative size of the random change to each starting tensor
+    jitter: float = 0.3  # relative size of the random change to each starting tensor
     exceptions: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if unknown := self.exceptions.keys() - TOLERANCES.keys(): raise ValueError(f"{self.name}: no checks {sorted(unknown)}; there are {', '.join(TOLERANCES)}")
-    def tolerance(self, check): return self.exceptions.get(check, (TOLERANCES[check],))[0]
+        if unknown := self.exceptions.keys() - TOLERANCES.keys():
+            raise ValueError(f"{self.name}: no checks {sorted(unknown)}; there are {', '.join(TOLERANCES)}")
+
+    def tolerance(self, check):
+        return self.exceptions.get(check, (TOLERANCES[check],))[0]
 
 # %% ../nbs/01_flows/27_contract.ipynb #3d099e52
-def drawn(case, dim, length=3, context_dim=None, scale=1., dtype=torch.float64):
+def drawn(case, dim, length=3, context_dim=None, scale=1.0, dtype=torch.float64):
     "A transform of this case in evaluation mode with parameters drawn anew."
     transform = case.make(dim, length, context_dim).to(dtype).eval()
     with torch.no_grad():
         for parameter in transform.parameters():
-            size = parameter.abs().mean() if parameter.any() else 1.
+            size = parameter.abs().mean() if parameter.any() else 1.0
             parameter.copy_(scale * (parameter + case.jitter * size * torch.randn_like(parameter)))
     return transform
 
-def directions(transform): return [name for name in ("forward", "inverse") if getattr(transform, f"{name}_kind") != "none"]
-def contexts(n, context_dim, dtype=torch.float64): return None if context_dim is None else torch.randn(n, context_dim, dtype=dtype)
+
+def directions(transform):
+    return [name for name in ("forward", "inverse") if getattr(transform, f"{name}_kind") != "none"]
+
+
+def contexts(n, context_dim, dtype=torch.float64):
+    return None if context_dim is None else torch.randn(n, context_dim, dtype=dtype)
+
 
 def close(found, expected, tolerance, what):
     "Raise `AssertionError` unless `|found - expected| <= tolerance * (1 + |expected|)` everywhere."
-    gap = ((found - expected).abs() / (1 + expected.abs())).max().item() if found.numel() else 0.
-    if not gap <= tolerance: raise AssertionError(f"{what}: off by {gap:.2g}, allowed {tolerance:.2g}")           # nan fails too
+    gap = ((found - expected).abs() / (1 + expected.abs())).max().item() if found.numel() else 0.0
+    if not gap <= tolerance:
+        raise AssertionError(f"{what}: off by {gap:.2g}, allowed {tolerance:.2g}")  # nan fails too
 
 # %% ../nbs/01_flows/27_contract.ipynb #d2965a4e
 def log_det(case, context_dim, draws=20):
@@ -56,25 +86,36 @@ def log_det(case, context_dim, draws=20):
     for dim in case.dims:
         for _ in range(draws if context_dim is None else min(draws, 2)):
             transform, context = drawn(case, dim, context_dim=context_dim), contexts(400, context_dim)
-            z = torch.tensor([1., 3., 10., 100.], dtype=torch.float64).repeat_interleave(100)[:, None] * torch.randn(400, dim, dtype=torch.float64)
-            close(transform.forward(z, context)[1], slogdet_of_jacobian(transform, z, context), case.tolerance("log_det"), f"log_det, dim={dim}")
+            z = torch.tensor([1.0, 3.0, 10.0, 100.0], dtype=torch.float64).repeat_interleave(100)[
+                :, None
+            ] * torch.randn(400, dim, dtype=torch.float64)
+            close(
+                transform.forward(z, context)[1],
+                slogdet_of_jacobian(transform, z, context),
+                case.tolerance("log_det"),
+                f"log_det, dim={dim}",
+            )
 
 # %% ../nbs/01_flows/27_contract.ipynb #d6be241f
 def inverse(case, context_dim):
-    "`f(f^{-1}(y)) = y`, and the two log-dets are opposite; a direction of kind \"none\" raises."
+    '`f(f^{-1}(y)) = y`, and the two log-dets are opposite; a direction of kind "none" raises.'
     for dim in case.dims:
         for length in (1, 3) * 3:
             transform, context = drawn(case, dim, length, context_dim), contexts(200, context_dim)
             y = 3 * torch.randn(200, dim, dtype=torch.float64)
-            if transform.inverse_kind == "none": return refused(transform.inverse, y, context)
+            if transform.inverse_kind == "none":
+                return refused(transform.inverse, y, context)
             z, minus = transform.inverse(y, context)
             again, log_det = transform.forward(z, context)
             close(again, y, case.tolerance("inverse"), f"inverse, dim={dim}")
             close(-minus, log_det, case.tolerance("inverse_log_det"), f"log_det of the inverse, dim={dim}")
 
+
 def refused(call, *arguments):
-    try: call(*arguments)
-    except NotImplementedError: return
+    try:
+        call(*arguments)
+    except NotImplementedError:
+        return
     raise AssertionError(f"{call.__qualname__} is declared not to exist, but ran")
 
 # %% ../nbs/01_flows/27_contract.ipynb #c3a0c1bb
@@ -85,8 +126,12 @@ def single(case, context_dim):
     narrow.load_state_dict(wide.state_dict())
     z, context = torch.randn(500, wide.dim), contexts(500, context_dim, torch.float32)
     for name in directions(wide):
-        for found, expected in zip(getattr(narrow, name)(z, context), getattr(wide, name)(z.double(), None if context is None else context.double())):
+        for found, expected in zip(
+            getattr(narrow, name)(z, context),
+            getattr(wide, name)(z.double(), None if context is None else context.double()),
+        ):
             close(found, expected, case.tolerance("single"), f"float32, {name}")
+
 
 def double(case, context_dim):
     "Double-precision values or parameters get double-precision arithmetic; a context may have either precision."
@@ -96,7 +141,10 @@ def double(case, context_dim):
         y, log_det = transform.forward(z, c)
         assert y.dtype == log_det.dtype == torch.float64, f"float64 in, {y.dtype} and {log_det.dtype} out"
         close(log_det, slogdet_of_jacobian(transform, z, c), case.tolerance("double"), "float64")
-    if list(transform.parameters()): assert transform.double().forward(z.float(), context)[0].dtype == torch.float64, "float64 parameters, float32 out"
+    if list(transform.parameters()):
+        assert transform.double().forward(z.float(), context)[0].dtype == torch.float64, (
+            "float64 parameters, float32 out"
+        )
 
 # %% ../nbs/01_flows/27_contract.ipynb #90121f5e
 def axes(case, context_dim):
@@ -106,68 +154,109 @@ def axes(case, context_dim):
     value = torch.randn(5, 7, transform.dim, dtype=torch.float64)
     for call in (getattr(transform, name) for name in directions(transform)):
         y, log_det = call(value, context)
-        assert y.shape == value.shape and log_det.shape == (5, 7), f"shapes {tuple(y.shape)}, {tuple(log_det.shape)}"
-        with torch.no_grad(): quiet = call(value, context)
-        pairs = [(quiet, (y, log_det)), *((call(value[s], context), (y[s], log_det[s])) for s in range(5)), (call(value[0, 0], first), (y[0, 0], log_det[0, 0]))]
+        assert y.shape == value.shape and log_det.shape == (5, 7), (
+            f"shapes {tuple(y.shape)}, {tuple(log_det.shape)}"
+        )
+        with torch.no_grad():
+            quiet = call(value, context)
+        pairs = [
+            (quiet, (y, log_det)),
+            *((call(value[s], context), (y[s], log_det[s])) for s in range(5)),
+            (call(value[0, 0], first), (y[0, 0], log_det[0, 0])),
+        ]
         for found, expected in pairs:
-            for f, e in zip(found, expected): assert f.shape == e.shape; close(f, e, case.tolerance("axes"), f"axes, {call.__name__}")
-        assert call(value[:, :0], None if context is None else context[:0])[0].shape == (5, 0, transform.dim), "an empty batch"
+            for f, e in zip(found, expected):
+                assert f.shape == e.shape
+                close(f, e, case.tolerance("axes"), f"axes, {call.__name__}")
+        assert call(value[:, :0], None if context is None else context[:0])[0].shape == (
+            5,
+            0,
+            transform.dim,
+        ), "an empty batch"
+
 
 def rows(case, context_dim):
     "Each row of a context has a transform of its own."
-    if context_dim is None: return
+    if context_dim is None:
+        return
     transform, context = drawn(case, case.dims[-1], context_dim=context_dim), contexts(6, context_dim)
     z = torch.randn(6, transform.dim, dtype=torch.float64)
     y, log_det = transform.forward(z, context)
     for i in range(6):
-        for found, expected in zip((y[i:i + 1], log_det[i:i + 1]), transform.forward(z[i:i + 1], context[i:i + 1])): close(found, expected, case.tolerance("rows"), "row")
+        for found, expected in zip(
+            (y[i : i + 1], log_det[i : i + 1]), transform.forward(z[i : i + 1], context[i : i + 1])
+        ):
+            close(found, expected, case.tolerance("rows"), "row")
 
 # %% ../nbs/01_flows/27_contract.ipynb #62cb268a
 class Direction(torch.nn.Module):
     "A method of a module as its `forward`, which is what `functional_call` calls."
-    def __init__(self, transform, name): super().__init__(); self.transform, self.name = transform, name
-    def forward(self, *arguments, **more): return getattr(self.transform, self.name)(*arguments, **more)
+
+    def __init__(self, transform, name):
+        super().__init__()
+        self.transform, self.name = transform, name
+
+    def forward(self, *arguments, **more):
+        return getattr(self.transform, self.name)(*arguments, **more)
+
 
 def stacked(runs, name):
     "`call(*arguments)` maps the method `name` of modules of one shape over stacked parameters and a leading axis of the arguments."
     parameters, buffers = stack_module_state([Direction(run, name) for run in runs])
-    def one(p, b, *arguments): return functional_call(Direction(runs[0], name), (p, b), arguments)
+
+    def one(p, b, *arguments):
+        return functional_call(Direction(runs[0], name), (p, b), arguments)
+
     return lambda *arguments: vmap(one, randomness="different")(parameters, buffers, *arguments)
+
 
 def runs(case, context_dim):
     "`vmap` over stacked parameters equals the loop over modules, in both directions."
     many = [drawn(case, case.dims[-1], context_dim=context_dim) for _ in range(3)]
-    tolerance = case.tolerance("runs") if context_dim is None else TOLERANCES["runs"]        # the head is a matrix product: never bitwise
+    tolerance = (
+        case.tolerance("runs") if context_dim is None else TOLERANCES["runs"]
+    )  # the head is a matrix product: never bitwise
     value = torch.randn(3, 7, many[0].dim, dtype=torch.float64)
     context = [] if context_dim is None else [torch.randn(3, 7, context_dim, dtype=torch.float64)]
     for name in directions(many[0]):
         together = stacked(many, name)(value, *context)
         for r, run in enumerate(many):
             alone = getattr(run, name)(value[r], *(c[r] for c in context))
-            for found, expected in zip(together, alone): close(found[r], expected, tolerance, f"runs, {name}")
+            for found, expected in zip(together, alone):
+                close(found[r], expected, tolerance, f"runs, {name}")
 
 # %% ../nbs/01_flows/27_contract.ipynb #830c99f0
 def graph(case, context_dim):
     "Both directions trace to one graph."
     transform, context = drawn(case, case.dims[-1], 2, context_dim), contexts(7, context_dim)
     z = torch.randn(7, transform.dim, dtype=torch.float64)
-    def both(z): return [call(z, context) for call in (getattr(transform, name) for name in directions(transform))]
+
+    def both(z):
+        return [call(z, context) for call in (getattr(transform, name) for name in directions(transform))]
+
     torch._dynamo.reset()
     traced = torch.compile(both, fullgraph=True, backend="eager")(z)
     for name, found, expected in zip(directions(transform), traced, both(z)):
-        for f, e in zip(found, expected): close(f, e, case.tolerance("graph"), f"graph of {name}")
+        for f, e in zip(found, expected):
+            close(f, e, case.tolerance("graph"), f"graph of {name}")
 
 # %% ../nbs/01_flows/27_contract.ipynb #0fe2c468
 def slopes(case, context_dim):
     "`grad`, `vmap(grad)` and `jacrev` of the log-det agree with each other and with central differences."
     transform, context = drawn(case, case.dims[-1], context_dim=context_dim), contexts(1, context_dim)
-    def total(z): y, log_det = transform.forward(z, None if context is None else context[0]); return log_det + y.sin().sum()
+
+    def total(z):
+        y, log_det = transform.forward(z, None if context is None else context[0])
+        return log_det + y.sin().sum()
+
     z = torch.randn(6, transform.dim, dtype=torch.float64)
     found = vmap(grad(total))(z)
-    close(found[0], grad(total)(z[0]), 1e-12, "vmap(grad)"); close(found[0], jacrev(total)(z[0]), 1e-12, "jacrev")
+    close(found[0], grad(total)(z[0]), 1e-12, "vmap(grad)")
+    close(found[0], jacrev(total)(z[0]), 1e-12, "jacrev")
     steps = 1e-5 * torch.eye(transform.dim, dtype=torch.float64)
     numeric = torch.stack([(vmap(total)(z + h) - vmap(total)(z - h)) / 2e-5 for h in steps], -1)
     close(found, numeric, case.tolerance("slopes"), "central differences")
+
 
 def parameter_slopes(case, context_dim):
     "Both directions have gradients in values, parameters and context together, and in the context alone: also where a root is solved for."
@@ -175,36 +264,56 @@ def parameter_slopes(case, context_dim):
     y, step = torch.randn(5, transform.dim, dtype=torch.float64), 1e-6
     for name, own in [(name, own) for name in directions(transform) for own in (True, False)]:
         module = Direction(transform, name)
+
         def total(shift):
-            frozen = {name: p.detach() + shift if own else p.detach() for name, p in module.named_parameters()}
-            value, log_det = functional_call(module, frozen, (y + shift if own else y, None if context is None else context + shift))
+            frozen = {
+                name: p.detach() + shift if own else p.detach() for name, p in module.named_parameters()
+            }
+            value, log_det = functional_call(
+                module, frozen, (y + shift if own else y, None if context is None else context + shift)
+            )
             return value.sin().sum() + log_det.sum() + 0 * shift
+
         at = torch.zeros((), dtype=torch.float64, requires_grad=True)
         numeric = (total(torch.tensor(step)) - total(torch.tensor(-step))) / (2 * step)
-        close(torch.autograd.grad(total(at), at)[0], numeric, case.tolerance("parameter_slopes"), f"slopes of {name}")
+        close(
+            torch.autograd.grad(total(at), at)[0],
+            numeric,
+            case.tolerance("parameter_slopes"),
+            f"slopes of {name}",
+        )
 
 # %% ../nbs/01_flows/27_contract.ipynb #b340aaf9
 def reaches(case, context_dim):
     "A loss in values and log-dets has a finite gradient in every parameter, not zero throughout."
     transform, context = drawn(case, case.dims[-1], context_dim=context_dim), contexts(9, context_dim)
     y, log_det = transform.forward(torch.randn(9, transform.dim, dtype=torch.float64), context)
-    if not list(transform.parameters()): return
-    (y.sin().sum() + log_det.sum()).backward()                 # a sum of squares would not notice a rotation
+    if not list(transform.parameters()):
+        return
+    (y.sin().sum() + log_det.sum()).backward()  # a sum of squares would not notice a rotation
     for name, p in transform.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), f"no gradient, or one that is not finite, in {name}"
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), (
+            f"no gradient, or one that is not finite, in {name}"
+        )
 
 # %% ../nbs/01_flows/27_contract.ipynb #e9f4f7c8
 def normalised(case, context_dim, points={1: 10_000, 2: 300}):
     "`q(y) = N(f^{-1}(y); 0, I) |det df^{-1}/dy|` integrates to 1, by midpoints over the window that holds 20,000 draws, and half of it more."
     for dim, n in points.items():
         transform, context = drawn(case, dim, 2, context_dim), contexts(1, context_dim)
-        if dim not in case.dims or transform.inverse_kind == "none": continue
+        if dim not in case.dims or transform.inverse_kind == "none":
+            continue
         y = transform.forward(torch.randn(20_000, dim, dtype=torch.float64), context)[0].detach()
         low, high = y.min(0).values, y.max(0).values
-        low, width = low - .25 * (high - low), 1.5 * (high - low)
-        grid = torch.cartesian_prod(*((torch.arange(n, dtype=torch.float64) + .5) / n * w + l for l, w in zip(low, width))).reshape(-1, dim)
-        with torch.no_grad(): z, log_det = transform.inverse(grid, context)
-        mass = (log_det - .5 * (z * z).sum(-1) - .5 * dim * math.log(2 * math.pi)).exp().sum() * (width / n).prod()
+        low, width = low - 0.25 * (high - low), 1.5 * (high - low)
+        grid = torch.cartesian_prod(
+            *((torch.arange(n, dtype=torch.float64) + 0.5) / n * w + l for l, w in zip(low, width))
+        ).reshape(-1, dim)
+        with torch.no_grad():
+            z, log_det = transform.inverse(grid, context)
+        mass = (log_det - 0.5 * (z * z).sum(-1) - 0.5 * dim * math.log(2 * math.pi)).exp().sum() * (
+            width / n
+        ).prod()
         close(mass, torch.ones_like(mass), case.tolerance("normalised"), f"mass in {dim}-D")
 
 # %% ../nbs/01_flows/27_contract.ipynb #d0a6c8b5
@@ -213,27 +322,61 @@ def saved(case, context_dim):
     one, other = (drawn(case, case.dims[-1], context_dim=context_dim) for _ in range(2))
     z, context = torch.randn(5, one.dim, dtype=torch.float64), contexts(5, context_dim)
     other.load_state_dict(one.state_dict())
-    for found, expected in zip(other.forward(z, context), one.forward(z, context)): close(found, expected, case.tolerance("saved"), "loaded")
+    for found, expected in zip(other.forward(z, context), one.forward(z, context)):
+        close(found, expected, case.tolerance("saved"), "loaded")
+
 
 def refuses(case, context_dim):
     "Wrong sizes and types raise at once, and the message names the argument."
     transform, good = case.make(case.dims[-1], 2, context_dim), torch.randn(5, case.dims[-1])
     context = contexts(5, context_dim, torch.float32)
-    wrong = [(ValueError, "dim", lambda: transform.forward(torch.randn(5, transform.dim + 1), context)), (TypeError, "floating-point", lambda: transform.forward(good.long(), context)),
-             (ValueError, "dim", lambda: case.make(0, 2, context_dim)), (ValueError, "length", lambda: case.make(transform.dim, 0, context_dim)),
-             (ValueError, "context_dim", lambda: case.make(transform.dim, 2, 0))]
-    if context_dim is not None: wrong += [(ValueError, "context", lambda: transform.forward(good)), (ValueError, "context_dim", lambda: transform.forward(good, context[:, 1:])),
-                                          (ValueError, "context", lambda: transform.forward(good, context[:3]))]
+    wrong = [
+        (ValueError, "dim", lambda: transform.forward(torch.randn(5, transform.dim + 1), context)),
+        (TypeError, "floating-point", lambda: transform.forward(good.long(), context)),
+        (ValueError, "dim", lambda: case.make(0, 2, context_dim)),
+        (ValueError, "length", lambda: case.make(transform.dim, 0, context_dim)),
+        (ValueError, "context_dim", lambda: case.make(transform.dim, 2, 0)),
+    ]
+    if context_dim is not None:
+        wrong += [
+            (ValueError, "context", lambda: transform.forward(good)),
+            (ValueError, "context_dim", lambda: transform.forward(good, context[:, 1:])),
+            (ValueError, "context", lambda: transform.forward(good, context[:3])),
+        ]
     for error, word, call in wrong:
-        try: call()
-        except error as raised: assert word in str(raised), f"{raised!r} does not name {word}"
-        else: raise AssertionError(f"accepted a wrong {word}")
+        try:
+            call()
+        except error as raised:
+            assert word in str(raised), f"{raised!r} does not name {word}"
+        else:
+            raise AssertionError(f"accepted a wrong {word}")
 
 # %% ../nbs/01_flows/27_contract.ipynb #b5ed43fa
-CHECKS = {check.__name__: check for check in (log_det, inverse, single, double, axes, rows, runs, graph, slopes, parameter_slopes, reaches, normalised, saved, refuses)}
+CHECKS = {
+    check.__name__: check
+    for check in (
+        log_det,
+        inverse,
+        single,
+        double,
+        axes,
+        rows,
+        runs,
+        graph,
+        slopes,
+        parameter_slopes,
+        reaches,
+        normalised,
+        saved,
+        refuses,
+    )
+}
+
 
 def walk(case, names=tuple(CHECKS)):
     "Run the checks `names` with owned and with amortised tensors, but those that the row excepts; raises `AssertionError` at the first that fails."
     for name in names:
-        if case.tolerance(name) is None: continue
-        for context_dim in (None, C): CHECKS[name](case, context_dim)
+        if case.tolerance(name) is None:
+            continue
+        for context_dim in (None, C):
+            CHECKS[name](case, context_dim)

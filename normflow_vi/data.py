@@ -14,13 +14,30 @@ __all__ = ['log', 'SOURCES', 'BROKEN', 'PACKED', 'AMAT', 'CIFAR_IDX', 'CONNECT_S
            'image_set', 'resident', 'Order', 'Batches', 'check_fits']
 
 # %% ../nbs/90_engine/10_data.ipynb #2af23aeb
-import functools, gzip, hashlib, http.client, io, logging, lzma, math, os, pickletools, secrets, struct, tarfile, threading, time
-import urllib.request, zipfile, zlib
+import functools
+import gzip
+import hashlib
+import http.client
+import io
+import logging
+import lzma
+import math
+import os
+import pickletools
+import secrets
+import struct
+import tarfile
+import threading
+import time
+import urllib.request
+import zipfile
+import zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np
+import torch
 
 from .files import Busy, exclusive, sha256, sync_folder
 from .settings import project_root
@@ -32,8 +49,10 @@ log = logging.getLogger("normflow_vi")
 class DataError(ValueError):
     "A file that is here is not what it should be. The message names it, what was expected and what was found."
 
+
 class DataNotFound(FileNotFoundError):
     "A data set is neither here nor to be downloaded. The message lists where it was looked for."
+
 
 def refused(path, expected, found):
     "The `DataError` for a file."
@@ -43,14 +62,17 @@ def refused(path, expected, found):
 @dataclass(frozen=True)
 class File:
     "One file: its name, the shapes of the parts it holds, and, where known, its bytes and SHA-256 (both or neither)."
+
     name: str
     parts: dict
     size: int | None = None
     sha256: str | None = None
 
+
 @dataclass(frozen=True)
 class Layout:
     "Files that make up a whole set, `read(path, file) -> [(part, 'images' or 'labels', array)]`, and the address to download them from."
+
     read: object
     files: tuple
     mirror: str | None = None
@@ -63,6 +85,7 @@ class Source:
     `held_out`: training images that become the validation part, where the set has none.
     `ordered`: False where copies in circulation differ in order; the content hash then does not depend on it.
     """
+
     title: str
     folder: str
     shape: tuple
@@ -71,115 +94,170 @@ class Source:
     held_out: int = 0
     ordered: bool = True
 
-SOURCES = {}                                                  # name -> Source; filled below
+
+SOURCES = {}  # name -> Source; filled below
 
 # %% ../nbs/90_engine/10_data.ipynb #7ba12741
 def content_hash(images, labels=None):
     "SHA-256 of shapes and bytes of `images` `(N, ...)` and `labels` `(N,)`, both uint8."
     digest = hashlib.sha256()
     for array in (images, labels):
-        if array is not None: digest.update(str(array.shape).encode() + array.tobytes())
+        if array is not None:
+            digest.update(str(array.shape).encode() + array.tobytes())
     return digest.hexdigest()
 
 # %% ../nbs/90_engine/10_data.ipynb #41ee2188
 def canonical(images, labels, ordered=True):
     "`(content hash, images, labels)`; unordered sets come back sorted by image hash, then shuffled by a fixed permutation."
-    if ordered: return content_hash(images, labels), images, labels
-    digests = [hashlib.sha256(image.tobytes() + bytes([label])).digest() for image, label in zip(images, labels, strict=True)]
+    if ordered:
+        return content_hash(images, labels), images, labels
+    digests = [
+        hashlib.sha256(image.tobytes() + bytes([label])).digest()
+        for image, label in zip(images, labels, strict=True)
+    ]
     order = np.array(sorted(range(len(digests)), key=digests.__getitem__))
     digest = sha256(b"".join(digests[i] for i in order))
     order = order[fixed_order(len(order))]
     return digest, images[order], labels[order]
 
+
 def fixed_order(n):
     "The permutation of `n` items that every part in a fixed random order uses."
-    return np.random.RandomState(0).permutation(n)            # a legacy stream: NumPy promises never to change it
+    return np.random.RandomState(0).permutation(n)  # a legacy stream: NumPy promises never to change it
 
 # %% ../nbs/90_engine/10_data.ipynb #c408fe90
 def known_files():
     "`{sha256: folder/name}` of every file with a known hash."
-    return {file.sha256: f"{source.folder}/{file.name}" for source in SOURCES.values() for layout in source.layouts
-            for file in layout.files if file.sha256}
+    return {
+        file.sha256: f"{source.folder}/{file.name}"
+        for source in SOURCES.values()
+        for layout in source.layouts
+        for file in layout.files
+        if file.sha256
+    }
+
 
 def diagnosis(path, file, digest):
     "In words, what the file at `path` is, given that it is not `file`."
     size, known = path.stat().st_size, known_files()
-    with open(path, "rb") as opened: head = opened.read(512).lstrip().lower()
-    if size == 0: return "an empty file"
-    if digest in known: return f"the content of {known[digest]} (files swapped?)"
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")): return f"an HTML page of {size:,} bytes"
-    if size < file.size: return f"{size:,} of {file.size:,} bytes (truncated?)"
-    if size > file.size: return f"{size:,} bytes, {size - file.size:,} too many"
+    with open(path, "rb") as opened:
+        head = opened.read(512).lstrip().lower()
+    if size == 0:
+        return "an empty file"
+    if digest in known:
+        return f"the content of {known[digest]} (files swapped?)"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"an HTML page of {size:,} bytes"
+    if size < file.size:
+        return f"{size:,} of {file.size:,} bytes (truncated?)"
+    if size > file.size:
+        return f"{size:,} bytes, {size - file.size:,} too many"
     return f"{size:,} bytes as expected, but changed ones"
 
 # %% ../nbs/90_engine/10_data.ipynb #2ef983ae
 def verify(path, file, label=None):
     "Raise `DataError` unless the file at `path` has the SHA-256 of `file`; `label` names it in the message instead of `path`."
-    if file.sha256 is None: return                            # its decoded content is checked all the same
+    if file.sha256 is None:
+        return  # its decoded content is checked all the same
     try:
         digest = sha256(path)
-        if digest == file.sha256: return
+        if digest == file.sha256:
+            return
         found = f"{diagnosis(path, file, digest)}, SHA-256 {digest}"
-    except OSError as error: found = f"a file that cannot be read ({error.strerror})"
+    except OSError as error:
+        found = f"a file that cannot be read ({error.strerror})"
     raise refused(label or path, f"{file.size:,} bytes, SHA-256 {file.sha256}", found)
 
 # %% ../nbs/90_engine/10_data.ipynb #bd0477e6
-BROKEN = (OSError, EOFError, ValueError, LookupError, RuntimeError, AssertionError, struct.error, zlib.error, lzma.LZMAError,
-          zipfile.BadZipFile, tarfile.TarError)
+BROKEN = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
+
 
 @contextmanager
 def decoding(path, expected):
     "Turn whatever goes wrong while `path` is read into a `DataError`."
-    try: yield
-    except DataError: raise
-    except BROKEN as error: raise refused(path, expected, str(error) or type(error).__name__) from error
+    try:
+        yield
+    except DataError:
+        raise
+    except BROKEN as error:
+        raise refused(path, expected, str(error) or type(error).__name__) from error
+
 
 def bounded(stream, most, least=None):
     "All bytes of `stream`, of which there must be between `least` (default: `most`) and `most`; reads at most one more."
     raw, least = stream.read(most + 1), most if least is None else least
-    if len(raw) > most: raise ValueError(f"more than {most:,} bytes")
-    if len(raw) < least: raise ValueError(f"{len(raw):,} of {least:,} bytes (truncated?)")
+    if len(raw) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    if len(raw) < least:
+        raise ValueError(f"{len(raw):,} of {least:,} bytes (truncated?)")
     return raw
 
 # %% ../nbs/90_engine/10_data.ipynb #dd4e3930
 def read_idx(path, file):
     "A gzip- or xz-compressed IDX file of unsigned bytes."
-    (part, shape), = file.parts.items()
+    ((part, shape),) = file.parts.items()
     header = bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape)
     size = len(header) + math.prod(shape)
     opener = lzma.open if path.suffix == ".xz" else gzip.open
     with decoding(path, f"an IDX file of shape {shape}, {size:,} bytes unpacked"), opener(path) as stream:
         raw = bounded(stream, size)
-        if not raw.startswith(header): raise ValueError(f"the header {raw[:len(header)].hex()} in place of {header.hex()}")
-    return [(part, "labels" if len(shape) == 1 else "images", np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape))]
+        if not raw.startswith(header):
+            raise ValueError(f"the header {raw[: len(header)].hex()} in place of {header.hex()}")
+    return [
+        (
+            part,
+            "labels" if len(shape) == 1 else "images",
+            np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape),
+        )
+    ]
 
 # %% ../nbs/90_engine/10_data.ipynb #16bc1c99
 def read_amat(path, file):
     "Text of 0 and 1 with one separator after each, an image a line."
-    (part, shape), = file.parts.items()
+    ((part, shape),) = file.parts.items()
     with decoding(path, f"text of 0 and 1 of shape {shape}"), open(path, "rb") as stream:
         pixels = np.frombuffer(bounded(stream, 2 * math.prod(shape)), np.uint8)[::2] - ord("0")
-        if pixels.max() > 1: raise ValueError("characters other than 0 and 1")
+        if pixels.max() > 1:
+            raise ValueError("characters other than 0 and 1")
     return [(part, "images", pixels.reshape(shape))]
 
 # %% ../nbs/90_engine/10_data.ipynb #182042ed
 def read_packed(path, file):
     "An `.npz` with one array a part, eight pixels to a byte."
-    with decoding(path, f"an .npz with the packed parts {', '.join(file.parts)}"), zipfile.ZipFile(path) as archive:
+    with (
+        decoding(path, f"an .npz with the packed parts {', '.join(file.parts)}"),
+        zipfile.ZipFile(path) as archive,
+    ):
         return [(part, "images", unpacked(archive, part, shape)) for part, shape in file.parts.items()]
+
 
 def unpacked(archive, part, shape):
     "The 0/1 images of one part of an open `.npz`."
-    with archive.open(f"{part}.npy") as stream: rows = read_npy(stream, (shape[0], math.prod(shape[1:]) // 8))
+    with archive.open(f"{part}.npy") as stream:
+        rows = read_npy(stream, (shape[0], math.prod(shape[1:]) // 8))
     return np.unpackbits(rows, axis=1).reshape(shape)
+
 
 def read_npy(stream, shape):
     "The uint8 array of exactly this shape in an `.npy` stream; nothing is unpickled."
     size = math.prod(shape)
-    raw = io.BytesIO(bounded(stream, size + 1024, size))      # a header is far shorter than 1024 bytes
+    raw = io.BytesIO(bounded(stream, size + 1024, size))  # a header is far shorter than 1024 bytes
     np.lib.format.read_magic(raw)
     its_shape, columns_first, kind = np.lib.format.read_array_header_1_0(raw)
-    if (its_shape, kind) != (shape, np.uint8): raise ValueError(f"an array of shape {its_shape}, {kind}, in place of {shape}, uint8")
+    if (its_shape, kind) != (shape, np.uint8):
+        raise ValueError(f"an array of shape {its_shape}, {kind}, in place of {shape}, uint8")
     return np.frombuffer(bounded(raw, size), np.uint8).reshape(shape, order="F" if columns_first else "C")
 
 # %% ../nbs/90_engine/10_data.ipynb #7a3fad6c
@@ -188,28 +266,36 @@ def from_records(raw):
     rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
     return rows[:, 1:], rows[:, 0]
 
+
 def from_pickle(raw):
     "`(images, labels)` of a pickled batch, whose instructions are read and never run."
     images, labels, key = b"", [], None
     for code, value, _ in pickletools.genops(raw):
         if isinstance(value, str) and "STRING" in code.name:
             key = value if len(value) < 100 else None
-            if len(value) > len(images): images = value.encode("latin-1")
-        elif key == "labels" and code.name == "BININT1": labels.append(value)
+            if len(value) > len(images):
+                images = value.encode("latin-1")
+        elif key == "labels" and code.name == "BININT1":
+            labels.append(value)
     return np.frombuffer(images, np.uint8).reshape(-1, 3072), np.array(labels, np.uint8)
 
 # %% ../nbs/90_engine/10_data.ipynb #12aa6a10
 def batch(name, stream, part, n):
     "The pieces of one batch of at most `n` images."
-    read, least, most = (from_records, 0, 3073 * n) if name.endswith(".bin") else (from_pickle, 0, 3136 * n)  # 64 bytes for a name
+    read, least, most = (
+        (from_records, 0, 3073 * n) if name.endswith(".bin") else (from_pickle, 0, 3136 * n)
+    )  # 64 bytes for a name
     images, labels = read(bounded(stream, most, least))
-    if not 0 < len(images) == len(labels) <= n: raise ValueError(f"{name} with {len(images):,} images and {len(labels):,} labels")
+    if not 0 < len(images) == len(labels) <= n:
+        raise ValueError(f"{name} with {len(images):,} images and {len(labels):,} labels")
     return [(part, "images", images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), (part, "labels", labels)]
+
 
 def read_batch(path, file):
     "One extracted batch of CIFAR-10, binary or pickled."
-    (part, shape), = file.parts.items()
-    with decoding(path, f"a batch of {shape[0]:,} images"), open(path, "rb") as stream: return batch(path.name, stream, part, shape[0])
+    ((part, shape),) = file.parts.items()
+    with decoding(path, f"a batch of {shape[0]:,} images"), open(path, "rb") as stream:
+        return batch(path.name, stream, part, shape[0])
 
 # %% ../nbs/90_engine/10_data.ipynb #158e4eec
 def read_tar(path, file):
@@ -218,8 +304,15 @@ def read_tar(path, file):
     with decoding(path, "a tar archive of batches"), tarfile.open(path) as archive:
         members = {Path(member.name).name: member for member in archive if member.isfile()}
         for name in sorted(members):
-            part = "train" if name.startswith("data_batch_") else "test" if name.startswith("test_batch") else None
-            if part: pieces += batch(name, archive.extractfile(members[name]), part, file.parts[part][0])
+            part = (
+                "train"
+                if name.startswith("data_batch_")
+                else "test"
+                if name.startswith("test_batch")
+                else None
+            )
+            if part:
+                pieces += batch(name, archive.extractfile(members[name]), part, file.parts[part][0])
     return pieces
 
 # %% ../nbs/90_engine/10_data.ipynb #8248cedc
@@ -227,82 +320,199 @@ def idx_layout(sizes, mirror=None):
     "The four IDX files of an MNIST-like set; `sizes`: bytes and SHA-256 of each."
     names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     parts = ({"train": (60000, 28, 28)}, {"train": (60000,)}, {"test": (10000, 28, 28)}, {"test": (10000,)})
-    return Layout(read_idx, tuple(File(f"{name}-ubyte.gz", part, *size) for name, part, size in zip(names, parts, sizes)), mirror)
+    return Layout(
+        read_idx,
+        tuple(File(f"{name}-ubyte.gz", part, *size) for name, part, size in zip(names, parts, sizes)),
+        mirror,
+    )
 
 # %% ../nbs/90_engine/10_data.ipynb #32abd605
-SOURCES["mnist"] = Source("MNIST", "mnist", (28, 28), held_out=10000, content={
-    "train": "9585ddb17301fae7683e4a0102abfe4d204de640acd4dd7969a43d8b134b1c07",
-    "test": "e495d919dc9453f1b55a889fd404afbbd753b23e9f8fcb03fe1a3a1cbc3c0440"}, layouts=(idx_layout((
-        (9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
-        (28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
-        (1648877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
-        (4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6")),
-        "https://ossci-datasets.s3.amazonaws.com/mnist/"),))
+SOURCES["mnist"] = Source(
+    "MNIST",
+    "mnist",
+    (28, 28),
+    held_out=10000,
+    content={
+        "train": "9585ddb17301fae7683e4a0102abfe4d204de640acd4dd7969a43d8b134b1c07",
+        "test": "e495d919dc9453f1b55a889fd404afbbd753b23e9f8fcb03fe1a3a1cbc3c0440",
+    },
+    layouts=(
+        idx_layout(
+            (
+                (9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+                (28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+                (1648877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+                (4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
+            ),
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        ),
+    ),
+)
 
-SOURCES["fashion-mnist"] = Source("Fashion-MNIST", "fashion-mnist", (28, 28), held_out=10000, content={
-    "train": "add1583fa1282e41dc1661524d893d7879b03d4c49f0df04b635298bf09d7646",
-    "test": "e63ca673c908c3871024e75bfe96d35cd968cc772ea1ec5d64f59b26b92ab235"}, layouts=(idx_layout((
-        (26421880, "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
-        (29515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
-        (4422102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
-        (5148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5")),
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),))
+SOURCES["fashion-mnist"] = Source(
+    "Fashion-MNIST",
+    "fashion-mnist",
+    (28, 28),
+    held_out=10000,
+    content={
+        "train": "add1583fa1282e41dc1661524d893d7879b03d4c49f0df04b635298bf09d7646",
+        "test": "e63ca673c908c3871024e75bfe96d35cd968cc772ea1ec5d64f59b26b92ab235",
+    },
+    layouts=(
+        idx_layout(
+            (
+                (26421880, "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
+                (29515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
+                (4422102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
+                (5148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
+            ),
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        ),
+    ),
+)
 
 # %% ../nbs/90_engine/10_data.ipynb #036aae86
-PACKED = Layout(read_packed, (File(
-    "binarized_mnist_packed.npz", {"train": (50000, 28, 28), "valid": (10000, 28, 28), "test": (10000, 28, 28)},
-    2295919, "50de2c8299a5a297789293ab2c30f6fc3cb8c359a15e5e88d5501aa18ebb8fa5"),))
-AMAT = Layout(read_amat, tuple(File(f"binarized_mnist_{part}.amat", {part: (n, 28, 28)}, 1568 * n, digest) for part, n, digest in (
-    ("train", 50000, "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d"),
-    ("valid", 10000, "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2"),
-    ("test", 10000, "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c"))),
-    "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/")
-SOURCES["binarized-mnist"] = Source("binarised MNIST", "binarized-mnist", (28, 28), layouts=(PACKED, AMAT), content={
-    "train": "024dda6409e765e3c3535bcc98de622591af85bf90ece3eef550afdb8da14403",
-    "valid": "82b24e09572e846a380477341a5061267bdeec8987da5403c5e0b51ea5b5ef04",
-    "test": "c42a7113f7e5532ddfdd0e45ef157b0ada83f0a1411748f96abfdbfb86988c8d"})
+PACKED = Layout(
+    read_packed,
+    (
+        File(
+            "binarized_mnist_packed.npz",
+            {"train": (50000, 28, 28), "valid": (10000, 28, 28), "test": (10000, 28, 28)},
+            2295919,
+            "50de2c8299a5a297789293ab2c30f6fc3cb8c359a15e5e88d5501aa18ebb8fa5",
+        ),
+    ),
+)
+AMAT = Layout(
+    read_amat,
+    tuple(
+        File(f"binarized_mnist_{part}.amat", {part: (n, 28, 28)}, 1568 * n, digest)
+        for part, n, digest in (
+            ("train", 50000, "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d"),
+            ("valid", 10000, "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2"),
+            ("test", 10000, "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c"),
+        )
+    ),
+    "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
+)
+SOURCES["binarized-mnist"] = Source(
+    "binarised MNIST",
+    "binarized-mnist",
+    (28, 28),
+    layouts=(PACKED, AMAT),
+    content={
+        "train": "024dda6409e765e3c3535bcc98de622591af85bf90ece3eef550afdb8da14403",
+        "valid": "82b24e09572e846a380477341a5061267bdeec8987da5403c5e0b51ea5b5ef04",
+        "test": "c42a7113f7e5532ddfdd0e45ef157b0ada83f0a1411748f96abfdbfb86988c8d",
+    },
+)
 
 # %% ../nbs/90_engine/10_data.ipynb #215b2d53
-CIFAR_IDX = (                                                 # bytes and SHA-256 of the images, then of the labels
-    ("train-part0", 21380228, "4526de80e126d05127296520efae7568f0f3844f41f75ea9a6084c8596c80271",
-     5107, "2bc60bf6e3f18742f756d86d8cff83935b857d52c79aca854941669a78113a63"),
-    ("train-part1", 21256744, "6c133168733904505aa80007c7a08c091b71e6bd3fdc9993c06008cd77658b0c",
-     5091, "c7381329a3ebc6cffa8b40efbb9b3009d2b7ca4c303ab7db79587b6377c64b21"),
-    ("train-part2", 21325284, "ca6143f6a8e189306e910cfa80cc7cd6b298b651e468274c5cb8e86826496876",
-     5109, "e6a6c604d9b8759b6213c527def564abc2b14542fe3e96001e439226564b0157"),
-    ("train-part3", 21329508, "74812170900b34187172356ce028f83363290b3fff2f5d67bccba4cfa9ddb8e1",
-     5105, "7bfaecc9c9d0ffded55bb907f42190b5b25b50605ac75d8d249c880bcb9158df"),
-    ("train-part4", 21276040, "0f065502c1e5b9b78002bc547fb20f67392615b9598e0eea0cbc5cd3ba50f484",
-     5116, "a0af555f298f0a50f2e5b08ac8fcc7aa50518ec822be8550ca4ec5af1b9122d6"),
-    ("test", 21314356, "10d857c0d4fb6e772531a7c7145dfb6793dc6caac8d91f19cd8fce78197a2def",
-     5111, "b00aaeac9f9ff6f2f0de397c92804bb7fcda3cacaf10f9d1d3fef88029cc6e60"))
+CIFAR_IDX = (  # bytes and SHA-256 of the images, then of the labels
+    (
+        "train-part0",
+        21380228,
+        "4526de80e126d05127296520efae7568f0f3844f41f75ea9a6084c8596c80271",
+        5107,
+        "2bc60bf6e3f18742f756d86d8cff83935b857d52c79aca854941669a78113a63",
+    ),
+    (
+        "train-part1",
+        21256744,
+        "6c133168733904505aa80007c7a08c091b71e6bd3fdc9993c06008cd77658b0c",
+        5091,
+        "c7381329a3ebc6cffa8b40efbb9b3009d2b7ca4c303ab7db79587b6377c64b21",
+    ),
+    (
+        "train-part2",
+        21325284,
+        "ca6143f6a8e189306e910cfa80cc7cd6b298b651e468274c5cb8e86826496876",
+        5109,
+        "e6a6c604d9b8759b6213c527def564abc2b14542fe3e96001e439226564b0157",
+    ),
+    (
+        "train-part3",
+        21329508,
+        "74812170900b34187172356ce028f83363290b3fff2f5d67bccba4cfa9ddb8e1",
+        5105,
+        "7bfaecc9c9d0ffded55bb907f42190b5b25b50605ac75d8d249c880bcb9158df",
+    ),
+    (
+        "train-part4",
+        21276040,
+        "0f065502c1e5b9b78002bc547fb20f67392615b9598e0eea0cbc5cd3ba50f484",
+        5116,
+        "a0af555f298f0a50f2e5b08ac8fcc7aa50518ec822be8550ca4ec5af1b9122d6",
+    ),
+    (
+        "test",
+        21314356,
+        "10d857c0d4fb6e772531a7c7145dfb6793dc6caac8d91f19cd8fce78197a2def",
+        5111,
+        "b00aaeac9f9ff6f2f0de397c92804bb7fcda3cacaf10f9d1d3fef88029cc6e60",
+    ),
+)
 
 # %% ../nbs/90_engine/10_data.ipynb #44ce781c
 def cifar_layouts(n=10000):
     "The five layouts of CIFAR-10, `n` images a batch."
     parts = [(name.split("-")[0], name, *rest) for name, *rest in CIFAR_IDX]
-    idx = [File(f"{name}-images-idx4-ubyte.xz", {part: (n, 32, 32, 3)}, *images) for part, name, *images, _, _ in parts]
-    idx += [File(f"{name}-labels-idx1-ubyte.gz", {part: (n,)}, *labels) for part, name, _, _, *labels in parts]
-    batches = [(f"data_batch_{i}", {"train": (n, 32, 32, 3)}) for i in range(1, 6)] + [("test_batch", {"test": (n, 32, 32, 3)})]
+    idx = [
+        File(f"{name}-images-idx4-ubyte.xz", {part: (n, 32, 32, 3)}, *images)
+        for part, name, *images, _, _ in parts
+    ]
+    idx += [
+        File(f"{name}-labels-idx1-ubyte.gz", {part: (n,)}, *labels) for part, name, _, _, *labels in parts
+    ]
+    batches = [(f"data_batch_{i}", {"train": (n, 32, 32, 3)}) for i in range(1, 6)] + [
+        ("test_batch", {"test": (n, 32, 32, 3)})
+    ]
     both, kriz = {"train": (n, 32, 32, 3), "test": (n, 32, 32, 3)}, "https://www.cs.toronto.edu/~kriz/"
-    binary = File("cifar-10-binary.tar.gz", both, 170052171, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
-    pickled = File("cifar-10-python.tar.gz", both, 170498071, "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce")
-    return (Layout(read_idx, tuple(idx)), Layout(read_tar, (binary,), kriz), Layout(read_tar, (pickled,)),
-            Layout(read_batch, tuple(File(f"cifar-10-batches-bin/{name}.bin", part) for name, part in batches)),
-            Layout(read_batch, tuple(File(f"cifar-10-batches-py/{name}", part) for name, part in batches)))
+    binary = File(
+        "cifar-10-binary.tar.gz",
+        both,
+        170052171,
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    )
+    pickled = File(
+        "cifar-10-python.tar.gz",
+        both,
+        170498071,
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    )
+    return (
+        Layout(read_idx, tuple(idx)),
+        Layout(read_tar, (binary,), kriz),
+        Layout(read_tar, (pickled,)),
+        Layout(read_batch, tuple(File(f"cifar-10-batches-bin/{name}.bin", part) for name, part in batches)),
+        Layout(read_batch, tuple(File(f"cifar-10-batches-py/{name}", part) for name, part in batches)),
+    )
 
-SOURCES["cifar10"] = Source("CIFAR-10", "cifar10", (32, 32, 3), layouts=cifar_layouts(), held_out=5000, ordered=False, content={
-    "train": "6a3b2c04d0a79ce272dcdacaf0bc440275db5a8cbe3717521a28fada2ea0d2ed",
-    "test": "65a6ffe079453e514083f99356b35e02cbfd581b4951e3937fae188974b79f39"})
+
+SOURCES["cifar10"] = Source(
+    "CIFAR-10",
+    "cifar10",
+    (32, 32, 3),
+    layouts=cifar_layouts(),
+    held_out=5000,
+    ordered=False,
+    content={
+        "train": "6a3b2c04d0a79ce272dcdacaf0bc440275db5a8cbe3717521a28fada2ea0d2ed",
+        "test": "65a6ffe079453e514083f99356b35e02cbfd581b4951e3937fae188974b79f39",
+    },
+)
 
 # %% ../nbs/90_engine/10_data.ipynb #c80f8295
 def places(folder=None):
     "The folders that are searched, in order: `folder` or else `$NORMFLOW_VI_DATA`, then `data/` of the checkout, if there is one."
-    if folder is not None and not Path(folder).is_dir(): raise NotADirectoryError(f"folder={str(folder)!r}: no such folder")
+    if folder is not None and not Path(folder).is_dir():
+        raise NotADirectoryError(f"folder={str(folder)!r}: no such folder")
     given = folder if folder is not None else os.environ.get("NORMFLOW_VI_DATA")
     found = [Path(given)] if given else []
-    try: found.append(project_root()/"data")
-    except FileNotFoundError: pass                            # the package is used outside of a checkout
+    try:
+        found.append(project_root() / "data")
+    except FileNotFoundError:
+        pass  # the package is used outside of a checkout
     return found
 
 # %% ../nbs/90_engine/10_data.ipynb #8b30e5dc
@@ -310,9 +520,11 @@ def held(source, layout, place):
     "`{file name: path}` of those files of a layout that lie in `place`."
     found, own = {}, f"{source.folder}/"
     for file in layout.files:
-        inside, flat = place/source.folder/file.name, place/file.name
-        if inside.is_file(): found[file.name] = inside
-        elif flat.is_file() and known_files().get(sha256(flat), own).startswith(own): found[file.name] = flat
+        inside, flat = place / source.folder / file.name, place / file.name
+        if inside.is_file():
+            found[file.name] = inside
+        elif flat.is_file() and known_files().get(sha256(flat), own).startswith(own):
+            found[file.name] = flat
     return found
 
 # %% ../nbs/90_engine/10_data.ipynb #9d535507
@@ -323,24 +535,40 @@ def found_here(source, folder=None):
         report.append(f"{place} (nothing)")
         for layout in source.layouts:
             paths = held(source, layout, place)
-            if len(paths) == len(layout.files): return layout, paths, report
+            if len(paths) == len(layout.files):
+                return layout, paths, report
             missing = [file.name for file in layout.files if file.name not in paths]
-            if paths: report[-1] = f"{place} (incomplete: without {', '.join(missing)})"
+            if paths:
+                report[-1] = f"{place} (incomplete: without {', '.join(missing)})"
     return None, None, report
 
 # %% ../nbs/90_engine/10_data.ipynb #a57cf7c8
-CONNECT_SECONDS, STALL_SECONDS, SLOWEST = 8, 20, 50_000       # until an answer; a silence within it; bytes a second
+CONNECT_SECONDS, STALL_SECONDS, SLOWEST = (
+    8,
+    20,
+    50_000,
+)  # until an answer; a silence within it; bytes a second
+
 
 def answer(url):
     "The open response to a request, or `TimeoutError` after `CONNECT_SECONDS`."
     got = {}
+
     def ask():
-        try: got["response"] = urllib.request.urlopen(url, timeout=STALL_SECONDS)
-        except Exception as error: got["error"] = error
-    asking = threading.Thread(target=ask, daemon=True)        # the system's name look-up knows no time limit of its own
-    asking.start(); asking.join(CONNECT_SECONDS)
-    if asking.is_alive(): raise TimeoutError(f"no answer within {CONNECT_SECONDS} s")
-    if "error" in got: raise got["error"]
+        try:
+            got["response"] = urllib.request.urlopen(url, timeout=STALL_SECONDS)
+        except Exception as error:
+            got["error"] = error
+
+    asking = threading.Thread(
+        target=ask, daemon=True
+    )  # the system's name look-up knows no time limit of its own
+    asking.start()
+    asking.join(CONNECT_SECONDS)
+    if asking.is_alive():
+        raise TimeoutError(f"no answer within {CONNECT_SECONDS} s")
+    if "error" in got:
+        raise got["error"]
     return got["response"]
 
 # %% ../nbs/90_engine/10_data.ipynb #a62cf0a1
@@ -350,9 +578,12 @@ def receive(url, path, size):
         deadline = time.monotonic() + STALL_SECONDS + size / SLOWEST
         while block := response.read1(1 << 16):
             file.write(block)
-            if file.tell() > size: break
-            if time.monotonic() > deadline: raise TimeoutError(f"slower than {SLOWEST / 1000:g} kB/s")
-        file.flush(); os.fsync(file.fileno())
+            if file.tell() > size:
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"slower than {SLOWEST / 1000:g} kB/s")
+        file.flush()
+        os.fsync(file.fileno())
 
 # %% ../nbs/90_engine/10_data.ipynb #a618170c
 def fetch(url, file, path):
@@ -364,8 +595,10 @@ def fetch(url, file, path):
         receive(url, part, file.size)
         verify(part, file, label=url)
         os.replace(part, path)
-    except (OSError, http.client.HTTPException) as error: raise OSError(f"{url}: {error or type(error).__name__}") from error
-    finally: part.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"{url}: {error or type(error).__name__}") from error
+    finally:
+        part.unlink(missing_ok=True)
     sync_folder(path.parent)
     return path
 
@@ -373,45 +606,64 @@ def fetch(url, file, path):
 def download_to(source, place):
     "Download what `place` lacks of the layout that has a mirror; returns `(layout, paths)`."
     layout = next(layout for layout in source.layouts if layout.mirror)
-    folder = place/source.folder
+    folder = place / source.folder
     with ExitStack() as alone:
         while True:
-            try: alone.enter_context(exclusive(folder)); break
-            except Busy: time.sleep(0.1)
-        for rest in folder.glob(".*.part"): rest.unlink(missing_ok=True)
+            try:
+                alone.enter_context(exclusive(folder))
+                break
+            except Busy:
+                time.sleep(0.1)
+        for rest in folder.glob(".*.part"):
+            rest.unlink(missing_ok=True)
         paths = held(source, layout, place)
         for file in layout.files:
-            if file.name not in paths: paths[file.name] = fetch(layout.mirror + file.name, file, folder/file.name)
+            if file.name not in paths:
+                paths[file.name] = fetch(layout.mirror + file.name, file, folder / file.name)
     return layout, paths
 
 # %% ../nbs/90_engine/10_data.ipynb #e241f2b6
 def find(source, folder=None, download=True):
     "`(layout, paths)` of a set, downloaded if need be; raises `DataNotFound`."
     layout, paths, report = found_here(source, folder)
-    if layout: return layout, paths
+    if layout:
+        return layout, paths
     reason, cause = "not asked for", None
-    if download and os.environ.get("NORMFLOW_VI_OFFLINE", "0") not in ("", "0"): reason = "switched off by $NORMFLOW_VI_OFFLINE"
-    elif download and not report: reason = "no folder to put it into"
+    if download and os.environ.get("NORMFLOW_VI_OFFLINE", "0") not in ("", "0"):
+        reason = "switched off by $NORMFLOW_VI_OFFLINE"
+    elif download and not report:
+        reason = "no folder to put it into"
     elif download:
-        try: return download_to(source, places(folder)[-1])
-        except (OSError, DataError) as error: reason, cause = f"failed: {error}", error
+        try:
+            return download_to(source, places(folder)[-1])
+        except (OSError, DataError) as error:
+            reason, cause = f"failed: {error}", error
     seen = "; ".join(report) or "no folder"
-    raise DataNotFound(f"{source.title} was not found. Looked in: {seen}. Download: {reason}. Put its files into one of these folders "
-                       "or set NORMFLOW_VI_DATA to a folder that has them (data/README.md lists them).") from cause
+    raise DataNotFound(
+        f"{source.title} was not found. Looked in: {seen}. Download: {reason}. Put its files into one of these folders "
+        "or set NORMFLOW_VI_DATA to a folder that has them (data/README.md lists them)."
+    ) from cause
 
 # %% ../nbs/90_engine/10_data.ipynb #3280ac82
 def decode(source, layout, paths):
     "`{part: (images, labels or None)}` of verified content, in canonical order."
     pieces, parts = {}, {}
-    for file in layout.files: verify(paths[file.name], file)  # all of them before the first is unpacked
     for file in layout.files:
-        for part, field, array in layout.read(paths[file.name], file): pieces.setdefault((part, field), []).append(array)
+        verify(paths[file.name], file)  # all of them before the first is unpacked
+    for file in layout.files:
+        for part, field, array in layout.read(paths[file.name], file):
+            pieces.setdefault((part, field), []).append(array)
     for part, expected in source.content.items():
-        fields = [np.concatenate(pieces[part, field]) if (part, field) in pieces else None for field in ("images", "labels")]
+        fields = [
+            np.concatenate(pieces[part, field]) if (part, field) in pieces else None
+            for field in ("images", "labels")
+        ]
         names = ", ".join(str(paths[file.name]) for file in layout.files if part in file.parts)
-        if fields[0] is None: raise refused(names, f"the {part} part", "nothing of it")
+        if fields[0] is None:
+            raise refused(names, f"the {part} part", "nothing of it")
         found, *parts[part] = canonical(*fields, source.ordered)
-        if found != expected: raise refused(names, f"{part} content with SHA-256 {expected}", f"SHA-256 {found}")
+        if found != expected:
+            raise refused(names, f"{part} content with SHA-256 {expected}", f"SHA-256 {found}")
     return parts
 
 # %% ../nbs/90_engine/10_data.ipynb #4031b8af
@@ -429,16 +681,21 @@ def with_validation(parts, held_out):
 # %% ../nbs/90_engine/10_data.ipynb #a63fe75f
 DIGITS_SHA256 = "88779380a7709f41729911002512f87ab9395c201e80697007f2c1816dbc7d4a"
 
+
 def digits(binarize="none"):
     "The parts of scikit-learn's digits as 28x28 images, 0..255, or 0 and 1 for `static`."
-    try: from sklearn.datasets import load_digits
-    except ImportError as error: raise ImportError("the digits need scikit-learn: pip install scikit-learn") from error
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits need scikit-learn: pip install scikit-learn") from error
     loaded = load_digits()
     images, labels = loaded.images.astype(np.uint8), loaded.target.astype(np.uint8)
-    if content_hash(images, labels) != DIGITS_SHA256: raise refused("scikit-learn's digits", DIGITS_SHA256, content_hash(images, labels))
+    if content_hash(images, labels) != DIGITS_SHA256:
+        raise refused("scikit-learn's digits", DIGITS_SHA256, content_hash(images, labels))
     images = ((images.astype(np.uint16) * 255 + 8) // 16).astype(np.uint8).repeat(3, axis=1).repeat(3, axis=2)
     images, order = np.pad(images, ((0, 0), (2, 2), (2, 2))), fixed_order(len(images))
-    if binarize == "static": images = (np.random.RandomState(1).randint(0, 255, images.shape) < images).astype(np.uint8)
+    if binarize == "static":
+        images = (np.random.RandomState(1).randint(0, 255, images.shape) < images).astype(np.uint8)
     rows = {"train": order[:1297], "valid": order[1297:1547], "test": order[1547:]}
     return {part: (images[chosen], labels[chosen]) for part, chosen in rows.items()}
 
@@ -451,10 +708,16 @@ def thresholds(pixels):
 # %% ../nbs/90_engine/10_data.ipynb #93dfb67f
 STEP, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
+
 def words(count, key):
     "`count` uniform 32-bit integers as int32 from a key, an int64 tensor `()`; Steele et al. 2014."
-    def signed(word): return word - 2**64 if word >= 2**63 else word
-    def folded(x, shift): return x ^ (x >> shift & (1 << 64 - shift) - 1)                        # torch shifts the sign in
+
+    def signed(word):
+        return word - 2**64 if word >= 2**63 else word
+
+    def folded(x, shift):
+        return x ^ (x >> shift & (1 << 64 - shift) - 1)  # torch shifts the sign in
+
     x = key + torch.arange(1, 1 + -(-count // 2), device=key.device) * signed(STEP)
     x = folded(folded(x, 30) * signed(MIX_1), 27) * signed(MIX_2)
     return folded(x, 31).view(torch.int32)[:count]
@@ -464,6 +727,7 @@ def bernoulli_torch(pixels, key):
     "1 where a word falls below the threshold, else 0, as float32."
     return (words(pixels.numel(), key).view(pixels.shape) < thresholds(pixels)).float()
 
+
 def bernoulli_kernel(pixels, key, out):
     "`bernoulli_torch` for flat `pixels`, into `out`; the key is a uint64."
     step, mix_1, mix_2 = np.uint64(STEP), np.uint64(MIX_1), np.uint64(MIX_2)
@@ -472,57 +736,81 @@ def bernoulli_kernel(pixels, key, out):
         x = (x ^ (x >> np.uint64(30))) * mix_1
         x = (x ^ (x >> np.uint64(27))) * mix_2
         x = x ^ (x >> np.uint64(31))
-        word = np.uint32((x >> np.uint64(32 * (i & 1))) & np.uint64(0xFFFFFFFF)) ^ np.uint32(0x80000000)           # shifted by 2^31, as the threshold is
+        word = np.uint32((x >> np.uint64(32 * (i & 1))) & np.uint64(0xFFFFFFFF)) ^ np.uint32(
+            0x80000000
+        )  # shifted by 2^31, as the threshold is
         out[i] = np.float32(word < np.uint32(pixels[i]) * np.uint32(16843009))
 
 # %% ../nbs/90_engine/10_data.ipynb #2abf3187
 @functools.cache
-def compiled(): return machine_code(bernoulli_kernel)
+def compiled():
+    return machine_code(bernoulli_kernel)
+
 
 def bernoulli(pixels, generator):
     "1 with probability `pixels / 255`, else 0, as float32 of the shape of `pixels` (uint8); one number is drawn from a generator of the CPU."
-    def drawn(size): return torch.empty(size, dtype=torch.int64, device=pixels.device).random_(-2**63, None, generator=generator)
-    if pixels.device.type != "cpu": return (drawn(-(-pixels.numel() // 2)).view(torch.int32)[:pixels.numel()].view(pixels.shape) < thresholds(pixels)).float()
+
+    def drawn(size):
+        return torch.empty(size, dtype=torch.int64, device=pixels.device).random_(
+            -(2**63), None, generator=generator
+        )
+
+    if pixels.device.type != "cpu":
+        return (
+            drawn(-(-pixels.numel() // 2)).view(torch.int32)[: pixels.numel()].view(pixels.shape)
+            < thresholds(pixels)
+        ).float()
     key, out = drawn(()), torch.empty(pixels.shape, dtype=torch.float32)
-    if not fits(out, rules=False): return bernoulli_torch(pixels, key)
+    if not fits(out, rules=False):
+        return bernoulli_torch(pixels, key)
     compiled()(pixels.contiguous().view(-1).numpy(), np.uint64(key.item() % 2**64), out.view(-1).numpy())
     return out
 
 # %% ../nbs/90_engine/10_data.ipynb #70329b77
 BINARIZE = ("none", "static", "dynamic", "threshold")
 
+
 def to_pixels(images, binarize, generator=None):
     "Float32 images in {0, 1}, or in [0, 1] for `none`, from resident uint8 ones; `dynamic` needs a generator."
     if binarize == "dynamic":
-        if generator is None: raise ValueError("binarize='dynamic' draws its pixels: generator=None is not allowed here")
+        if generator is None:
+            raise ValueError("binarize='dynamic' draws its pixels: generator=None is not allowed here")
         return bernoulli(images, generator)
-    if binarize == "threshold": return (images > 127).float()
+    if binarize == "threshold":
+        return (images > 127).float()
     return images.float() if binarize == "static" else images.float() / 255
 
 # %% ../nbs/90_engine/10_data.ipynb #352e1c5e
 @dataclass(frozen=True)
 class Split:
     "A part of a data set on a device: `images` uint8 `(N, D)`, `labels` int64 `(N,)` or None, and how pixels become 0 and 1."
+
     images: torch.Tensor
     labels: torch.Tensor | None
     binarize: str = "none"
 
-    def __len__(self): return len(self.images)
+    def __len__(self):
+        return len(self.images)
 
     def to(self, device):
         "The same part on another device."
-        return Split(self.images.to(device), None if self.labels is None else self.labels.to(device), self.binarize)
+        return Split(
+            self.images.to(device), None if self.labels is None else self.labels.to(device), self.binarize
+        )
 
     def pixels(self, generator=None, indices=None):
         "Images as float32 `(n, D)` in {0, 1} (`none`: [0, 1]); all, or those at `indices` (slice, sequence or tensor of integers)."
-        if indices is None or isinstance(indices, slice): images = self.images[indices or slice(None)]
-        else: images = self.images.index_select(0, torch.as_tensor(indices, device=self.images.device))
+        if indices is None or isinstance(indices, slice):
+            images = self.images[indices or slice(None)]
+        else:
+            images = self.images.index_select(0, torch.as_tensor(indices, device=self.images.device))
         return to_pixels(images, self.binarize, generator)
 
 # %% ../nbs/90_engine/10_data.ipynb #3c406441
 @dataclass(frozen=True)
 class Data:
     "A data set: `name`, a `title` for people, `binarize`, image `shape`, `sha256` of its content, and its three parts."
+
     name: str
     title: str
     binarize: str
@@ -534,15 +822,21 @@ class Data:
 
 # %% ../nbs/90_engine/10_data.ipynb #3f103cc6
 NAMES = ("mnist", "fashion-mnist", "cifar10", "digits")
-SPLIT_RULE = "parts 1"                                        # counted up when validation parts or fixed orders change
+SPLIT_RULE = "parts 1"  # counted up when validation parts or fixed orders change
+
 
 def check_choice(name, binarize):
     "Raise `ValueError` unless there is such a data set."
-    if name not in (*NAMES, "auto"): raise ValueError(f"name={name!r}: allowed are {', '.join(NAMES)}, auto")
-    if binarize not in BINARIZE: raise ValueError(f"binarize={binarize!r}: allowed are {', '.join(BINARIZE)}")
+    if name not in (*NAMES, "auto"):
+        raise ValueError(f"name={name!r}: allowed are {', '.join(NAMES)}, auto")
+    if binarize not in BINARIZE:
+        raise ValueError(f"binarize={binarize!r}: allowed are {', '.join(BINARIZE)}")
     if binarize == "static" and name in ("fashion-mnist", "cifar10"):
-        raise ValueError(f"binarize='static' with name={name!r}: only mnist (and digits) have fixed binarised images; "
-                         "allowed here are none, dynamic, threshold")
+        raise ValueError(
+            f"binarize='static' with name={name!r}: only mnist (and digits) have fixed binarised images; "
+            "allowed here are none, dynamic, threshold"
+        )
+
 
 def source_of(name, binarize):
     "The entry of `SOURCES` behind a data set."
@@ -552,7 +846,10 @@ def source_of(name, binarize):
 def content_sha256(name, binarize="none"):
     "SHA-256 that stands for a data set's content; constant, known without reading anything."
     check_choice(name, binarize)
-    if name == "auto": raise ValueError("name='auto': which set this is depends on what is here; ask resolve('auto', binarize) first")
+    if name == "auto":
+        raise ValueError(
+            "name='auto': which set this is depends on what is here; ask resolve('auto', binarize) first"
+        )
     content = [DIGITS_SHA256] if name == "digits" else source_of(name, binarize).content.values()
     return sha256("\n".join([name, binarize, SPLIT_RULE, *content]).encode())
 
@@ -560,8 +857,10 @@ def content_sha256(name, binarize="none"):
 def resolve(name, binarize="none", *, folder=None, download=True):
     "The data set that `name` stands for here: `auto` becomes `mnist` (downloaded if need be) or `digits`; other names stay."
     check_choice(name, binarize)
-    if name != "auto": return name
-    try: find(source_of("mnist", binarize), folder, download)
+    if name != "auto":
+        return name
+    try:
+        find(source_of("mnist", binarize), folder, download)
     except DataNotFound as error:
         log.warning("%s Using scikit-learn's 8x8 digits instead.", error)
         return "digits"
@@ -574,22 +873,33 @@ def load_data(name, binarize="none", *, device="cpu", folder=None, download=True
     `name`: mnist, fashion-mnist, cifar10, digits, or auto (mnist, or else digits); `binarize`: none, static, dynamic, threshold.
     Raises `ValueError` (no such set), `DataError` (a file is not what it should be), `DataNotFound`.
     """
-    torch.empty(0, device=device)                             # a missing device shows before anything is read
+    torch.empty(0, device=device)  # a missing device shows before anything is read
     chosen = resolve(name, binarize, folder=folder, download=download)
-    parts = digits(binarize) if chosen == "digits" else image_set(source_of(chosen, binarize), folder, download)
-    shape, splits = parts["train"][0].shape[1:], {part: resident(*arrays, binarize).to(device) for part, arrays in parts.items()}
-    return Data(chosen, titled(name, chosen, binarize), binarize, shape, content_sha256(chosen, binarize), **splits)
+    parts = (
+        digits(binarize) if chosen == "digits" else image_set(source_of(chosen, binarize), folder, download)
+    )
+    shape, splits = (
+        parts["train"][0].shape[1:],
+        {part: resident(*arrays, binarize).to(device) for part, arrays in parts.items()},
+    )
+    return Data(
+        chosen, titled(name, chosen, binarize), binarize, shape, content_sha256(chosen, binarize), **splits
+    )
 
 # %% ../nbs/90_engine/10_data.ipynb #31d94261
 def titled(name, chosen, binarize):
     "What a figure calls the data, given the name asked for and the set chosen; a fallback says that it is one."
-    kind = dict(zip(BINARIZE, ("", "statically binarised ", "dynamically binarised ", "thresholded ")))[binarize]
+    kind = dict(zip(BINARIZE, ("", "statically binarised ", "dynamically binarised ", "thresholded ")))[
+        binarize
+    ]
     title = kind + ("8x8 digits" if chosen == "digits" else SOURCES[chosen].title)
     return title + (" (MNIST not available)" if chosen == "digits" and name == "auto" else "")
+
 
 def image_set(source, folder, download):
     "The three parts of a set on disk."
     return with_validation(decode(source, *find(source, folder, download)), source.held_out)
+
 
 def resident(images, labels, binarize):
     "A `Split` of NumPy arrays; an image's bytes lie side by side, so that a batch is gathered row by row."
@@ -599,24 +909,34 @@ def resident(images, labels, binarize):
 # %% ../nbs/90_engine/10_data.ipynb #f31c1e7a
 class Order:
     "Endless epochs over `n` rows without replacement, `batch_size` indices at a time; resumes bitwise."
+
     def __init__(self, n, batch_size, generator):
         self.n, self.batch_size, self.generator, self.epoch = n, batch_size, generator, 0
         self._shuffle()
 
-    def _shuffle(self): self.order, self.position = torch.randperm(self.n, generator=self.generator, device=self.generator.device), 0
+    def _shuffle(self):
+        self.order, self.position = (
+            torch.randperm(self.n, generator=self.generator, device=self.generator.device),
+            0,
+        )
 
     def rows(self):
         "The next indices; a new epoch begins when fewer than `batch_size` are left of this one."
-        if self.position + self.batch_size > self.n: self.epoch += 1; self._shuffle()
+        if self.position + self.batch_size > self.n:
+            self.epoch += 1
+            self._shuffle()
         self.position += self.batch_size
-        return self.order[self.position - self.batch_size:self.position]
+        return self.order[self.position - self.batch_size : self.position]
 
 # %% ../nbs/90_engine/10_data.ipynb #3b154d5d
 class Batches(Order):
     "Endless shuffled batches of a `Split`, float32 `(batch_size, D)`, drawn with a generator of their own; resumes bitwise."
+
     def __init__(self, split, batch_size, seed, device=None):
         if not (isinstance(batch_size, int) and 1 <= batch_size <= len(split)):
-            raise ValueError(f"batch_size={batch_size!r}: allowed are 1 to {len(split):,}, the number of images")
+            raise ValueError(
+                f"batch_size={batch_size!r}: allowed are 1 to {len(split):,}, the number of images"
+            )
         self.split = split if device is None else split.to(device)
         super().__init__(len(split), batch_size, torch.Generator(self.split.images.device).manual_seed(seed))
 
@@ -633,10 +953,18 @@ class Batches(Order):
         "Continue where `state` was taken; raises `ValueError` if it belongs to other data or another batch size."
         check_fits(self, state)
         self.generator.set_state(state["generator"].cpu())
-        self.order, self.position, self.epoch = state["order"].to(self.order.device), int(state["position"]), int(state["epoch"])
+        self.order, self.position, self.epoch = (
+            state["order"].to(self.order.device),
+            int(state["position"]),
+            int(state["epoch"]),
+        )
 
 # %% ../nbs/90_engine/10_data.ipynb #964ae504
 def check_fits(batches, state):
     "Raise `ValueError` unless the state of a stream belongs to this batch size and this number of images."
-    for name, mine, its in (("batch_size", batches.batch_size, state["batch_size"]), ("images", batches.n, len(state["order"]))):
-        if mine != its: raise ValueError(f"this state was saved with {name}={int(its)}, here it is {mine}")
+    for name, mine, its in (
+        ("batch_size", batches.batch_size, state["batch_size"]),
+        ("images", batches.n, len(state["order"])),
+    ):
+        if mine != its:
+            raise ValueError(f"this state was saved with {name}={int(its)}, here it is {mine}")

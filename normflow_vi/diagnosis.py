@@ -8,20 +8,30 @@ __all__ = ['RISE', 'check_log_weights', 'effective_sample_size', 'log_mean_weigh
            'resample', 'risen']
 
 # %% ../nbs/01_flows/47_diagnosis.ipynb #a9574e72
-import math, torch
-import numpy as np
+import math
 from dataclasses import dataclass
+
+import numpy as np
+import torch
+
 from .objectives import Estimate
 
 # %% ../nbs/01_flows/47_diagnosis.ipynb #15aa11f5
 def check_log_weights(log_w):
     "Log-weights `(S,)` in double precision, detached; raise unless each is a number below infinity and one is above minus infinity."
     if not isinstance(log_w, torch.Tensor) or not log_w.is_floating_point():
-        raise TypeError(f"log_w: expected a floating-point tensor, got {log_w.dtype if isinstance(log_w, torch.Tensor) else type(log_w).__name__}")
-    if log_w.dim() != 1 or not len(log_w): raise ValueError(f"log_w has shape {tuple(log_w.shape)}: expected (S,) with S >= 1")
+        raise TypeError(
+            f"log_w: expected a floating-point tensor, got {log_w.dtype if isinstance(log_w, torch.Tensor) else type(log_w).__name__}"
+        )
+    if log_w.dim() != 1 or not len(log_w):
+        raise ValueError(f"log_w has shape {tuple(log_w.shape)}: expected (S,) with S >= 1")
     bad = (log_w.isnan() | (log_w == math.inf)).sum().item()
-    if bad: raise ValueError(f"log_w: {bad} of {len(log_w)} are NaN or plus infinity; allowed are finite numbers, and -inf for a weight of zero")
-    if log_w.max() == -math.inf: raise ValueError(f"log_w: all {len(log_w)} are -inf: no draw lies where the target has mass")
+    if bad:
+        raise ValueError(
+            f"log_w: {bad} of {len(log_w)} are NaN or plus infinity; allowed are finite numbers, and -inf for a weight of zero"
+        )
+    if log_w.max() == -math.inf:
+        raise ValueError(f"log_w: all {len(log_w)} are -inf: no draw lies where the target has mass")
     return log_w.detach().double()
 
 # %% ../nbs/01_flows/47_diagnosis.ipynb #69f7006f
@@ -29,6 +39,7 @@ def effective_sample_size(log_w):
     "`(sum w)^2 / sum w^2` of log-weights `(S,)`: between 1 and S; Kong 1992."
     log_w = check_log_weights(log_w)
     return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
+
 
 def log_mean_weight(log_w):
     "`log (1/S) sum w` as an `Estimate` (nats), its error by the delta method; NaN for S = 1."
@@ -46,20 +57,25 @@ def generalised_pareto(x):
     n = x.shape[-1]
     m = 30 + math.isqrt(n)
     j = torch.arange(1, m + 1, dtype=x.dtype, device=x.device)
-    theta = 1 / x[..., -1:] + (1 - (m / (j - .5)).sqrt()) / (3 * x[..., int(n / 4 + .5) - 1, None])
+    theta = 1 / x[..., -1:] + (1 - (m / (j - 0.5)).sqrt()) / (3 * x[..., int(n / 4 + 0.5) - 1, None])
     k = torch.log1p(-theta[..., None] * x[..., None, :]).mean(-1)
     theta = (torch.softmax(n * ((-theta / k).log() - k - 1), -1) * theta).sum(-1)
     k = torch.log1p(-theta[..., None] * x).mean(-1)
-    return (n * k + 10 * .5) / (n + 10), -k / theta
+    return (n * k + 10 * 0.5) / (n + 10), -k / theta
 
 # %% ../nbs/01_flows/47_diagnosis.ipynb #a5e40a33
-def tail_size(S): return min(math.ceil(min(.2 * S, 3 * math.sqrt(S))), S - 1)
+def tail_size(S):
+    return min(math.ceil(min(0.2 * S, 3 * math.sqrt(S))), S - 1)
+
 
 def tail_of(log_w):
     "The log-cutoff and the positions of the log-weights `(S,)` above it, in ascending order."
     order = log_w.argsort()
-    cutoff = torch.maximum(log_w[order[-1 - tail_size(len(log_w))]], log_w.max() - 690)     # exp(-690) is a normal number
+    cutoff = torch.maximum(
+        log_w[order[-1 - tail_size(len(log_w))]], log_w.max() - 690
+    )  # exp(-690) is a normal number
     return cutoff, order[log_w[order] > cutoff]
+
 
 def pareto_smoothed(log_w):
     """`(smoothed, k_hat)`: Pareto-smoothed log-weights `(S,)`, float64, not normalised, and the shape of their tail, a float.
@@ -69,11 +85,12 @@ def pareto_smoothed(log_w):
     """
     log_w = check_log_weights(log_w)
     cutoff, tail = tail_of(log_w)
-    if len(tail) < 5: return log_w, -math.inf if len(log_w) > 20 and log_w.max() - cutoff < 1e-3 else math.inf
+    if len(tail) < 5:
+        return log_w, -math.inf if len(log_w) > 20 and log_w.max() - cutoff < 1e-3 else math.inf
     log_scale = log_w.max()
     base = (cutoff - log_scale).exp()
     k, sigma = generalised_pareto(base * torch.expm1(log_w[tail] - cutoff))
-    p = (torch.arange(len(tail), dtype=log_w.dtype, device=log_w.device) + .5) / len(tail)
+    p = (torch.arange(len(tail), dtype=log_w.dtype, device=log_w.device) + 0.5) / len(tail)
     excess = sigma * (-torch.log1p(-p) if k == 0 else torch.expm1(-k * torch.log1p(-p)) / k)
     return log_w.index_put((tail,), (base + excess).log().clamp(max=0) + log_scale), k.item()
 
@@ -82,33 +99,47 @@ def k_hat(log_w):
     "The shape of the tail of log-weights `(S,)`, a float; good below `k_threshold(S)`, and above 1 the weights may have no mean; Vehtari et al. 2024."
     return pareto_smoothed(log_w)[1]
 
+
 def k_threshold(S):
     "`min(1 - 1/log10 S, 0.7)`, below which `S` draws suffice for smoothed averages; minus infinity for `S` = 1; Vehtari et al. 2024, section 3.2.4."
-    return min(1 - 1 / math.log10(S), .7) if S > 1 else -math.inf
+    return min(1 - 1 / math.log10(S), 0.7) if S > 1 else -math.inf
 
 # %% ../nbs/01_flows/47_diagnosis.ipynb #e9d4318a
 @dataclass(frozen=True)
 class Moments:
     "`mean` and `sd` of each coordinate with their Monte Carlo standard errors, `(D,)` each, float64."
+
     mean: torch.Tensor
     mean_error: torch.Tensor
     sd: torch.Tensor
     sd_error: torch.Tensor
 
+
 def influences(z, w):
     "Mean and standard deviation `(D,)` of points `(S, D)` under normalised weights `(S,)`, and what each point contributes to the error of either, `(S, D)`."
     mean = w @ z
     centred = z - mean
-    sd = (w @ centred ** 2).sqrt()
-    return mean, sd, w[:, None] * centred, w[:, None] * (centred ** 2 - sd ** 2) / (2 * sd).clamp(min=torch.finfo(z.dtype).tiny)
+    sd = (w @ centred**2).sqrt()
+    return (
+        mean,
+        sd,
+        w[:, None] * centred,
+        w[:, None] * (centred**2 - sd**2) / (2 * sd).clamp(min=torch.finfo(z.dtype).tiny),
+    )
 
 # %% ../nbs/01_flows/47_diagnosis.ipynb #e6b3f447
 def normalised(z, log_w):
     "Points `(S, D)` in double precision and their normalised smoothed weights; equal ones for `None`."
-    if not isinstance(z, torch.Tensor) or z.dim() != 2 or not z.isfinite().all(): raise ValueError(f"z: expected finite points (S, D), got {getattr(z, 'shape', z)}")
-    if log_w is None: return z.detach().double(), torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
-    if log_w.shape != z.shape[:1]: raise ValueError(f"log_w has shape {tuple(log_w.shape)} for z of shape {tuple(z.shape)}: expected ({len(z)},)")
+    if not isinstance(z, torch.Tensor) or z.dim() != 2 or not z.isfinite().all():
+        raise ValueError(f"z: expected finite points (S, D), got {getattr(z, 'shape', z)}")
+    if log_w is None:
+        return z.detach().double(), torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
+    if log_w.shape != z.shape[:1]:
+        raise ValueError(
+            f"log_w has shape {tuple(log_w.shape)} for z of shape {tuple(z.shape)}: expected ({len(z)},)"
+        )
     return z.detach().double(), torch.softmax(pareto_smoothed(log_w)[0], 0)
+
 
 def moments(z, log_w=None):
     """`Moments` of the target from draws `z` `(S, D)` of q and log-weights `(S,)`, by smoothed self-normalised weights; of q itself without weights.
@@ -129,15 +160,16 @@ def moment_shifts(z, log_w):
 def resample(log_w):
     "Positions `(S,)`, ascending, of draws taken in proportion to their smoothed weights: systematic resampling, Kitagawa 1996, without noise of its own."
     w = torch.softmax(pareto_smoothed(log_w)[0], 0)
-    points = (torch.arange(len(w), dtype=w.dtype, device=w.device) + .5) / len(w)
+    points = (torch.arange(len(w), dtype=w.dtype, device=w.device) + 0.5) / len(w)
     return torch.searchsorted(w.cumsum(0), points).clamp(max=len(w) - 1)
 
 # %% ../nbs/01_flows/47_diagnosis.ipynb #6cf38378
-RISE = .01                                                   # nats
+RISE = 0.01  # nats
+
 
 def risen(curve):
     "Whether a learning curve `(T, S)` that should rise still does, in any run: the last quarter of it against the quarter before."
     quarter = len(curve) // 4
-    last, before = curve[-quarter:], curve[-2 * quarter:-quarter]
+    last, before = curve[-quarter:], curve[-2 * quarter : -quarter]
     error = np.sqrt((last.var(0) + before.var(0)) / quarter)
     return bool((last.mean(0) - before.mean(0) > np.maximum(RISE, error)).any())

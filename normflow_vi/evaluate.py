@@ -7,21 +7,26 @@ __all__ = ['GROUP', 'LogMarginal', 'log_weights', 'streamed', 'tail_shapes', 'Gi
            'posteriors', 'blocks_of', 'marginal_of', 'log_marginal', 'ais', 'bidirectional']
 
 # %% ../nbs/01_flows/45_evaluate.ipynb #b1e55f41
-import copy, math, torch
+import copy
+import math
 from dataclasses import dataclass
+
+import torch
+
 from .annealed import ais, bidirectional, check_finite, check_rows
 from .diagnosis import generalised_pareto, tail_size
 from .flows import FlowDistribution
 from .objectives import draw_terms, estimate, joint
 from .transforms.base import Amortised, Chain, Inverse, check_int
 
-_all_ = ["ais", "bidirectional"]                             # the other evaluators belong to the names of this module
+_all_ = ["ais", "bidirectional"]  # the other evaluators belong to the names of this module
 
 # %% ../nbs/01_flows/45_evaluate.ipynb #3bc3f131
 @dataclass(frozen=True)
 class LogMarginal:
     """Per image, `(N,)` each, from `samples` draws: `log_p` (importance weighted) and `elbo` (the mean over the same draws), in nats;
     `ess`, the effective number of draws, and `k_hat`, the shape of the tail of the weights (see `diagnosis`)."""
+
     log_p: torch.Tensor
     elbo: torch.Tensor
     samples: int
@@ -29,15 +34,25 @@ class LogMarginal:
     k_hat: torch.Tensor
 
     @property
-    def nll(self): return estimate(-self.log_p)
+    def nll(self):
+        return estimate(-self.log_p)
+
     @property
-    def free_energy(self): return estimate(-self.elbo)
+    def free_energy(self):
+        return estimate(-self.elbo)
+
     @property
-    def kl(self): return estimate(self.log_p - self.elbo)
+    def kl(self):
+        return estimate(self.log_p - self.elbo)
+
     @property
     def error(self):
         "Standard error `(N,)` of each `log_p` by the delta method, `sqrt((S / ess - 1) / (S - 1))`; NaN for one draw. As good as the weights: look at `k_hat` first."
-        return ((self.samples / self.ess - 1).clamp(min=0) / (self.samples - 1)).sqrt() if self.samples > 1 else torch.full_like(self.ess, math.nan)
+        return (
+            ((self.samples / self.ess - 1).clamp(min=0) / (self.samples - 1)).sqrt()
+            if self.samples > 1
+            else torch.full_like(self.ess, math.nan)
+        )
 
 # %% ../nbs/01_flows/45_evaluate.ipynb #1ba93c1a
 def log_weights(log_joint, posterior, samples, generator):
@@ -45,12 +60,15 @@ def log_weights(log_joint, posterior, samples, generator):
     terms = draw_terms(log_joint, posterior, samples, generator)
     return (joint(terms) - terms["log_q"]).double()
 
+
 def streamed(blocks, keep):
     "`(sum log w, log sum w, log sum w^2)`, `(B,)` each, and the `keep` largest log-weights `(keep, B)`, largest first, of log-weights that come in blocks `(s, B)`."
     total = once = twice = top = None
     for log_w in blocks:
         sums = log_w.sum(0), log_w.logsumexp(0), (2 * log_w).logsumexp(0)
-        total, once, twice = sums if top is None else (total + sums[0], once.logaddexp(sums[1]), twice.logaddexp(sums[2]))
+        total, once, twice = (
+            sums if top is None else (total + sums[0], once.logaddexp(sums[1]), twice.logaddexp(sums[2]))
+        )
         top = log_w if top is None else torch.cat([top, log_w])
         top = top.topk(min(keep, len(top)), 0).values
     return total, once, twice, top
@@ -70,16 +88,23 @@ def tail_shapes(top, samples):
 # %% ../nbs/01_flows/45_evaluate.ipynb #bc9b80cd
 class Given(torch.nn.Module):
     "A source of tensors that are there already, `(batch, K, ...)` by name."
+
     def __init__(self, tensors):
         super().__init__()
         self.tensors = tensors
-    def forward(self, context=None, dtype=None): return self.tensors
+
+    def forward(self, context=None, dtype=None):
+        return self.tensors
+
 
 def resourced(transform, source):
     "A copy of `transform`, which shares its tensors, in which every amortised part has the source `source(part.source)` instead."
-    if isinstance(transform, Chain): return Chain(*(resourced(part, source) for part in transform.transforms))
-    if isinstance(transform, Inverse): return Inverse(resourced(transform.transform, source))
-    if not isinstance(getattr(transform, "source", None), (Amortised, Given)): return transform
+    if isinstance(transform, Chain):
+        return Chain(*(resourced(part, source) for part in transform.transforms))
+    if isinstance(transform, Inverse):
+        return Inverse(resourced(transform.transform, source))
+    if not isinstance(getattr(transform, "source", None), (Amortised, Given)):
+        return transform
     found = copy.copy(transform)
     found._modules = transform._modules | {"source": source(transform.source)}
     return found
@@ -87,7 +112,18 @@ def resourced(transform, source):
 # %% ../nbs/01_flows/45_evaluate.ipynb #5edfb2be
 def emitted(q):
     "A `FlowDistribution` like `q` whose emitted tensors are computed, once, and held."
-    return FlowDistribution(q.base, resourced(q.transform, lambda source: Given(source(q.context, torch.promote_types(q.context.dtype, source.linear.weight.dtype)))), q.context, q.place)
+    return FlowDistribution(
+        q.base,
+        resourced(
+            q.transform,
+            lambda source: Given(
+                source(q.context, torch.promote_types(q.context.dtype, source.linear.weight.dtype))
+            ),
+        ),
+        q.context,
+        q.place,
+    )
+
 
 def rows_of(q, rows):
     "The distributions of a slice of the images of an `emitted` q."
@@ -95,26 +131,38 @@ def rows_of(q, rows):
     return FlowDistribution(q.base, resourced(q.transform, take), q.context[rows], q.place)
 
 # %% ../nbs/01_flows/45_evaluate.ipynb #35d6fac4
-GROUP = 250                                                  # images that are encoded at once
+GROUP = 250  # images that are encoded at once
+
 
 def posteriors(posterior, x, most):
     "`(images, distribution)` of `x` a few at a time, at most `most`. An amortised flow's network is evaluated once an image; any other posterior is called again for each few."
     for group in x.split(GROUP):
         q = posterior(group)
         held = isinstance(q, FlowDistribution) and q.context is not None
-        if held: q = emitted(q)
+        if held:
+            q = emitted(q)
         for first in range(0, len(group), most):
             rows = slice(first, first + most)
-            yield group[rows], rows_of(q, rows) if held else q if most >= len(group) else posterior(group[rows])
+            yield (
+                group[rows],
+                rows_of(q, rows) if held else q if most >= len(group) else posterior(group[rows]),
+            )
 
 # %% ../nbs/01_flows/45_evaluate.ipynb #7179657b
 def blocks_of(log_joint, images, q, samples, block, generator):
     "The log-weights `(samples, len(images))` of one distribution, `block` draws or fewer at a time."
-    return (log_weights(lambda z: log_joint(images, z), q, min(block, samples - done), generator) for done in range(0, samples, block))
+    return (
+        log_weights(lambda z: log_joint(images, z), q, min(block, samples - done), generator)
+        for done in range(0, samples, block)
+    )
+
 
 def marginal_of(groups, samples):
     "The `LogMarginal` of log-weights: for each group of images an iterable of blocks `(s, B)`, `samples` rows in all."
-    total, once, twice, top = (torch.cat(values, -1) for values in zip(*(streamed(blocks, tail_size(samples) + 1) for blocks in groups)))
+    total, once, twice, top = (
+        torch.cat(values, -1)
+        for values in zip(*(streamed(blocks, tail_size(samples) + 1) for blocks in groups))
+    )
     log_p, elbo = once - math.log(samples), total / samples
     check_finite(**{"log p": log_p, "the ELBO": elbo})
     return LogMarginal(log_p, elbo, samples, (2 * once - twice).exp(), tail_shapes(top, samples))
@@ -128,6 +176,15 @@ def log_marginal(log_joint, posterior, x, samples=200, block=1000, seed=0):
     mode. Raises `ValueError` for an `x` that is empty or not finite or `samples < 1`, `FloatingPointError` for a result that is NaN or infinite.
     Source: Rezende et al. 2014, appendix E; Burda et al. 2016, eq. 8; Vehtari et al. 2024, algorithm 1.
     """
-    check_int("samples", samples); check_int("block", block); check_rows(x)
+    check_int("samples", samples)
+    check_int("block", block)
+    check_rows(x)
     generator = torch.Generator(x.device).manual_seed(seed)
-    with torch.no_grad(): return marginal_of((blocks_of(log_joint, images, q, samples, block, generator) for images, q in posteriors(posterior, x, max(1, block // samples))), samples)
+    with torch.no_grad():
+        return marginal_of(
+            (
+                blocks_of(log_joint, images, q, samples, block, generator)
+                for images, q in posteriors(posterior, x, max(1, block // samples))
+            ),
+            samples,
+        )

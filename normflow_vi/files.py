@@ -6,7 +6,10 @@
 __all__ = ['atomic_write', 'sync_folder', 'sha256', 'Busy', 'exclusive']
 
 # %% ../nbs/90_engine/00_files.ipynb #d3cafccc
-import fcntl, hashlib, os, secrets
+import fcntl
+import hashlib
+import os
+import secrets
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +21,13 @@ def atomic_write(path, data):
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:
-            file.write(data); file.flush(); os.fsync(file.fileno())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
-        part.unlink(missing_ok=True); raise
+        part.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
     return path
 
@@ -29,24 +35,32 @@ def atomic_write(path, data):
 def sync_folder(folder):
     "Flush a folder's entries (names, renames) to the disk."
     handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 # %% ../nbs/90_engine/00_files.ipynb #7435e1a2
 def sha256(data):
     "SHA-256, as 64 hexadecimal digits, of `bytes` or of the file at a path."
-    if isinstance(data, (bytes, bytearray, memoryview)): return hashlib.sha256(data).hexdigest()
-    with open(data, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return hashlib.sha256(data).hexdigest()
+    with open(data, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../nbs/90_engine/00_files.ipynb #2cf6184e
 class Busy(RuntimeError):
     "Another process works in this folder."
 
+
 @contextmanager
 def exclusive(folder):
     "Hold `folder` alone for the length of a `with` block; raises `Busy` at once if another process holds it."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/".lock", "w") as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise Busy(f"{folder} is in use by another run; wait for it or stop it") from None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"{folder} is in use by another run; wait for it or stop it") from None
         yield folder

@@ -9,11 +9,20 @@ __all__ = ['FORMAT', 'OURS', 'THEIRS', 'distrust', 'corrections', 'verdict', 'wi
            'show_weights', 'show_marginal', 'show_pair', 'figure_of', 'Fit']
 
 # %% ../nbs/01_flows/48_fitted.ipynb #3af72543
-import copy, importlib.util, io, math, pkgutil, sys, torch, warnings
+import copy
+import importlib.util
+import io
+import math
+import pkgutil
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
+import torch
 from torch import nn
+
 from . import diagnosis
 from .checkpoint import Damaged, pack, unpack
 from .files import atomic_write
@@ -28,6 +37,7 @@ from .transforms.laws import Law
 @dataclass(frozen=True, eq=False, repr=False)
 class _Fields:
     "What a fit is given; log-densities in nats."
+
     q: Flow
     history: History
     steps: int
@@ -41,23 +51,40 @@ class _Fields:
 # %% ../nbs/01_flows/48_fitted.ipynb #2a0358d7
 class _Derived(_Fields):
     "What follows from the draws and their weights; `None` for a fit to samples."
+
     @property
-    def elbo(self): return None if self.log_w is None else estimate(self.log_w.double())
+    def elbo(self):
+        return None if self.log_w is None else estimate(self.log_w.double())
+
     @property
-    def evidence(self): return None if self.log_w is None else diagnosis.log_mean_weight(self.log_w)
+    def evidence(self):
+        return None if self.log_w is None else diagnosis.log_mean_weight(self.log_w)
+
     @property
-    def kl(self): return None if self.log_w is None or self.log_z is None else Estimate(self.log_z - self.elbo.value, self.elbo.std_error)
+    def kl(self):
+        return (
+            None
+            if self.log_w is None or self.log_z is None
+            else Estimate(self.log_z - self.elbo.value, self.elbo.std_error)
+        )
+
     @property
-    def k_hat(self): return None if self.log_w is None else diagnosis.k_hat(self.log_w)
+    def k_hat(self):
+        return None if self.log_w is None else diagnosis.k_hat(self.log_w)
+
     @property
-    def ess(self): return None if self.log_w is None else diagnosis.effective_sample_size(self.log_w).item()
+    def ess(self):
+        return None if self.log_w is None else diagnosis.effective_sample_size(self.log_w).item()
+
     @property
-    def moments(self): return None if self.log_w is None else diagnosis.moments(self.z, self.log_w)
+    def moments(self):
+        return None if self.log_w is None else diagnosis.moments(self.z, self.log_w)
 
     def draws(self):
         "`z`; for a fit to samples, 10,000 draws from q, the same ones at every call."
-        if self.z is not None: return self.z
-        with torch.random.fork_rng():                        # a base may know no generator
+        if self.z is not None:
+            return self.z
+        with torch.random.fork_rng():  # a base may know no generator
             torch.manual_seed(0)
             return self.q.sample((10_000,), torch.Generator(next(self.q.parameters()).device).manual_seed(0))
 
@@ -65,15 +92,31 @@ class _Derived(_Fields):
 def distrust(fit):
     "Reasons why neither q nor its weights can be relied upon."
     S, found = len(fit.log_w), []
-    if fit.k_hat >= diagnosis.k_threshold(S) and fit.ess < .99 * S: found.append(f"k-hat {fit.k_hat:.2f} is not below {diagnosis.k_threshold(S):.2f}, so the weights can neither correct q nor judge it")
-    step = (fit.log_w[fit.log_w.isfinite()].abs().max() if fit.log_w.isfinite().any() else fit.log_w.new_zeros(())).item() * torch.finfo(fit.log_w.dtype).eps
-    if step > .05: found.append(f"its log-densities are so large that they are {step:.2g} nats apart in this precision: subtract a constant, or use q.double() and a log_density in double precision")
-    if fit.ess < 100: found.append(f"its {S:,} draws are worth only {fit.ess:.0f}")
-    if fit.log_z is None: return found
+    if fit.k_hat >= diagnosis.k_threshold(S) and fit.ess < 0.99 * S:
+        found.append(
+            f"k-hat {fit.k_hat:.2f} is not below {diagnosis.k_threshold(S):.2f}, so the weights can neither correct q nor judge it"
+        )
+    step = (
+        fit.log_w[fit.log_w.isfinite()].abs().max() if fit.log_w.isfinite().any() else fit.log_w.new_zeros(())
+    ).item() * torch.finfo(fit.log_w.dtype).eps
+    if step > 0.05:
+        found.append(
+            f"its log-densities are so large that they are {step:.2g} nats apart in this precision: subtract a constant, or use q.double() and a log_density in double precision"
+        )
+    if fit.ess < 100:
+        found.append(f"its {S:,} draws are worth only {fit.ess:.0f}")
+    if fit.log_z is None:
+        return found
     missing = fit.log_z - fit.evidence.value.item()
-    if missing > max(-math.log(.95), 4 * fit.evidence.std_error): found.append(f"it misses about {1 - math.exp(-missing):.0%} of the target's mass (evidence below log Z)")
-    above = max(-fit.kl.value - max(.01, 4 * fit.kl.std_error), -missing - max(.01, 4 * fit.evidence.std_error))
-    if above > 0: found.append("ELBO or evidence lies above log_z, which cannot be the log Z of this log-density")
+    if missing > max(-math.log(0.95), 4 * fit.evidence.std_error):
+        found.append(
+            f"it misses about {1 - math.exp(-missing):.0%} of the target's mass (evidence below log Z)"
+        )
+    above = max(
+        -fit.kl.value - max(0.01, 4 * fit.kl.std_error), -missing - max(0.01, 4 * fit.evidence.std_error)
+    )
+    if above > 0:
+        found.append("ELBO or evidence lies above log_z, which cannot be the log Z of this log-density")
     return found
 
 # %% ../nbs/01_flows/48_fitted.ipynb #452b315a
@@ -81,84 +124,141 @@ def corrections(fit):
     "What importance weights still change: reasons not to use q as it is."
     S, found, sd = len(fit.log_w), [], fit.moments.sd.clamp(min=torch.finfo(torch.float64).tiny)
     outside = (fit.log_w == -math.inf).sum().item()
-    if outside: found.append(f"{outside / S:.1%} of its draws lie outside the target's support")
-    if fit.ess < S / 2: found.append(f"its {S:,} draws are worth {fit.ess:,.0f}")
+    if outside:
+        found.append(f"{outside / S:.1%} of its draws lie outside the target's support")
+    if fit.ess < S / 2:
+        found.append(f"its {S:,} draws are worth {fit.ess:,.0f}")
     shifts = diagnosis.moment_shifts(fit.z, fit.log_w)
     for what, shift, error in (("mean", shifts.mean, shifts.mean_error), ("sd", shifts.sd, shifts.sd_error)):
         size = torch.where(shift.abs() > 4 * error, shift.abs() / sd, 0)
-        others = (size > .1).sum().item() - 1
-        if others >= 0: found.append(f"its {what} of z[{int(size.argmax())}] is off by {size.max():.2f} sd" + (f", that of {others} more by over 0.1" if others else ""))
+        others = (size > 0.1).sum().item() - 1
+        if others >= 0:
+            found.append(
+                f"its {what} of z[{int(size.argmax())}] is off by {size.max():.2f} sd"
+                + (f", that of {others} more by over 0.1" if others else "")
+            )
     return found
+
 
 def verdict(fit):
     "What a fit is good for, and why not for more; the thresholds are those of `Fit.summary`."
-    if fit.log_w is None: return "fitted to samples: it can be judged by the log-likelihood of samples it was not trained on, against that of other fits"
-    if reasons := distrust(fit): return "not to be trusted: " + "; ".join(reasons)
-    if reasons := corrections(fit): return "usable with importance weights: " + "; ".join(reasons)
-    return "good: q can be used as it is" + (" (as far as its own draws can tell)" if fit.log_z is None else "")
+    if fit.log_w is None:
+        return "fitted to samples: it can be judged by the log-likelihood of samples it was not trained on, against that of other fits"
+    if reasons := distrust(fit):
+        return "not to be trusted: " + "; ".join(reasons)
+    if reasons := corrections(fit):
+        return "usable with importance weights: " + "; ".join(reasons)
+    return "good: q can be used as it is" + (
+        " (as far as its own draws can tell)" if fit.log_z is None else ""
+    )
 
 # %% ../nbs/01_flows/48_fitted.ipynb #4d339a24
 def with_error(value, error, *others):
     "`value ± error` to two digits of the error; `others` to the same number of decimals come first."
     value, error = float(value), float(error)
-    if not (math.isfinite(value) and 0 < error < math.inf): return ", ".join([*(f"{float(other):.4g} (q)" for other in others), f"{value:.4g} ± {error:.2g}"])
+    if not (math.isfinite(value) and 0 < error < math.inf):
+        return ", ".join([*(f"{float(other):.4g} (q)" for other in others), f"{value:.4g} ± {error:.2g}"])
     decimals = min(max(0, 1 - math.floor(math.log10(error))), 12)
-    return ", ".join([*(f"{float(other):.{decimals}f} (q)" for other in others), f"{value:.{decimals}f} ± {error:.{decimals}f}"])
+    return ", ".join(
+        [
+            *(f"{float(other):.{decimals}f} (q)" for other in others),
+            f"{value:.{decimals}f} ± {error:.{decimals}f}",
+        ]
+    )
 
 # %% ../nbs/01_flows/48_fitted.ipynb #c4dd121f
 def restarts_line(bounds):
     "How many restarts there were, and whether their bounds agree."
-    if len(bounds) < 2: return "restarts: 1, so nothing to compare it with"
+    if len(bounds) < 2:
+        return "restarts: 1, so nothing to compare it with"
     found = [bound for bound in bounds if bound.value.isfinite()]
     failed = f", {len(bounds) - len(found)} without a finite bound" if len(found) < len(bounds) else ""
-    if not found: return f"restarts: {len(bounds)}{failed}"
-    near = sum(bool(found[0].value - b.value <= max(.05, 4 * math.hypot(found[0].std_error, b.std_error))) for b in found)
+    if not found:
+        return f"restarts: {len(bounds)}{failed}"
+    near = sum(
+        bool(found[0].value - b.value <= max(0.05, 4 * math.hypot(found[0].std_error, b.std_error)))
+        for b in found
+    )
     spread = f"restarts: {len(bounds)}{failed}, bounds {found[-1].value:.3f} to {found[0].value:.3f} nats"
-    return f"{spread}: they agree" if near == len(found) else f"{spread}: {near} of {len(bounds)} reach the best, so there are several optima; this is the best one found"
+    return (
+        f"{spread}: they agree"
+        if near == len(found)
+        else f"{spread}: {near} of {len(bounds)} reach the best, so there are several optima; this is the best one found"
+    )
+
 
 def rising(fit):
     "Whether the learning curve of the run that was kept still rose at the end."
-    curve = next((curve for name, curve in fit.history.values.items() if name in ("elbo", "log_likelihood")), np.zeros((0, 1)))
+    curve = next(
+        (curve for name, curve in fit.history.values.items() if name in ("elbo", "log_likelihood")),
+        np.zeros((0, 1)),
+    )
     return len(curve) >= 20 and diagnosis.risen(curve[:, :1])
+
 
 def training_line(fit):
     "How the training ended."
-    if fit.converged is None: return f"training: {fit.steps:,} steps, as asked" + (": the bound still rose, more would help" if rising(fit) else "")
-    return f"training: converged after {fit.steps:,} steps" if fit.converged else f"training: stopped at the limit of {fit.steps:,} steps, before it had converged: allow more steps"
+    if fit.converged is None:
+        return f"training: {fit.steps:,} steps, as asked" + (
+            ": the bound still rose, more would help" if rising(fit) else ""
+        )
+    return (
+        f"training: converged after {fit.steps:,} steps"
+        if fit.converged
+        else f"training: stopped at the limit of {fit.steps:,} steps, before it had converged: allow more steps"
+    )
 
 # %% ../nbs/01_flows/48_fitted.ipynb #60ad2bc2
 def weight_lines(fit):
     "Bound, divergence, evidence, k-hat and effective sample size of a fit to a density."
     S, limit = len(fit.log_w), diagnosis.k_threshold(len(fit.log_w))
     yield f"ELBO: {fit.elbo} nats" + (", up to a constant (log Z is not known)" if fit.log_z is None else "")
-    if fit.log_z is not None: yield f"KL(q||p): {fit.kl} nats, with the exact log Z = {fit.log_z:.3f}"
+    if fit.log_z is not None:
+        yield f"KL(q||p): {fit.kl} nats, with the exact log Z = {fit.log_z:.3f}"
     yield f"evidence: {fit.evidence} nats, from {S:,} importance weights"
-    yield f"k-hat: {fit.k_hat:.2f}, " + (f"good (below {limit:.2f})" if fit.k_hat < limit else f"unreliable (not below {limit:.2f})")
+    yield f"k-hat: {fit.k_hat:.2f}, " + (
+        f"good (below {limit:.2f})" if fit.k_hat < limit else f"unreliable (not below {limit:.2f})"
+    )
     yield f"ESS: {fit.ess:,.0f} of {S:,} draws ({fit.ess / S:.0%})"
+
 
 def moment_lines(fit, coordinates=3):
     "Mean and standard deviation of the first coordinates, by q and reweighted."
     ours, theirs, shifts = diagnosis.moments(fit.z), fit.moments, diagnosis.moment_shifts(fit.z, fit.log_w)
     for d in range(min(coordinates, fit.z.shape[1])):
         by = max(shifts.mean[d].abs() / shifts.mean_error[d], shifts.sd[d].abs() / shifts.sd_error[d])
-        visible = max(shifts.mean[d].abs(), shifts.sd[d].abs()) > .02 * theirs.sd[d]
+        visible = max(shifts.mean[d].abs(), shifts.sd[d].abs()) > 0.02 * theirs.sd[d]
         line = f"z[{d}]: mean {with_error(theirs.mean[d], theirs.mean_error[d], ours.mean[d])} (reweighted); sd {with_error(theirs.sd[d], theirs.sd_error[d], ours.sd[d])} (reweighted)"
-        yield line + (f": they differ, by {by:.0f} standard errors of the difference" if by > 4 and visible else "")
+        yield line + (
+            f": they differ, by {by:.0f} standard errors of the difference" if by > 4 and visible else ""
+        )
 
 # %% ../nbs/01_flows/48_fitted.ipynb #4a997467
 def sample_lines(fit):
     "Held-out log-likelihood of a fit to samples, beside that of the training samples at the step that was kept; nothing was held out if the history has no validation."
     held, past = fit.log_likelihood, fit.history
-    if not past.valid: yield f"log-likelihood: {held} nats, of the training samples: it cannot show overfitting"; return
-    kept = len(past.steps) - 1 if past.best_step is None else max(0, int(np.searchsorted(past.steps, past.best_step[0], "right")) - 1)
+    if not past.valid:
+        yield f"log-likelihood: {held} nats, of the training samples: it cannot show overfitting"
+        return
+    kept = (
+        len(past.steps) - 1
+        if past.best_step is None
+        else max(0, int(np.searchsorted(past.steps, past.best_step[0], "right")) - 1)
+    )
     seen = past.values["log_likelihood"][kept, 0]
-    over = f": it overfits by {seen - held.value:.2f} nats; fewer parameters or more samples" if held.std_error.isfinite() and seen - held.value > max(.1, 4 * held.std_error) else ""
+    over = (
+        f": it overfits by {seen - held.value:.2f} nats; fewer parameters or more samples"
+        if held.std_error.isfinite() and seen - held.value > max(0.1, 4 * held.std_error)
+        else ""
+    )
     yield f"held-out log-likelihood: {held} nats; of the training samples {seen:.3f}{over}"
 
 # %% ../nbs/01_flows/48_fitted.ipynb #d49efa32
 class _Described(_Derived):
     "A fit in words."
-    def __repr__(self): return self.summary()
+
+    def __repr__(self):
+        return self.summary()
 
     def summary(self):
         """A diagnosis in a few lines, the verdict first.
@@ -168,23 +268,47 @@ class _Described(_Derived):
         Good otherwise. Estimates must pass a threshold by four standard errors. Restarts agree if their bounds do within 0.05 nats or four standard errors.
         """
         first, last = (sample_lines, lambda fit: ()) if self.log_w is None else (weight_lines, moment_lines)
-        return "\n".join([f"verdict: {verdict(self)}", *first(self), restarts_line(self.bounds), training_line(self), *last(self)])
+        return "\n".join(
+            [
+                f"verdict: {verdict(self)}",
+                *first(self),
+                restarts_line(self.bounds),
+                training_line(self),
+                *last(self),
+            ]
+        )
 
 # %% ../nbs/01_flows/48_fitted.ipynb #2f12b65e
 FORMAT = 1
 
+
 def trusted():
     "The classes a saved flow may be made of: those of this package's transforms and flows, and of `torch.nn` and `torch.distributions`; none of them does more than hold numbers and compute."
     import normflow_vi.transforms as ours
-    for found in pkgutil.iter_modules(ours.__path__): importlib.import_module(f"{ours.__name__}.{found.name}")
+
+    for found in pkgutil.iter_modules(ours.__path__):
+        importlib.import_module(f"{ours.__name__}.{found.name}")
     places = (f"{ours.__name__}.", "normflow_vi.flows", "torch.nn.modules.", "torch.distributions.")
-    kinds = (nn.Module, Law, torch.distributions.Distribution, torch.distributions.constraints.Constraint, torch.distributions.Transform)
+    kinds = (
+        nn.Module,
+        Law,
+        torch.distributions.Distribution,
+        torch.distributions.constraints.Constraint,
+        torch.distributions.Transform,
+    )
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(places)]
-    return {cls for module in modules for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, kinds) and cls.__module__.startswith(places)}
+    return {
+        cls
+        for module in modules
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, kinds) and cls.__module__.startswith(places)
+    }
+
 
 def strange(data, classes=()):
     "Names of the classes and functions in the bytes of a saved module that are neither trusted nor among `classes`, sorted."
-    with torch.serialization.safe_globals([*trusted(), *classes]): return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
+    with torch.serialization.safe_globals([*trusted(), *classes]):
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
 
 # %% ../nbs/01_flows/48_fitted.ipynb #20a256b0
 def module_bytes(q):
@@ -192,65 +316,115 @@ def module_bytes(q):
     buffer = io.BytesIO()
     try:
         single = copy.deepcopy(q)
-        for tensor in (*single.parameters(), *single.buffers()): tensor.data = tensor.data.cpu().clone()
+        for tensor in (*single.parameters(), *single.buffers()):
+            tensor.data = tensor.data.cpu().clone()
         torch.save(single, buffer)
-    except Exception as error: raise TypeError(f"q holds something that cannot be saved ({error}); expected tensors, plain values and objects of importable classes") from error
+    except Exception as error:
+        raise TypeError(
+            f"q holds something that cannot be saved ({error}); expected tensors, plain values and objects of importable classes"
+        ) from error
     for name in strange(buffer.getvalue()):
-        if not isinstance(pkgutil.resolve_name(name), type): raise TypeError(f"q holds {name}, which is not a class; a saved flow is made of tensors, plain values and objects, without functions")
+        if not isinstance(pkgutil.resolve_name(name), type):
+            raise TypeError(
+                f"q holds {name}, which is not a class; a saved flow is made of tensors, plain values and objects, without functions"
+            )
     return buffer.getvalue()
+
 
 def check_classes(classes):
     "Raise `TypeError` unless `classes` is a sequence of classes."
-    if not isinstance(classes, (list, tuple)): raise TypeError(f"classes: expected a list of classes, got {classes!r}")
+    if not isinstance(classes, (list, tuple)):
+        raise TypeError(f"classes: expected a list of classes, got {classes!r}")
     for cls in classes:
-        if not isinstance(cls, type) or issubclass(cls, type): raise TypeError(f"classes: expected classes, got {cls!r}")
+        if not isinstance(cls, type) or issubclass(cls, type):
+            raise TypeError(f"classes: expected classes, got {cls!r}")
+
 
 def module_from(data, classes=()):
     "The module in bytes of `module_bytes`, on the CPU; nothing but trusted classes and `classes` is used to build it, and no function is called."
-    moved = [(cls, name) for name in strange(data, classes) for cls in classes if name.endswith("." + cls.__qualname__)]   # a script's class is __main__'s when it runs, its module's later
+    moved = [
+        (cls, name)
+        for name in strange(data, classes)
+        for cls in classes
+        if name.endswith("." + cls.__qualname__)
+    ]  # a script's class is __main__'s when it runs, its module's later
     if unknown := set(strange(data, classes)) - {name for _, name in moved}:
-        raise Damaged(f"made of {', '.join(sorted(unknown))}, which loading does not trust; if these are classes of yours, name them: Fit.load(path, classes=[...])")
-    with torch.serialization.safe_globals([*trusted(), *classes, *moved]): return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        raise Damaged(
+            f"made of {', '.join(sorted(unknown))}, which loading does not trust; if these are classes of yours, name them: Fit.load(path, classes=[...])"
+        )
+    with torch.serialization.safe_globals([*trusted(), *classes, *moved]):
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 # %% ../nbs/01_flows/48_fitted.ipynb #7c5dad06
 def plain(item):
     "Arrays and estimates as tensors and dicts, which a checkpoint can hold."
-    if isinstance(item, (np.ndarray, np.generic)): return torch.as_tensor(item).clone()
-    if isinstance(item, torch.Tensor): return item.detach().cpu().clone()
-    if isinstance(item, (Estimate, History)): return plain(vars(item))
-    if isinstance(item, dict): return {name: plain(value) for name, value in item.items()}
+    if isinstance(item, (np.ndarray, np.generic)):
+        return torch.as_tensor(item).clone()
+    if isinstance(item, torch.Tensor):
+        return item.detach().cpu().clone()
+    if isinstance(item, (Estimate, History)):
+        return plain(vars(item))
+    if isinstance(item, dict):
+        return {name: plain(value) for name, value in item.items()}
     return [plain(value) for value in item] if isinstance(item, (list, tuple)) else item
+
 
 def arrays(item):
     "Tensors as arrays again, in a dict."
-    if isinstance(item, dict): return {name: arrays(value) for name, value in item.items()}
+    if isinstance(item, dict):
+        return {name: arrays(value) for name, value in item.items()}
     return item.numpy() if isinstance(item, torch.Tensor) else item
 
 # %% ../nbs/01_flows/48_fitted.ipynb #332a0be6
 def opened(path):
     "What a fit's file holds, undamaged and of this format, as tensors and plain values."
-    try: state = unpack(Path(path).read_bytes())[1]
-    except Damaged as error: raise Damaged(f"{path} cannot be loaded as a fit: it is {error}") from error
-    except ValueError as error: raise ValueError(f"{path}: {error}") from error
-    if not isinstance(state, dict) or "format" not in state: raise Damaged(f"{path} cannot be loaded as a fit: it is a checkpoint of a training")
+    try:
+        state = unpack(Path(path).read_bytes())[1]
+    except Damaged as error:
+        raise Damaged(f"{path} cannot be loaded as a fit: it is {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise Damaged(f"{path} cannot be loaded as a fit: it is a checkpoint of a training")
     if (found := state.pop("format")) != FORMAT:
-        raise ValueError(f"{path}: fit format {found}; this version of normflow_vi reads format {FORMAT}: fit again, or load it with the version that wrote it")
+        raise ValueError(
+            f"{path}: fit format {found}; this version of normflow_vi reads format {FORMAT}: fit again, or load it with the version that wrote it"
+        )
     return state
+
 
 def rebuilt(state):
     "The fields of a fit, but for its flow, from the plain values of its file."
-    estimates = [None if held is None else Estimate(**held) for held in (state.pop("log_likelihood"), *state.pop("bounds"))]
-    return {**state, "history": History(**arrays(state.pop("history"))), "log_likelihood": estimates[0], "bounds": tuple(estimates[1:])}
+    estimates = [
+        None if held is None else Estimate(**held)
+        for held in (state.pop("log_likelihood"), *state.pop("bounds"))
+    ]
+    return {
+        **state,
+        "history": History(**arrays(state.pop("history"))),
+        "log_likelihood": estimates[0],
+        "bounds": tuple(estimates[1:]),
+    }
 
 # %% ../nbs/01_flows/48_fitted.ipynb #aadb5d36
 class _Filed(_Described):
     "A fit that can be saved and loaded."
+
     def save(self, path):
         "Write everything to one file, which appears whole or not at all; returns the path. `OSError` names path and size; `TypeError` for a flow that holds a function."
-        state = {"format": FORMAT, **{name: plain(value) for name, value in vars(self).items() if name != "q"}}
-        data = pack(self.steps, state | {"q": torch.frombuffer(bytearray(module_bytes(self.q)), dtype=torch.uint8)})
-        try: return atomic_write(path, data)
-        except OSError as error: raise OSError(error.errno, f"a fit of {len(data):,} bytes cannot be written ({error.strerror})", str(path)) from error
+        state = {
+            "format": FORMAT,
+            **{name: plain(value) for name, value in vars(self).items() if name != "q"},
+        }
+        data = pack(
+            self.steps, state | {"q": torch.frombuffer(bytearray(module_bytes(self.q)), dtype=torch.uint8)}
+        )
+        try:
+            return atomic_write(path, data)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"a fit of {len(data):,} bytes cannot be written ({error.strerror})", str(path)
+            ) from error
 
     @classmethod
     def load(cls, path, classes=()):
@@ -259,62 +433,117 @@ class _Filed(_Described):
         `classes`: classes of yours that the flow is made of; those of this package and of `torch.nn` and `torch.distributions` are known.
         Raises `checkpoint.Damaged` (a `ValueError`) for a file that is not whole, not a fit, or made of other classes; `ValueError` for another format, naming both.
         """
-        check_classes(classes); state = opened(path)
-        try: fit = cls(q=module_from(state.pop("q").numpy().tobytes(), classes), **rebuilt(state))
-        except Damaged as error: raise Damaged(f"{path} cannot be loaded as a fit: it is {error}") from error
-        except Exception as error: raise Damaged(f"{path} cannot be loaded as a fit: what it holds is not one ({type(error).__name__}: {error})") from error
-        if not isinstance(fit.q, Flow): raise Damaged(f"{path} cannot be loaded as a fit: it holds a {type(fit.q).__name__} in place of a Flow")
+        check_classes(classes)
+        state = opened(path)
+        try:
+            fit = cls(q=module_from(state.pop("q").numpy().tobytes(), classes), **rebuilt(state))
+        except Damaged as error:
+            raise Damaged(f"{path} cannot be loaded as a fit: it is {error}") from error
+        except Exception as error:
+            raise Damaged(
+                f"{path} cannot be loaded as a fit: what it holds is not one ({type(error).__name__}: {error})"
+            ) from error
+        if not isinstance(fit.q, Flow):
+            raise Damaged(
+                f"{path} cannot be loaded as a fit: it holds a {type(fit.q).__name__} in place of a Flow"
+            )
         return fit
 
 # %% ../nbs/01_flows/48_fitted.ipynb #f6d3f1ce
 def named(names, dim):
     "`{name: position or slice}` from one name for all coordinates, a list of `dim` names, or such a dict."
-    if isinstance(names, str): return {names: slice(None)}
-    if isinstance(names, dict) and names: return names
-    if isinstance(names, (list, tuple)) and len(set(names)) == len(names) == dim: return {name: d for d, name in enumerate(names)}
-    raise ValueError(f"names={names!r}: expected one name, {dim} different names, or a dict from names to positions or slices of {dim} coordinates")
+    if isinstance(names, str):
+        return {names: slice(None)}
+    if isinstance(names, dict) and names:
+        return names
+    if isinstance(names, (list, tuple)) and len(set(names)) == len(names) == dim:
+        return {name: d for d, name in enumerate(names)}
+    raise ValueError(
+        f"names={names!r}: expected one name, {dim} different names, or a dict from names to positions or slices of {dim} coordinates"
+    )
 
 # %% ../nbs/01_flows/48_fitted.ipynb #6884336e
 class _Convertible(_Filed):
     "A fit that other programs can read."
+
     def to_arviz(self, names="z"):
         """Draws in ArviZ's form (`InferenceData`; `DataTree` from ArviZ 1 on): group `posterior`, one chain; `sample_stats` has their `log_weight`.
 
         Of a fit to a density the draws are resampled by their smoothed weights, in order, whatever the verdict; a warning says so where k-hat is not good. Of a fit to samples they are q's.
         `names`: one name for all coordinates, a list of one for each, or a dict from names to positions or slices. `ImportError` without the package arviz.
         """
-        try: import arviz
-        except ImportError as error: raise ImportError("to_arviz needs the package arviz: pip install 'normflow_vi[arviz]'") from error
+        try:
+            import arviz
+        except ImportError as error:
+            raise ImportError("to_arviz needs the package arviz: pip install 'normflow_vi[arviz]'") from error
         z, stats = self.draws(), {}
         places = named(names, z.shape[1])
         if self.log_w is not None:
             limit = diagnosis.k_threshold(len(z))
-            if self.k_hat >= limit: warnings.warn(f"k-hat {self.k_hat:.2f} is not below {limit:.2f}: the resampled draws cannot be relied upon", stacklevel=2)
+            if self.k_hat >= limit:
+                warnings.warn(
+                    f"k-hat {self.k_hat:.2f} is not below {limit:.2f}: the resampled draws cannot be relied upon",
+                    stacklevel=2,
+                )
             rows = diagnosis.resample(self.log_w)
             z, stats = z[rows], {"sample_stats": {"log_weight": self.log_w[rows].cpu().numpy()[None]}}
-        groups = {"posterior": {name: z[:, place].detach().cpu().numpy()[None] for name, place in places.items()}, **stats}
+        groups = {
+            "posterior": {name: z[:, place].detach().cpu().numpy()[None] for name, place in places.items()},
+            **stats,
+        }
         return arviz.from_dict(**groups) if arviz.__version__.startswith("0.") else arviz.from_dict(groups)
 
 # %% ../nbs/01_flows/48_fitted.ipynb #b230840e
-OURS, THEIRS = "diagonal", "target"                          # the colours of q and of the reweighted draws
+OURS, THEIRS = "diagonal", "target"  # the colours of q and of the reweighted draws
+
 
 def limits(*values):
     "Where nearly all of some tensors lie, a tenth wider."
-    ends = [torch.quantile(v[v.isfinite()].double()[:100_000], torch.tensor([.002, .998], dtype=torch.float64)) for v in values]
+    ends = [
+        torch.quantile(v[v.isfinite()].double()[:100_000], torch.tensor([0.002, 0.998], dtype=torch.float64))
+        for v in values
+    ]
     low, high = min(e[0].item() for e in ends), max(e[1].item() for e in ends)
-    return (low - .05 * (high - low), high + .05 * (high - low)) if high > low else (low - .5, high + .5)
+    return (low - 0.05 * (high - low), high + 0.05 * (high - low)) if high > low else (low - 0.5, high + 0.5)
+
 
 def show_curves(axes, fit):
     "The bound of every restart against steps; the one that was kept is drawn last, and dashed its value on fresh draws."
     name = "log_likelihood" if fit.log_w is None else "elbo"
     steps, curves = fit.history.steps, fit.history.values[name]
-    if curves.shape[1] > 1: axes.plot(steps, curves[:, 1:], color=colour(OURS, .5), lw=1, label=["other restarts"] + [None] * (curves.shape[1] - 2))
+    if curves.shape[1] > 1:
+        axes.plot(
+            steps,
+            curves[:, 1:],
+            color=colour(OURS, 0.5),
+            lw=1,
+            label=["other restarts"] + [None] * (curves.shape[1] - 2),
+        )
     axes.plot(steps, curves[:, 0], color=colour(THEIRS), lw=1.5, label="the one kept")
     final = fit.log_likelihood if fit.log_w is None else fit.elbo
-    if final.value.isfinite(): axes.axhline(final.value, color=colour("cif"), ls="--", lw=1, label="of q, on fresh draws" if fit.log_w is not None else "held out" if fit.history.valid else "of q")
-    if fit.log_z is not None and fit.log_w is not None: axes.axhline(fit.log_z, color=colour("nice"), ls=":", lw=1.5, label="log Z")
-    settled = np.quantile(np.append(curves[np.isfinite(curves)], final.value.nan_to_num(0.)), [.1, 1.])          # the first steps may be far below
-    axes.set(title="learning curve", xlabel="step", ylabel="ELBO (nats)" if name == "elbo" else "log-likelihood (nats)", ylim=(settled[0] - .1 * np.ptp(settled) - .01, None))
+    if final.value.isfinite():
+        axes.axhline(
+            final.value,
+            color=colour("cif"),
+            ls="--",
+            lw=1,
+            label="of q, on fresh draws"
+            if fit.log_w is not None
+            else "held out"
+            if fit.history.valid
+            else "of q",
+        )
+    if fit.log_z is not None and fit.log_w is not None:
+        axes.axhline(fit.log_z, color=colour("nice"), ls=":", lw=1.5, label="log Z")
+    settled = np.quantile(
+        np.append(curves[np.isfinite(curves)], final.value.nan_to_num(0.0)), [0.1, 1.0]
+    )  # the first steps may be far below
+    axes.set(
+        title="learning curve",
+        xlabel="step",
+        ylabel="ELBO (nats)" if name == "elbo" else "log-likelihood (nats)",
+        ylim=(settled[0] - 0.1 * np.ptp(settled) - 0.01, None),
+    )
     axes.legend(fontsize=7, loc="lower right")
 
 # %% ../nbs/01_flows/48_fitted.ipynb #cf21f462
@@ -323,39 +552,80 @@ def show_weights(axes, fit):
     log_w = (fit.log_w.double() - fit.evidence.value).cpu()
     shown, cutoff = log_w[log_w.isfinite()], diagnosis.tail_of(log_w)[0].item()
     low, high = limits(shown)[0], max(shown.max().item(), limits(shown)[1])
-    axes.hist(shown.clamp(min=low).numpy(), bins=60, range=(low, high), color=colour(OURS, .6), log=True)
-    if fit.k_hat > -math.inf: axes.axvspan(cutoff, high, color=colour("cif", .15), zorder=0, label="tail that k-hat is fitted to")
+    axes.hist(shown.clamp(min=low).numpy(), bins=60, range=(low, high), color=colour(OURS, 0.6), log=True)
+    if fit.k_hat > -math.inf:
+        axes.axvspan(cutoff, high, color=colour("cif", 0.15), zorder=0, label="tail that k-hat is fitted to")
     axes.axvline(0, color=colour(THEIRS), lw=1, label="equal weights")
-    axes.set(title=f"weights: k-hat {fit.k_hat:.2f}, ESS {fit.ess / len(log_w):.0%}", xlabel="log w - evidence (nats)", ylabel="draws", xlim=(low, high)); axes.legend(fontsize=7, loc="upper left")
+    axes.set(
+        title=f"weights: k-hat {fit.k_hat:.2f}, ESS {fit.ess / len(log_w):.0%}",
+        xlabel="log w - evidence (nats)",
+        ylabel="draws",
+        xlim=(low, high),
+    )
+    axes.legend(fontsize=7, loc="upper left")
+
 
 def show_marginal(axes, fit, d):
     "The marginal of coordinate `d`: of q, and reweighted."
     z = fit.draws()[:, d].cpu()
     w = None if fit.log_w is None else torch.softmax(diagnosis.pareto_smoothed(fit.log_w)[0], 0).cpu()
     range_ = limits(z) if w is None else limits(z, z[diagnosis.resample(fit.log_w).cpu()])
-    axes.hist(z.numpy(), bins=50, range=range_, density=True, color=colour(OURS, .45), label="q")
-    if w is not None: axes.hist(z.numpy(), bins=50, range=range_, weights=w.numpy(), density=True, histtype="step", color=colour(THEIRS), label="reweighted")
-    axes.set(title=f"z[{d}]", yticks=[], xlabel=f"z[{d}]"); axes.legend(fontsize=7, loc="upper right")
+    axes.hist(z.numpy(), bins=50, range=range_, density=True, color=colour(OURS, 0.45), label="q")
+    if w is not None:
+        axes.hist(
+            z.numpy(),
+            bins=50,
+            range=range_,
+            weights=w.numpy(),
+            density=True,
+            histtype="step",
+            color=colour(THEIRS),
+            label="reweighted",
+        )
+    axes.set(title=f"z[{d}]", yticks=[], xlabel=f"z[{d}]")
+    axes.legend(fontsize=7, loc="upper right")
 
 # %% ../nbs/01_flows/48_fitted.ipynb #ae3c8659
 def show_pair(axes, fit, points=1500):
     "The first two coordinates: draws of q, and resampled ones."
     z = fit.draws().cpu()
     step = max(1, len(z) // points)
-    axes.scatter(*z[::step, :2].T.numpy(), s=4, color=colour(OURS, .45), label="q", rasterized=True)
+    axes.scatter(*z[::step, :2].T.numpy(), s=4, color=colour(OURS, 0.45), label="q", rasterized=True)
     chosen = z if fit.log_w is None else z[diagnosis.resample(fit.log_w).cpu()]
-    if fit.log_w is not None: axes.scatter(*chosen[::step, :2].T.numpy(), s=3, color=colour(THEIRS), alpha=.5, label="reweighted", rasterized=True)
-    axes.set(title="first two coordinates", xlabel="z[0]", ylabel="z[1]", xlim=limits(z[:, 0], chosen[:, 0]), ylim=limits(z[:, 1], chosen[:, 1]))
+    if fit.log_w is not None:
+        axes.scatter(
+            *chosen[::step, :2].T.numpy(),
+            s=3,
+            color=colour(THEIRS),
+            alpha=0.5,
+            label="reweighted",
+            rasterized=True,
+        )
+    axes.set(
+        title="first two coordinates",
+        xlabel="z[0]",
+        ylabel="z[1]",
+        xlim=limits(z[:, 0], chosen[:, 0]),
+        ylim=limits(z[:, 1], chosen[:, 1]),
+    )
     axes.legend(fontsize=7, loc="upper right", markerscale=2)
+
 
 def figure_of(fit, panels):
     "A figure of `panels`, functions of axes and fit, three in a row, under the verdict."
-    import matplotlib.pyplot as plt, textwrap
+    import textwrap
+
+    import matplotlib.pyplot as plt
+
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.7 * rows + .4), layout="constrained", squeeze=False)
-    for panel, place in zip(panels, axes.flat): panel(place, fit)
-    for unused in axes.flat[len(panels):]: unused.set_visible(False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 2.7 * rows + 0.4), layout="constrained", squeeze=False
+    )
+    for panel, place in zip(panels, axes.flat):
+        panel(place, fit)
+    for unused in axes.flat[len(panels) :]:
+        unused.set_visible(False)
     figure.suptitle("\n".join(textwrap.wrap(f"verdict: {verdict(fit)}", 34 * columns)), fontsize=9)
     return figure
 
@@ -367,8 +637,20 @@ class Fit(_Convertible):
     Derived: `elbo`, `evidence` (`log (1/S) sum w`), `kl` (`log_z - elbo`) as `Estimate`s in nats, `k_hat`, `ess`, `moments`.
     What does not apply is `None`: whatever comes from weights for a fit to samples, `kl` without `log_z`.
     """
+
     def plot(self, coordinates=3):
         "A matplotlib figure: learning curves, log-weights, marginals of the first `coordinates`, the first two together; of q in grey, reweighted in black."
         dim = self.draws().shape[1]
-        marginals = [lambda axes, fit, d=d: show_marginal(axes, fit, d) for d in range(min(check_int("coordinates", coordinates, 0), dim))]
-        return figure_of(self, [show_curves, *([show_weights] if self.log_w is not None else []), *([show_pair] if dim > 1 else []), *marginals])
+        marginals = [
+            lambda axes, fit, d=d: show_marginal(axes, fit, d)
+            for d in range(min(check_int("coordinates", coordinates, 0), dim))
+        ]
+        return figure_of(
+            self,
+            [
+                show_curves,
+                *([show_weights] if self.log_w is not None else []),
+                *([show_pair] if dim > 1 else []),
+                *marginals,
+            ],
+        )

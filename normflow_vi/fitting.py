@@ -9,11 +9,15 @@ __all__ = ['WIDE', 'MOST', 'LEAST', 'path', 'density_loss', 'sample_loss', 'rand
            'best_first', 'in_order', 'finished', 'fit', 'fit_density', 'fit_samples']
 
 # %% ../nbs/01_flows/50_fit.ipynb #df1da556
-import copy, math, torch
+import copy
+import math
 from contextlib import contextmanager
 from dataclasses import replace
+
 import numpy as np
+import torch
 from torch.distributions.constraints import Constraint
+
 from .diagnosis import risen
 from .fitted import Fit
 from .flows import Flow, FlowDistribution, Place, contains, draw
@@ -22,63 +26,104 @@ from .objectives import Estimate, annealing, check_bound, estimate, parts_of, re
 from .placing import is_placed, place_density, place_samples
 from .targets import Target
 from .tracing import origin, way_of_draws, way_of_samples
-from .training import NonFinite, OneRun, Optimizer, StackedRuns, Trainer, copied, evaluating, fix_global_stream, put, tensors_of, unvalidated
+from normflow_vi.training import (
+    NonFinite,
+    OneRun,
+    Optimizer,
+    StackedRuns,
+    Trainer,
+    copied,
+    evaluating,
+    fix_global_stream,
+    put,
+    tensors_of,
+    unvalidated,
+)
 from .transforms.base import Sourced, check_int, check_positive, check_tensor, first_false
 
 # %% ../nbs/01_flows/50_fit.ipynb #b5f5e358
-WIDE = 4.                                                    # standard deviation, in the flow's units, of the Gaussian from which a fit sets out
+WIDE = 4.0  # standard deviation, in the flow's units, of the Gaussian from which a fit sets out
+
 
 def path(q, log_density, beta):
     "The target at `beta` of the path, in the flow's units, as a log-density of two parts `(N, D) -> (N,)`."
+
     def parts(x):
         z, log_det = q.place(x)
-        if isinstance(beta, float) and beta == 1: return {"target": log_density(z) + log_det}
-        wide = -.5 * (x * x).sum(-1) / WIDE**2 - q.dim * math.log(WIDE * math.sqrt(2 * math.pi))
+        if isinstance(beta, float) and beta == 1:
+            return {"target": log_density(z) + log_det}
+        wide = -0.5 * (x * x).sum(-1) / WIDE**2 - q.dim * math.log(WIDE * math.sqrt(2 * math.pi))
         return {"target": beta * (log_density(z) + log_det), "wide": (1 - beta) * wide}
+
     return parts
 
-def density_loss(log_density, draws, anneal=0, alpha=1., gradient="reparameterised"):
+
+def density_loss(log_density, draws, anneal=0, alpha=1.0, gradient="reparameterised"):
     "Minus the bound `alpha` of `draws` draws, annealed over the first `anneal` updates, as a training loss; its term `elbo` is not annealed."
+
     def loss(q, batch, step, generator):
-        beta = annealing(step, anneal, .01)
-        bound = renyi(path(q, log_density, beta), FlowDistribution(q.base, q.transform), alpha, draws, generator=generator, gradient=gradient)
-        return Estimate(-bound.value, bound.std_error, {"elbo": bound.terms["target"] / beta - bound.terms["log_q"]})
+        beta = annealing(step, anneal, 0.01)
+        bound = renyi(
+            path(q, log_density, beta),
+            FlowDistribution(q.base, q.transform),
+            alpha,
+            draws,
+            generator=generator,
+            gradient=gradient,
+        )
+        return Estimate(
+            -bound.value, bound.std_error, {"elbo": bound.terms["target"] / beta - bound.terms["log_q"]}
+        )
+
     return loss
 
 # %% ../nbs/01_flows/50_fit.ipynb #8c2a890a
 def sample_loss(samples, draws):
     "The negative mean log-density of random rows of `samples`, as a training loss."
+
     def loss(q, batch, step, generator):
         found = estimate(-q().log_prob(samples[random_rows(samples, draws, generator)], generator))
         return Estimate(found.value, found.std_error, {"log_likelihood": -found.value.detach()})
+
     return loss
 
-def random_rows(samples, draws, generator): return torch.randint(len(samples), (draws,), generator=generator, device=samples.device)
+
+def random_rows(samples, draws, generator):
+    return torch.randint(len(samples), (draws,), generator=generator, device=samples.device)
+
 
 def held_out(samples):
     "The negative mean log-density of held-out rows, for the training to choose by."
     return lambda q, step: {"nll": -q.log_prob(samples).mean()}
 
 # %% ../nbs/01_flows/50_fit.ipynb #46ff3480
-MOST, LEAST = 20_000, 1_000                                  # updates at the full rate: at most, at least
+MOST, LEAST = 20_000, 1_000  # updates at the full rate: at most, at least
+
 
 class Settling(Trainer):
     "A training that begins to end by itself, when what it is judged by no longer rises; `converged` says whether that was why."
-    converged, since = None, 0                               # since: updates before which nothing is judged
+
+    converged, since = None, 0  # since: updates before which nothing is judged
 
     def log(self):
         super().log()
-        if self.optimizer.hold < self.steps or self.step < LEAST + 2 * self.since: return
-        judged = [values["nll"] for _, values in self.rows_valid] if self.validate else [values["loss"] for _, values in self.rows]
+        if self.optimizer.hold < self.steps or self.step < LEAST + 2 * self.since:
+            return
+        judged = (
+            [values["nll"] for _, values in self.rows_valid]
+            if self.validate
+            else [values["loss"] for _, values in self.rows]
+        )
         self.converged = not risen(-np.array(judged))
-        if self.converged or self.step >= MOST: self.end()
+        if self.converged or self.step >= MOST:
+            self.end()
 
     def end(self):
         "Keep the rate up to here, let it fall from here."
-        self.steps = self.step + int(.4 * self.step)
+        self.steps = self.step + int(0.4 * self.step)
         self.optimizer = self.update.optimizer = replace(self.optimizer, hold=self.step)
         self.update.steps = self.steps
-        self.good["config"] = self.config()                  # the state to go back to belongs to the same training
+        self.good["config"] = self.config()  # the state to go back to belongs to the same training
 
 # %% ../nbs/01_flows/50_fit.ipynb #5f96c67a
 def redrawn(q, seed):
@@ -87,10 +132,15 @@ def redrawn(q, seed):
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for part in q.modules():
-            if any(not p.requires_grad for p in part.parameters()): continue                 # what is not trained is the same for all
-            if isinstance(part, Sourced): put(part.constants(), {name: getattr(part, name) for name in part.constant_names}); put(part.initial(), part.source())
-            elif hasattr(part, "reset_parameters"): part.reset_parameters()
+            if any(not p.requires_grad for p in part.parameters()):
+                continue  # what is not trained is the same for all
+            if isinstance(part, Sourced):
+                put(part.constants(), {name: getattr(part, name) for name in part.constant_names})
+                put(part.initial(), part.source())
+            elif hasattr(part, "reset_parameters"):
+                part.reset_parameters()
     return q
+
 
 def several(q, restarts, seed):
     "`q` itself, or `restarts` copies of it, all but the first with other starting values."
@@ -101,116 +151,203 @@ def repeated(trainer):
     "Repeat the updates since the last good state, up to the one that fails; leaves the random streams as they were before it."
     for _ in range(min(trainer.steps - trainer.step, trainer.log_every)):
         kept = trainer.generator.get_state()
-        try: trainer.advance(careful=True)
-        except (FloatingPointError, RuntimeError, ValueError): break
+        try:
+            trainer.advance(careful=True)
+        except (FloatingPointError, RuntimeError, ValueError):
+            break
     trainer.generator.set_state(kept)
     fix_global_stream(trainer.device, trainer.seeds, trainer.step)
 
+
 def starts_of(trainer, start):
     "The draws `(S, N, D)` with which the next update of `S` runs begins; `start(q, generator)` takes those of one."
-    def loss(q, batch, step, generator): found = start(q, generator); return Estimate(0 * found.sum(), None, {"start": found})
-    return (OneRun if len(trainer.models) == 1 else StackedRuns)(trainer.models, loss)(None, trainer.step, trainer.generator)[1]["start"].reshape(len(trainer.models), -1, trainer.models[0].dim)
+
+    def loss(q, batch, step, generator):
+        found = start(q, generator)
+        return Estimate(0 * found.sum(), None, {"start": found})
+
+    return (OneRun if len(trainer.models) == 1 else StackedRuns)(trainer.models, loss)(
+        None, trainer.step, trainer.generator
+    )[1]["start"].reshape(len(trainer.models), -1, trainer.models[0].dim)
 
 # %% ../nbs/01_flows/50_fit.ipynb #ff5a7091
 def explained(error, trainer, start, way):
     "`NonFinite` with the layer and sample where it began, or `error` itself; the models are back in their last good state."
-    if str(getattr(error, "tensor", "")).startswith("validation"): return error
+    if str(getattr(error, "tensor", "")).startswith("validation"):
+        return error
     good = trainer.state()
     try:
         repeated(trainer)
         for q, seed, rows in zip(trainer.models, trainer.seeds, starts_of(trainer, start)):
             found = origin(way(q), rows)
-            if found: return NonFinite(trainer.step, getattr(error, "tensor", "a draw"), seed, "loss", origin=found)
-    finally: trainer.load_state(good)
+            if found:
+                return NonFinite(trainer.step, getattr(error, "tensor", "a draw"), seed, "loss", origin=found)
+    finally:
+        trainer.load_state(good)
     return error
 
 # %% ../nbs/01_flows/50_fit.ipynb #c5f1051a
 def check_called(log_density, z, log_q):
     "The values of `log_density` at `z`; one clear error if it cannot be called, changes `z`, or returns anything but one number a row with a gradient."
     version = z._version
-    try: values = sum(parts_of(log_density, z, log_q).values())
+    try:
+        values = sum(parts_of(log_density, z, log_q).values())
     except ValueError as error:
         own, said = str(error).startswith("log_joint"), str(error).splitlines()[0]
-        raise ValueError(said.replace("log_joint: log_joint", "log_density:", 1) if own else f"log_density: {said.rstrip(':')}; give support=... if the target lives on a part of R^{z.shape[-1]}") from None
-    if z._version != version: raise ValueError("log_density: changes its argument in place; work on a copy of z")
-    if not torch.is_grad_enabled(): raise ValueError("fit needs gradients and was called under torch.no_grad()")
-    if z.requires_grad and not values.requires_grad: raise ValueError("log_density: its values carry no gradient; compute them from z with torch operations")
+        raise ValueError(
+            said.replace("log_joint: log_joint", "log_density:", 1)
+            if own
+            else f"log_density: {said.rstrip(':')}; give support=... if the target lives on a part of R^{z.shape[-1]}"
+        ) from None
+    if z._version != version:
+        raise ValueError("log_density: changes its argument in place; work on a copy of z")
+    if not torch.is_grad_enabled():
+        raise ValueError("fit needs gradients and was called under torch.no_grad()")
+    if z.requires_grad and not values.requires_grad:
+        raise ValueError(
+            "log_density: its values carry no gradient; compute them from z with torch operations"
+        )
     return values
 
 # %% ../nbs/01_flows/50_fit.ipynb #93adc83d
 def check_log_density(q, log_density, restarts):
     "Raise unless `log_density` maps draws `(64, D)` of the untrained flow to finite values `(64,)` with a gradient; under `vmap` too, if there are restarts."
-    if not callable(log_density): raise TypeError(f"log_density: expected a function of z, got {type(log_density).__name__}; for samples use samples=, for a distribution its .log_prob")
-    if isinstance(log_density, Target) and q.place.event_shape != (2,): raise ValueError(f"log_density: {log_density.name} is a density on the plane, and q draws vectors of {q.place.event_shape[0]}")
-    z, log_q = q.eval()().rsample_and_log_prob((64,))        # a trial must not move running statistics
+    if not callable(log_density):
+        raise TypeError(
+            f"log_density: expected a function of z, got {type(log_density).__name__}; for samples use samples=, for a distribution its .log_prob"
+        )
+    if isinstance(log_density, Target) and q.place.event_shape != (2,):
+        raise ValueError(
+            f"log_density: {log_density.name} is a density on the plane, and q draws vectors of {q.place.event_shape[0]}"
+        )
+    z, log_q = q.eval()().rsample_and_log_prob((64,))  # a trial must not move running statistics
     values = check_called(log_density, z, log_q)
     bad = ~values.isfinite()
     if bad.any():
         first = first_false(~bad)
-        raise ValueError(f"log_density: {values[first].item()} at z = {[round(x, 4) for x in z[first].tolist()]}; {int(bad.sum())} of 64 draws of the untrained flow are like that, and it must be finite wherever q can draw: "
-                         "give support=... if the density is zero there, or q.place the units of the target")
-    try: restarts == 1 or torch.func.vmap(log_density)(z.detach()[None])
-    except RuntimeError as error: raise ValueError(f"restarts={restarts}: they evaluate log_density under torch.func.vmap, which says: {str(error).splitlines()[0]}; write it without branches on values, or use restarts=1") from None
+        raise ValueError(
+            f"log_density: {values[first].item()} at z = {[round(x, 4) for x in z[first].tolist()]}; {int(bad.sum())} of 64 draws of the untrained flow are like that, and it must be finite wherever q can draw: "
+            "give support=... if the density is zero there, or q.place the units of the target"
+        )
+    try:
+        restarts == 1 or torch.func.vmap(log_density)(z.detach()[None])
+    except RuntimeError as error:
+        raise ValueError(
+            f"restarts={restarts}: they evaluate log_density under torch.func.vmap, which says: {str(error).splitlines()[0]}; write it without branches on values, or use restarts=1"
+        ) from None
 
 # %% ../nbs/01_flows/50_fit.ipynb #57485582
 def same(one, other):
     "Whether two constraints are equal, part by part; tensors in the precision of the first."
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         one, other = torch.as_tensor(one), torch.as_tensor(other)
-        return torch.equal(*(t.to(one if one.is_floating_point() else other) for t in (one, other)))          # those of a flow are in its precision
-    if isinstance(one, (list, tuple)): return len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and (same(list(vars(one).items()), list(vars(other).items())) if isinstance(one, Constraint) else one == other)
+        return torch.equal(
+            *(t.to(one if one.is_floating_point() else other) for t in (one, other))
+        )  # those of a flow are in its precision
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and (
+        same(list(vars(one).items()), list(vars(other).items()))
+        if isinstance(one, Constraint)
+        else one == other
+    )
+
 
 def check_flow(q, support):
     "Raise unless `q` is a flow without context that can be trained, and give it `support`."
-    if not isinstance(q, Flow): raise TypeError(f"q: expected a Flow, got {type(q).__name__}")
-    if not any(p.requires_grad for p in q.parameters()): raise ValueError("q: has no parameters to train")
-    if q.context_dim is not None: raise ValueError(f"q: has context_dim={q.context_dim}; fit takes a flow without a context")
-    if support is None: return
-    if q.place.support is None: q.place = Place(q.dim, support).to(q.place.loc)
-    elif not same(q.place.support, support): raise ValueError(f"support={support}: q has the support {q.place.support} already")
+    if not isinstance(q, Flow):
+        raise TypeError(f"q: expected a Flow, got {type(q).__name__}")
+    if not any(p.requires_grad for p in q.parameters()):
+        raise ValueError("q: has no parameters to train")
+    if q.context_dim is not None:
+        raise ValueError(f"q: has context_dim={q.context_dim}; fit takes a flow without a context")
+    if support is None:
+        return
+    if q.place.support is None:
+        q.place = Place(q.dim, support).to(q.place.loc)
+    elif not same(q.place.support, support):
+        raise ValueError(f"support={support}: q has the support {q.place.support} already")
 
 # %% ../nbs/01_flows/50_fit.ipynb #17cd1755
 def rows_of(q, samples):
     "Samples as a tensor of finite rows; raises `TypeError` or `ValueError` otherwise."
-    if isinstance(samples, np.ndarray): samples = torch.from_numpy(np.ascontiguousarray(samples))
-    if isinstance(samples, tuple): raise TypeError("samples: expected one tensor (N, D), got a tuple; a pair (samples, labels) has the samples first")
+    if isinstance(samples, np.ndarray):
+        samples = torch.from_numpy(np.ascontiguousarray(samples))
+    if isinstance(samples, tuple):
+        raise TypeError(
+            "samples: expected one tensor (N, D), got a tuple; a pair (samples, labels) has the samples first"
+        )
     D = q.place.event_shape[0]
-    if isinstance(samples, torch.Tensor) and samples.dim() == 1: raise ValueError(f"samples: expected rows (N, {D}), got shape {tuple(samples.shape)}; for numbers use samples[:, None]")
+    if isinstance(samples, torch.Tensor) and samples.dim() == 1:
+        raise ValueError(
+            f"samples: expected rows (N, {D}), got shape {tuple(samples.shape)}; for numbers use samples[:, None]"
+        )
     check_tensor("samples", samples, D, "the flow's event size")
-    if samples.dim() != 2 or len(samples) < 2: raise ValueError(f"samples: expected rows (N, {D}) with N >= 2, got shape {tuple(samples.shape)}")
-    if not samples.isfinite().all(): raise ValueError(f"samples: expected finite rows, got {samples[first_false(samples.isfinite().all(1))].tolist()} in row {first_false(samples.isfinite().all(1))}")
+    if samples.dim() != 2 or len(samples) < 2:
+        raise ValueError(f"samples: expected rows (N, {D}) with N >= 2, got shape {tuple(samples.shape)}")
+    if not samples.isfinite().all():
+        raise ValueError(
+            f"samples: expected finite rows, got {samples[first_false(samples.isfinite().all(1))].tolist()} in row {first_false(samples.isfinite().all(1))}"
+        )
     return samples
+
 
 def check_samples(q, samples):
     "Samples as a tensor of the flow's precision and device; raises for anything but finite rows inside the support, and for a flow without a density at them."
-    if q.transform.inverse_kind == "none": raise ValueError("q: its transform has no inverse, so its density at samples is unknown")
+    if q.transform.inverse_kind == "none":
+        raise ValueError("q: its transform has no inverse, so its density at samples is unknown")
     base = getattr(getattr(q.base, "distribution", None), "support", None)
-    if base is not None and not all(base.check(q.place.loc.new_full((q.dim,), far)).all() for far in (-1e3, 1e3)): raise ValueError(f"q: its base lives on {base}, not on R^{q.dim}; put what is restricted into support=")
+    if base is not None and not all(
+        base.check(q.place.loc.new_full((q.dim,), far)).all() for far in (-1e3, 1e3)
+    ):
+        raise ValueError(
+            f"q: its base lives on {base}, not on R^{q.dim}; put what is restricted into support="
+        )
     samples = rows_of(q, samples)
-    for good, where in ((contains(q.support, samples), "outside the support"), (q.place.inverse(samples.to(q.place.loc))[0].isfinite().all(1), "on the boundary of the support, which no draw reaches,")):
-        if not good.all(): raise ValueError(f"samples: row {first_false(good)} lies {where} {q.support}")
+    for good, where in (
+        (contains(q.support, samples), "outside the support"),
+        (
+            q.place.inverse(samples.to(q.place.loc))[0].isfinite().all(1),
+            "on the boundary of the support, which no draw reaches,",
+        ),
+    ):
+        if not good.all():
+            raise ValueError(f"samples: row {first_false(good)} lies {where} {q.support}")
     return samples.to(q.place.loc)
 
 # %% ../nbs/01_flows/50_fit.ipynb #06d1552f
 def check_numbers(**given):
     "Raise `ValueError` naming the first number out of range."
-    for name, least in (("draws", 1), ("restarts", 1), ("seed", 0), ("evaluation_draws", 2)): check_int(name, given[name], least)
-    if given["seed"] >= 2**62: raise ValueError(f"seed={given['seed']!r}: expected less than 2**62")
-    if given["steps"] is not None: check_int("steps", given["steps"])
+    for name, least in (("draws", 1), ("restarts", 1), ("seed", 0), ("evaluation_draws", 2)):
+        check_int(name, given[name], least)
+    if given["seed"] >= 2**62:
+        raise ValueError(f"seed={given['seed']!r}: expected less than 2**62")
+    if given["steps"] is not None:
+        check_int("steps", given["steps"])
     check_positive("learning_rate", given["learning_rate"])
     log_z = given["log_z"]
-    if log_z is not None and (isinstance(log_z, bool) or not isinstance(log_z, (int, float, torch.Tensor)) or not math.isfinite(log_z)): raise ValueError(f"log_z={log_z!r}: expected a finite number of nats, or None")
+    if log_z is not None and (
+        isinstance(log_z, bool)
+        or not isinstance(log_z, (int, float, torch.Tensor))
+        or not math.isfinite(log_z)
+    ):
+        raise ValueError(f"log_z={log_z!r}: expected a finite number of nats, or None")
     held = given["validation"]
-    if isinstance(held, bool) or not isinstance(held, (int, float)) or not 0 <= held < 1: raise ValueError(f"validation={held!r}: expected a share of the samples, from 0 up to but not including 1")
+    if isinstance(held, bool) or not isinstance(held, (int, float)) or not 0 <= held < 1:
+        raise ValueError(
+            f"validation={held!r}: expected a share of the samples, from 0 up to but not including 1"
+        )
 
 # %% ../nbs/01_flows/50_fit.ipynb #f4c0e486
 @contextmanager
 def unharmed(q):
     "If an error comes out of this block: put `q` back to evaluation mode, and its place to what it was unless its parameters have been trained."
-    if not isinstance(q, Flow): yield; return
+    if not isinstance(q, Flow):
+        yield
+        return
     place, before = q.place, copied(tensors_of(q))
-    try: yield
+    try:
+        yield
     except BaseException:
         q.eval()
         if all(torch.equal(p, before[name]) for name, p in q.named_parameters()):
@@ -221,53 +358,123 @@ def unharmed(q):
 # %% ../nbs/01_flows/50_fit.ipynb #1a9b903b
 def train(models, loss, start, way, steps, seed, learning_rate, anneal, validate=None, progress=None):
     "The finished `Trainer` of some copies of a flow; raises `NonFinite` with the origin."
-    optimizer = Optimizer("adam", learning_rate, clip=10., warmup=min(100, (steps or LEAST) // 10), hold=0 if steps else 2 * MOST)
-    trainer = Settling(models, loss, steps=steps or 2 * MOST, seeds=range(seed, seed + len(models)), optimizer=optimizer, log_every=50 if steps is None else max(1, steps // 100),
-                       validate=validate, validate_every=50 if validate else None, keep_best="nll" if validate else None,
-                       device=str(models[0].place.loc.device), threads=torch.get_num_threads(), progress=progress)
+    optimizer = Optimizer(
+        "adam",
+        learning_rate,
+        clip=10.0,
+        warmup=min(100, (steps or LEAST) // 10),
+        hold=0 if steps else 2 * MOST,
+    )
+    trainer = Settling(
+        models,
+        loss,
+        steps=steps or 2 * MOST,
+        seeds=range(seed, seed + len(models)),
+        optimizer=optimizer,
+        log_every=50 if steps is None else max(1, steps // 100),
+        validate=validate,
+        validate_every=50 if validate else None,
+        keep_best="nll" if validate else None,
+        device=str(models[0].place.loc.device),
+        threads=torch.get_num_threads(),
+        progress=progress,
+    )
     trainer.since = anneal
-    for model in models: model.train()
-    try: trainer.run()
-    except (NonFinite, RuntimeError, ValueError) as error: raise explained(error, trainer, start, way) from None
-    if validate: trainer.load_best()
+    for model in models:
+        model.train()
+    try:
+        trainer.run()
+    except (NonFinite, RuntimeError, ValueError) as error:
+        raise explained(error, trainer, start, way) from None
+    if validate:
+        trainer.load_best()
     return trainer
 
 # %% ../nbs/01_flows/50_fit.ipynb #5e912b4c
 def judge_density(q, log_density, draws, seed):
     "Fresh draws from a trained flow and their log-weights."
     with evaluating(q):
-        torch.manual_seed(seed)                              # for a base that knows no generator; `fit` restores the global stream
+        torch.manual_seed(seed)  # for a base that knows no generator; `fit` restores the global stream
         z, log_q = q.rsample_and_log_prob((draws,), torch.Generator(q.place.loc.device).manual_seed(seed))
         return z, sum(parts_of(log_density, z, log_q).values()) - log_q
 
+
 def check_judged(q, log_density, log_w, seed, step):
     "Raise `NonFinite` if a fresh draw has no log-weight; one of minus infinity is outside the target's support, which is a verdict, not an error."
-    if not (log_w.isnan() | (log_w == math.inf)).any(): return
+    if not (log_w.isnan() | (log_w == math.inf)).any():
+        return
     start = draw(q.base, log_w.shape, torch.Generator(q.place.loc.device).manual_seed(seed))[0]
-    raise NonFinite(step, "the log-weight of a fresh draw", seed, "loss", origin=origin(way_of_draws(q, log_density), start))
+    raise NonFinite(
+        step,
+        "the log-weight of a fresh draw",
+        seed,
+        "loss",
+        origin=origin(way_of_draws(q, log_density), start),
+    )
 
 # %% ../nbs/01_flows/50_fit.ipynb #019fba4b
 def best_first(bounds):
     "The order of the runs by their bounds, best first; one that is not finite comes last."
     return sorted(range(len(bounds)), key=lambda i: -bounds[i].value.nan_to_num(-math.inf).item())
 
+
 def in_order(history, order):
     "The learning curves with their runs in another order."
-    def reordered(values): return {name: curve[:, order] for name, curve in values.items()}
-    return replace(history, values=reordered(history.values), valid=reordered(history.valid),
-                   **{name: best[order] for name in ("best_step", "best_value") if (best := getattr(history, name)) is not None})
+
+    def reordered(values):
+        return {name: curve[:, order] for name, curve in values.items()}
+
+    return replace(
+        history,
+        values=reordered(history.values),
+        valid=reordered(history.valid),
+        **{
+            name: best[order]
+            for name in ("best_step", "best_value")
+            if (best := getattr(history, name)) is not None
+        },
+    )
+
 
 def finished(q, trainer, bounds, found=None, log_z=None):
     "The `Fit` of a training whose runs have these bounds; puts the best run into `q`. `found`: draws and log-weights of each run, for a log-density."
     order = best_first(bounds)
     best = trainer.models[order[0]]
-    if best is not q: put(tensors_of(best), tensors_of(q.eval()))
+    if best is not q:
+        put(tensors_of(best), tensors_of(q.eval()))
     ordered = tuple(bounds[i] for i in order)
-    return Fit(q, in_order(trainer.history(), order), trainer.step, trainer.converged, *(found[order[0]] if found else (None, None)), log_z, ordered, None if found else ordered[0])
+    return Fit(
+        q,
+        in_order(trainer.history(), order),
+        trainer.step,
+        trainer.converged,
+        *(found[order[0]] if found else (None, None)),
+        log_z,
+        ordered,
+        None if found else ordered[0],
+    )
 
 # %% ../nbs/01_flows/50_fit.ipynb #f296b230
-def fit(q, log_density=None, *, samples=None, support=None, log_z=None, steps=None, restarts=1, seed=0, learning_rate=5e-3, draws=256, alpha=1., gradient="reparameterised",
-        anneal=True, place=True, validation=.1, evaluation_draws=10_000, progress=None):
+def fit(
+    q,
+    log_density=None,
+    *,
+    samples=None,
+    support=None,
+    log_z=None,
+    steps=None,
+    restarts=1,
+    seed=0,
+    learning_rate=5e-3,
+    draws=256,
+    alpha=1.0,
+    gradient="reparameterised",
+    anneal=True,
+    place=True,
+    validation=0.1,
+    evaluation_draws=10_000,
+    progress=None,
+):
     """Train the flow `q` in place on an unnormalised `log_density` `(N, D) -> (N,)` in nats, or on `samples` `(N, D)`; returns a `Fit`, which prints as a diagnosis.
 
     `support`: a constraint of `torch.distributions` on which the target lives. `log_z`: the exact log Z, if known (a `Target` brings its own): then the divergence itself is reported.
@@ -278,27 +485,78 @@ def fit(q, log_density=None, *, samples=None, support=None, log_z=None, steps=No
     The flow is left in evaluation mode. A second fit of the same flow goes on from where it is, in the units it has. Raises `ValueError` or `TypeError` naming the argument; `training.NonFinite` with step, layer and sample if a value stops being finite, the flow as it was last.
     Source: Rezende & Mohamed 2015, eq. 15; Li & Turner 2016 for `alpha`.
     """
-    check_numbers(steps=steps, draws=draws, restarts=restarts, seed=seed, learning_rate=learning_rate, validation=validation, evaluation_draws=evaluation_draws, log_z=log_z)
+    check_numbers(
+        steps=steps,
+        draws=draws,
+        restarts=restarts,
+        seed=seed,
+        learning_rate=learning_rate,
+        validation=validation,
+        evaluation_draws=evaluation_draws,
+        log_z=log_z,
+    )
     check_bound(alpha, draws, gradient)
-    if (log_density is None) == (samples is None): raise ValueError("give exactly one of log_density and samples")
-    if samples is not None and (alpha, gradient) != (1., "reparameterised"): raise ValueError(f"alpha={alpha!r}, gradient={gradient!r}: they belong to a log_density; a fit to samples maximises their likelihood")
+    if (log_density is None) == (samples is None):
+        raise ValueError("give exactly one of log_density and samples")
+    if samples is not None and (alpha, gradient) != (1.0, "reparameterised"):
+        raise ValueError(
+            f"alpha={alpha!r}, gradient={gradient!r}: they belong to a log_density; a fit to samples maximises their likelihood"
+        )
     how = dict(steps=steps, seed=seed, learning_rate=learning_rate, progress=progress)
     with unharmed(q), torch.random.fork_rng():
-        torch.manual_seed(seed); check_flow(q, support)
-        if samples is not None: return fit_samples(q, check_samples(q, samples), draws, restarts, place, validation, **how)
-        if gradient != "reparameterised": check_posterior(q.train()())
+        torch.manual_seed(seed)
+        check_flow(q, support)
+        if samples is not None:
+            return fit_samples(q, check_samples(q, samples), draws, restarts, place, validation, **how)
+        if gradient != "reparameterised":
+            check_posterior(q.train()())
         check_log_density(q, log_density, restarts)
         annealed = 0 if not anneal else LEAST if steps is None else steps // 3
-        return fit_density(q, log_density, draws, restarts, place, annealed, alpha, gradient, getattr(log_density, "log_z", None) if log_z is None else log_z, evaluation_draws, **how)
+        return fit_density(
+            q,
+            log_density,
+            draws,
+            restarts,
+            place,
+            annealed,
+            alpha,
+            gradient,
+            getattr(log_density, "log_z", None) if log_z is None else log_z,
+            evaluation_draws,
+            **how,
+        )
 
 # %% ../nbs/01_flows/50_fit.ipynb #c2fe5a5a
-def fit_density(q, log_density, draws, restarts, place, annealed, alpha, gradient, log_z, evaluation_draws, steps, seed, **how):
+def fit_density(
+    q,
+    log_density,
+    draws,
+    restarts,
+    place,
+    annealed,
+    alpha,
+    gradient,
+    log_z,
+    evaluation_draws,
+    steps,
+    seed,
+    **how,
+):
     "`fit` to a log-density, its arguments checked."
     with unvalidated():
-        if place and not is_placed(q.place): place_density(q.place, log_density, torch.Generator(q.place.loc.device).manual_seed(seed))
+        if place and not is_placed(q.place):
+            place_density(q.place, log_density, torch.Generator(q.place.loc.device).manual_seed(seed))
         models = several(q, restarts, seed)
-        trainer = train(models, density_loss(log_density, draws, annealed, alpha, gradient), lambda q, generator: draw(q.base, (draws,), generator)[0],
-                        lambda q: way_of_draws(q, log_density), steps, seed, anneal=annealed, **how)
+        trainer = train(
+            models,
+            density_loss(log_density, draws, annealed, alpha, gradient),
+            lambda q, generator: draw(q.base, (draws,), generator)[0],
+            lambda q: way_of_draws(q, log_density),
+            steps,
+            seed,
+            anneal=annealed,
+            **how,
+        )
         found = [judge_density(model.eval(), log_density, evaluation_draws, seed + 1) for model in models]
         result = finished(q, trainer, [estimate(log_w) for _, log_w in found], found, log_z)
         check_judged(q, log_density, result.log_w, seed + 1, trainer.step)
@@ -307,13 +565,28 @@ def fit_density(q, log_density, draws, restarts, place, annealed, alpha, gradien
 # %% ../nbs/01_flows/50_fit.ipynb #ab3520e4
 def fit_samples(q, samples, draws, restarts, place, validation, steps, seed, **how):
     "`fit` to samples, its arguments checked."
-    if place and not is_placed(q.place): place_samples(q.place, samples)
+    if place and not is_placed(q.place):
+        place_samples(q.place, samples)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).to(samples.device)
-    held = samples[order[:int(validation * len(samples))]] if validation * len(samples) >= 10 else samples[:0]       # fewer can judge nothing
-    rows = samples[order[len(held):]]
+    held = (
+        samples[order[: int(validation * len(samples))]] if validation * len(samples) >= 10 else samples[:0]
+    )  # fewer can judge nothing
+    rows = samples[order[len(held) :]]
     models = several(q, restarts, seed)
-    trainer = train(models, sample_loss(rows, draws), lambda q, generator: rows[random_rows(rows, draws, generator)], way_of_samples, steps, seed, anneal=0,
-                    validate=held_out(held) if len(held) else None, **how)
+    trainer = train(
+        models,
+        sample_loss(rows, draws),
+        lambda q, generator: rows[random_rows(rows, draws, generator)],
+        way_of_samples,
+        steps,
+        seed,
+        anneal=0,
+        validate=held_out(held) if len(held) else None,
+        **how,
+    )
+
     def judged(model):
-        with evaluating(model): return estimate(model.log_prob(held if len(held) else samples))
+        with evaluating(model):
+            return estimate(model.log_prob(held if len(held) else samples))
+
     return finished(q, trainer, [judged(model.eval()) for model in models])

@@ -8,42 +8,60 @@ __all__ = ['StandardNormal', 'moved', 'on_support', 'FixedBase', 'as_base', 'ont
            'NICE', 'NSF', 'RealNVP']
 
 # %% ../nbs/01_flows/30_flow.ipynb #a12bf79f
-import copy, math, operator, torch
+import copy
+import math
+import operator
+
+import torch
 from torch import nn
 from torch.distributions import Distribution, Transform, biject_to, constraints, transform_to
 from torch.distributions.transforms import _InverseTransform
+
 from .transforms.base import check_int, check_tensor, check_transform
 from .transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
-_all_ = ["CIF", "IAF", "MAF", "NICE", "NSF", "RealNVP"]      # whole stacks belong to the names of this module
+_all_ = ["CIF", "IAF", "MAF", "NICE", "NSF", "RealNVP"]  # whole stacks belong to the names of this module
 
 # %% ../nbs/01_flows/30_flow.ipynb #68e7e5fa
 class StandardNormal(nn.Module):
     "`N(0, I)` on `R^dim`, on the device and in the precision of the module."
+
     def __init__(self, dim):
         super().__init__()
         self.dim = check_int("dim", dim)
         self.register_buffer("origin", torch.zeros(()), persistent=False)
 
     def rsample(self, shape, generator=None):
-        return torch.randn(*shape, self.dim, dtype=self.origin.dtype, device=self.origin.device, generator=generator)
+        return torch.randn(
+            *shape, self.dim, dtype=self.origin.dtype, device=self.origin.device, generator=generator
+        )
 
-    def log_prob(self, z): return -.5 * ((z * z).sum(-1) + self.dim * math.log(2 * math.pi))
+    def log_prob(self, z):
+        return -0.5 * ((z * z).sum(-1) + self.dim * math.log(2 * math.pi))
 
 # %% ../nbs/01_flows/30_flow.ipynb #b2bcdc8c
 def moved(part, fn):
     "A copy of a torch distribution, transform or constraint with `fn` applied to all tensors in it, and without validation; what holds none stays what it is."
-    if isinstance(part, torch.Tensor): return fn(part)
+    if isinstance(part, torch.Tensor):
+        return fn(part)
     if type(part) in (list, tuple):
         made = [moved(value, fn) for value in part]
         return part if all(map(operator.is_, part, made)) else type(part)(made)
-    if isinstance(part, _InverseTransform): return moved(part.inv, fn).inv
-    if not isinstance(part, (Distribution, Transform, constraints.Constraint)): return part
-    made = {name: moved(value, fn) for name, value in vars(part).items() if name != "_inv"}          # that leads to the inverse, and back
-    if isinstance(part, Distribution): made["_validate_args"] = False
-    elif all(made[name] is vars(part)[name] for name in made): return part
-    found = copy.copy(part); vars(found).update(made)
+    if isinstance(part, _InverseTransform):
+        return moved(part.inv, fn).inv
+    if not isinstance(part, (Distribution, Transform, constraints.Constraint)):
+        return part
+    made = {
+        name: moved(value, fn) for name, value in vars(part).items() if name != "_inv"
+    }  # that leads to the inverse, and back
+    if isinstance(part, Distribution):
+        made["_validate_args"] = False
+    elif all(made[name] is vars(part)[name] for name in made):
+        return part
+    found = copy.copy(part)
+    vars(found).update(made)
     return found
+
 
 def on_support(log_prob, value, inside, interior):
     "`log_prob(value)` where `inside`, and minus infinity elsewhere, without a gradient: the point `interior` stands in there. What is nan stays nan."
@@ -53,18 +71,27 @@ def on_support(log_prob, value, inside, interior):
 # %% ../nbs/01_flows/30_flow.ipynb #0204970f
 class _Drawn(torch.autograd.Function):
     "Draws of a torch distribution, by a call that is made once for all runs of a batched program; `origin` is what tells the runs apart."
+
     @staticmethod
-    def forward(origin, distribution, shape): return distribution.sample(shape)
+    def forward(origin, distribution, shape):
+        return distribution.sample(shape)
+
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.mark_non_differentiable(output)
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output)
+
     @staticmethod
-    def backward(ctx, *slopes): return None, None, None
+    def backward(ctx, *slopes):
+        return None, None, None
+
     @staticmethod
-    def vmap(info, in_dims, origin, distribution, shape): return distribution.sample((info.batch_size, *shape)), 0
+    def vmap(info, in_dims, origin, distribution, shape):
+        return distribution.sample((info.batch_size, *shape)), 0
 
 # %% ../nbs/01_flows/30_flow.ipynb #5cda9800
 class FixedBase(nn.Module):
     "A distribution of `torch.distributions` with event shape `(dim,)` as a base: not trained, and it draws from the global generator."
+
     def __init__(self, distribution):
         super().__init__()
         self.distribution = moved(distribution, torch.clone)
@@ -75,25 +102,38 @@ class FixedBase(nn.Module):
         return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo):
-        found = FixedBase(self.distribution)                 # torch's own copy of an inverse transform does not work
+        found = FixedBase(self.distribution)  # torch's own copy of an inverse transform does not work
         found.origin = self.origin.clone()
         return found.train(self.training)
 
-    def extra_repr(self): return repr(self.distribution)
-    def rsample(self, shape, generator=None): return _Drawn.apply(self.origin, self.distribution, tuple(shape))
+    def extra_repr(self):
+        return repr(self.distribution)
+
+    def rsample(self, shape, generator=None):
+        return _Drawn.apply(self.origin, self.distribution, tuple(shape))
+
     def log_prob(self, z):
         support = self.distribution.support
         inside = support.check(z) if support.event_dim else support.check(z).all(-1)
-        return on_support(self.distribution.log_prob, z, inside, transform_to(support)(z.new_zeros(z.shape[-1])).to(z))
+        return on_support(
+            self.distribution.log_prob, z, inside, transform_to(support)(z.new_zeros(z.shape[-1])).to(z)
+        )
 
 # %% ../nbs/01_flows/30_flow.ipynb #1a23adc7
 def as_base(name, given, dim):
     "`N(0, I)` for `None`; a module with `rsample` and `log_prob` of that `dim` (a `Flow`, say) as it is; a torch distribution as `FixedBase`."
-    if given is None: return StandardNormal(dim)
-    if getattr(given, "context_dim", None) is not None: raise ValueError(f"{name}: expected a flow without a context, got context_dim={given.context_dim}")
-    if getattr(given, "support", None) not in (None, constraints.real_vector) and isinstance(given, nn.Module): raise ValueError(f"{name}: expected a flow on R^{dim}, got one on {given.support}")
-    if isinstance(given, nn.Module) and hasattr(given, "log_prob") and getattr(given, "dim", None) == dim: return given
-    if not isinstance(given, Distribution): raise TypeError(f"{name}: expected a distribution on R^{dim}, got {type(given).__name__}")
+    if given is None:
+        return StandardNormal(dim)
+    if getattr(given, "context_dim", None) is not None:
+        raise ValueError(f"{name}: expected a flow without a context, got context_dim={given.context_dim}")
+    if getattr(given, "support", None) not in (None, constraints.real_vector) and isinstance(
+        given, nn.Module
+    ):
+        raise ValueError(f"{name}: expected a flow on R^{dim}, got one on {given.support}")
+    if isinstance(given, nn.Module) and hasattr(given, "log_prob") and getattr(given, "dim", None) == dim:
+        return given
+    if not isinstance(given, Distribution):
+        raise TypeError(f"{name}: expected a distribution on R^{dim}, got {type(given).__name__}")
     if given.event_shape != (dim,) or given.batch_shape != () or not given.has_rsample:
         raise ValueError(f"{name}: expected event shape ({dim},), no batch shape and an rsample, got {given}")
     return FixedBase(given)
@@ -103,107 +143,163 @@ def onto(support):
     "Torch's bijection from `R^dim` onto a constraint on vectors; one on numbers holds for each coordinate."
     return biject_to(support if support.event_dim else constraints.independent(support, 1))
 
+
 def contains(support, z):
     "Whether vectors `z` `(..., D)` lie in a support, `(...)`."
-    if isinstance(support, constraints.cat): return torch.stack([contains(*pair) for pair in zip(support.cseq, z.split(support.lengths, -1))]).all(0)                        # torch lists its parts' answers
-    if isinstance(support, type(constraints.simplex)): return (z >= 0).all(-1) & ((z.sum(-1) - 1).abs() <= max(1e-6, torch.finfo(z.dtype).eps * z.shape[-1] ** .5))         # torch allows 1e-6
+    if isinstance(support, constraints.cat):
+        return torch.stack([contains(*pair) for pair in zip(support.cseq, z.split(support.lengths, -1))]).all(
+            0
+        )  # torch lists its parts' answers
+    if isinstance(support, type(constraints.simplex)):
+        return (z >= 0).all(-1) & (
+            (z.sum(-1) - 1).abs() <= max(1e-6, torch.finfo(z.dtype).eps * z.shape[-1] ** 0.5)
+        )  # torch allows 1e-6
     return support.check(z) if support.event_dim else support.check(z).all(-1)
+
 
 def reached(support, z):
     "Whether a draw can be `z`: inside the support, and not where the map onto it has no finite inverse."
     return contains(support, z) & onto(support).inv(z).isfinite().all(-1)
 
+
 def check_support(support, dim):
     "Return a `torch.distributions` constraint onto which `R^dim` can be mapped; `TypeError` or `ValueError` otherwise."
-    if not isinstance(support, constraints.Constraint): raise TypeError(f"support: expected a constraint of torch.distributions, such as constraints.positive, got {support!r}")
+    if not isinstance(support, constraints.Constraint):
+        raise TypeError(
+            f"support: expected a constraint of torch.distributions, such as constraints.positive, got {support!r}"
+        )
     try:
         T, zero = onto(support), torch.zeros(dim)
-        good = not support.is_discrete and support.event_dim < 2 and T(zero).isfinite().all() and T.log_abs_det_jacobian(zero, T(zero)).shape == ()
-    except (NotImplementedError, RuntimeError, ValueError, AssertionError) as error: raise ValueError(f"support={support}: R^{dim} cannot be mapped onto it ({error})") from None
-    if not good: raise ValueError(f"support={support}: expected a continuous constraint on vectors or on each of their {dim} coordinates")
+        good = (
+            not support.is_discrete
+            and support.event_dim < 2
+            and T(zero).isfinite().all()
+            and T.log_abs_det_jacobian(zero, T(zero)).shape == ()
+        )
+    except (NotImplementedError, RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"support={support}: R^{dim} cannot be mapped onto it ({error})") from None
+    if not good:
+        raise ValueError(
+            f"support={support}: expected a continuous constraint on vectors or on each of their {dim} coordinates"
+        )
     return support
 
 # %% ../nbs/01_flows/30_flow.ipynb #a93d718a
 class Place(nn.Module):
     "The fixed last step of a flow, `z = T(loc + scale * x)`, with `T` from `R^dim` onto `support` (all of `R^dim` for `None`); `forward` and `inverse` return the pair, as transforms do."
+
     def __init__(self, dim, support=None):
         super().__init__()
         self.support = None if support is None else check_support(support, dim)
-        self.event_shape = torch.Size([dim]) if support is None else onto(support).forward_shape(torch.Size([dim]))
-        self.register_buffer("loc", torch.zeros(dim)); self.register_buffer("scale", torch.ones(dim))
+        self.event_shape = (
+            torch.Size([dim]) if support is None else onto(support).forward_shape(torch.Size([dim]))
+        )
+        self.register_buffer("loc", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
 
     def _apply(self, fn, recurse=True):
-        self.support = moved(self.support, fn)               # its bounds may be tensors
+        self.support = moved(self.support, fn)  # its bounds may be tensors
         return super()._apply(fn, recurse)
 
-    def extra_repr(self): return "" if self.support is None else f"support={self.support}"
+    def extra_repr(self):
+        return "" if self.support is None else f"support={self.support}"
 
     def forward(self, x):
         y, log_det = self.loc + self.scale * x, self.scale.log().sum(-1).expand(x.shape[:-1])
-        if self.support is None: return y, log_det
-        T = onto(self.support); z = T(y)
+        if self.support is None:
+            return y, log_det
+        T = onto(self.support)
+        z = T(y)
         return z, log_det + T.log_abs_det_jacobian(y, z)
 
     def inverse(self, z):
-        y, log_det = z, 0.
-        if self.support is not None: T = onto(self.support); y = T.inv(z); log_det = -T.log_abs_det_jacobian(y, z)
+        y, log_det = z, 0.0
+        if self.support is not None:
+            T = onto(self.support)
+            y = T.inv(z)
+            log_det = -T.log_abs_det_jacobian(y, z)
         return (y - self.loc) / self.scale, log_det - self.scale.log().sum(-1).expand(y.shape[:-1])
 
 # %% ../nbs/01_flows/30_flow.ipynb #c52ce49e
 def draw(base, shape, generator):
     "Draws from a base and their log-density: in one pass where the base knows one, which for a flow saves its inverse and for a random bound on `log q` is the only right way."
-    if hasattr(base, "rsample_and_log_prob"): return base.rsample_and_log_prob(shape, generator)
+    if hasattr(base, "rsample_and_log_prob"):
+        return base.rsample_and_log_prob(shape, generator)
     z0 = base.rsample(shape, generator)
     return z0, base.log_prob(z0)
 
 # %% ../nbs/01_flows/30_flow.ipynb #49c7684f
 class OnePass(Distribution):
     "A distribution with `rsample_and_log_prob`: its draws are the first half of that."
-    def rsample(self, sample_shape=(), generator=None): return self.rsample_and_log_prob(sample_shape, generator)[0]
+
+    def rsample(self, sample_shape=(), generator=None):
+        return self.rsample_and_log_prob(sample_shape, generator)[0]
+
     def sample(self, sample_shape=(), generator=None):
-        with torch.no_grad(): return self.rsample(sample_shape, generator)
+        with torch.no_grad():
+            return self.rsample(sample_shape, generator)
+
 
 class Placed(OnePass):
     "A distribution with a `place` and a `density` where that leads."
+
     def log_prob(self, value, generator=None):
         "`log q(value)`, through the inverse of the transform, at the cost `inverse_kind`, and minus infinity outside the support; with continuously-indexed layers a random lower bound on it."
         check_tensor("value", value, self.event_shape[0], "event size")
         support = None if self.place is None else self.place.support
-        if support is None: return self.density(value, generator)
-        with torch.no_grad(): interior = onto(support)(value.new_zeros(self.transform.dim)).to(value)
-        return on_support(lambda z: self.density(z, generator), value, reached(support, value.detach()), interior)
+        if support is None:
+            return self.density(value, generator)
+        with torch.no_grad():
+            interior = onto(support)(value.new_zeros(self.transform.dim)).to(value)
+        return on_support(
+            lambda z: self.density(z, generator), value, reached(support, value.detach()), interior
+        )
 
 # %% ../nbs/01_flows/30_flow.ipynb #8c6e50e2
 class FlowDistribution(Placed):
     "The distribution of `place(transform(z0, context))` with `z0` from a base; batch shape: the context's leading axes."
+
     arg_constraints, support, has_rsample = {}, constraints.real_vector, True
 
     def __init__(self, base, transform, context=None, place=None):
         self.base, self.transform, self.context, self.place = base, transform, context, place
-        if place is not None and place.support is not None: self.support = place.support
+        if place is not None and place.support is not None:
+            self.support = place.support
         batch_shape = torch.Size() if context is None else context.shape[:-1]
-        super().__init__(batch_shape, torch.Size([transform.dim]) if place is None else place.event_shape, validate_args=False)
+        super().__init__(
+            batch_shape,
+            torch.Size([transform.dim]) if place is None else place.event_shape,
+            validate_args=False,
+        )
 
     def rsample_and_log_prob(self, sample_shape=(), generator=None):
         "Reparameterised draws `(*sample, *batch, D)` and their log-density `(*sample, *batch)`, in one pass."
         shape = ((sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)) + self.batch_shape
         z0, log_q0 = draw(self.base, shape, generator)
         x, log_det = self.transform.forward(z0, self.context, generator)
-        z, more = (x, 0.) if self.place is None else self.place(x)
+        z, more = (x, 0.0) if self.place is None else self.place(x)
         return z, log_q0 - log_det - more
 
     def density(self, value, generator):
-        x, more = (value, 0.) if self.place is None else self.place.inverse(value)
+        x, more = (value, 0.0) if self.place is None else self.place.inverse(value)
         z0, log_det = self.transform.inverse(x, self.context, generator)
         return self.base.log_prob(z0) + log_det + more
 
 # %% ../nbs/01_flows/30_flow.ipynb #a3cc767b
 class Unconditional(nn.Module):
     "The methods of the distribution `q()`, on the module `q` itself."
-    def rsample_and_log_prob(self, sample_shape=(), generator=None): return self().rsample_and_log_prob(sample_shape, generator)
-    def rsample(self, sample_shape=(), generator=None): return self().rsample(sample_shape, generator)
-    def sample(self, sample_shape=(), generator=None): return self().sample(sample_shape, generator)
-    def log_prob(self, value, generator=None): return self().log_prob(value, generator)
+
+    def rsample_and_log_prob(self, sample_shape=(), generator=None):
+        return self().rsample_and_log_prob(sample_shape, generator)
+
+    def rsample(self, sample_shape=(), generator=None):
+        return self().rsample(sample_shape, generator)
+
+    def sample(self, sample_shape=(), generator=None):
+        return self().sample(sample_shape, generator)
+
+    def log_prob(self, value, generator=None):
+        return self().log_prob(value, generator)
 
 # %% ../nbs/01_flows/30_flow.ipynb #48c23d69
 class Flow(Unconditional):
@@ -214,18 +310,24 @@ class Flow(Unconditional):
     `sample`, `rsample`, `rsample_and_log_prob` and `log_prob` (nats) called on `q` itself forward to `q()`.
     Raises `ValueError` if a context is missing, not wanted, or of the wrong width, and for a support that `R^dim` cannot be mapped onto.
     """
+
     def __init__(self, transform, base=None, support=None):
         super().__init__()
         check_transform("transform", transform)
-        if transform.forward_kind == "none": raise ValueError("transform: its forward direction does not exist; wrap it in Inverse")
+        if transform.forward_kind == "none":
+            raise ValueError("transform: its forward direction does not exist; wrap it in Inverse")
         self.transform, self.dim, self.context_dim = transform, transform.dim, transform.context_dim
         self.base, self.place = as_base("base", base, self.dim), Place(self.dim, support)
 
     @property
-    def support(self): return self.place.support or constraints.real_vector
+    def support(self):
+        return self.place.support or constraints.real_vector
 
     def forward(self, context=None):
         if (context is None) != (self.context_dim is None):
-            raise ValueError(f"context: got {'none' if context is None else 'one'}, but this flow has context_dim={self.context_dim}")
-        if context is not None: check_tensor("context", context, self.context_dim, "context_dim")
+            raise ValueError(
+                f"context: got {'none' if context is None else 'one'}, but this flow has context_dim={self.context_dim}"
+            )
+        if context is not None:
+            check_tensor("context", context, self.context_dim, "context_dim")
         return FlowDistribution(self.base, self.transform, context, self.place)

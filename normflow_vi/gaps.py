@@ -6,8 +6,11 @@ r"""The gap between ELBO and $\log p(x)$ has two parts: the family cannot expres
 __all__ = ['TOGETHER', 'freed', 'optimised', 'Gaps', 'gaps']
 
 # %% ../nbs/02_vae_nf/15_gaps.ipynb #c97cfb75
-import math, torch
+import math
 from dataclasses import dataclass
+
+import torch
+
 from .annealed import check_rows
 from .evaluate import Given, blocks_of, emitted, log_marginal, marginal_of, resourced, rows_of
 from .flows import FlowDistribution
@@ -18,22 +21,35 @@ from .transforms.base import check_int, check_positive
 def freed(q):
     "`(a FlowDistribution like q, its free tensors)`: whatever an encoder determines in `q`, the context included, begins as it is and wants gradients."
     leaves = []
-    def free(tensor): leaves.append(tensor.detach().clone().requires_grad_()); return leaves[-1]
+
+    def free(tensor):
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1]
+
     held = emitted(q)
-    transform = resourced(held.transform, lambda source: Given({name: free(tensor) for name, tensor in source.tensors.items()}))
+    transform = resourced(
+        held.transform, lambda source: Given({name: free(tensor) for name, tensor in source.tensors.items()})
+    )
     return FlowDistribution(q.base, transform, free(q.context), q.place), leaves
+
 
 @torch.enable_grad()
 def optimised(log_joint, q, x, steps, draws, learning_rate, generator):
     "The distribution of each image, beginning at `q`, after `steps` updates of its own parameters by Adam, at a rate that falls to zero along a cosine."
     q, leaves = freed(q)
-    optimizer = torch.optim.Adam(leaves, lr=learning_rate, betas=(.8, .95))         # forgets the first gradients, which may be huge
+    optimizer = torch.optim.Adam(
+        leaves, lr=learning_rate, betas=(0.8, 0.95)
+    )  # forgets the first gradients, which may be huge
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         terms = draw_terms(lambda z: log_joint(x, z), q, draws, generator)
-        slopes = torch.autograd.grad((terms["log_q"] - joint(terms)).mean(0).sum(), leaves, allow_unused=True)     # no gradients of the decoder's parameters
-        for leaf, slope in zip(leaves, slopes): leaf.grad = slope
-        optimizer.step(); schedule.step()
+        slopes = torch.autograd.grad(
+            (terms["log_q"] - joint(terms)).mean(0).sum(), leaves, allow_unused=True
+        )  # no gradients of the decoder's parameters
+        for leaf, slope in zip(leaves, slopes):
+            leaf.grad = slope
+        optimizer.step()
+        schedule.step()
     return q
 
 # %% ../nbs/02_vae_nf/15_gaps.ipynb #7d68823a
@@ -43,35 +59,62 @@ class Gaps:
 
     `log_p` is an importance-weighted bound from below: `total` and `approximation` are too small by its slack.
     """
+
     log_p: torch.Tensor
     best: torch.Tensor
     elbo: torch.Tensor
     error: torch.Tensor
 
     @property
-    def approximation(self): return estimate(self.log_p - self.best)
+    def approximation(self):
+        return estimate(self.log_p - self.best)
+
     @property
-    def amortisation(self): return estimate(self.best - self.elbo)
+    def amortisation(self):
+        return estimate(self.best - self.elbo)
+
     @property
-    def total(self): return estimate(self.log_p - self.elbo)
+    def total(self):
+        return estimate(self.log_p - self.elbo)
 
 # %% ../nbs/02_vae_nf/15_gaps.ipynb #1729c780
-TOGETHER = 100                                               # images that are optimised at once
+TOGETHER = 100  # images that are optimised at once
 
-def gaps(log_joint, posterior, x, steps=500, draws=8, learning_rate=.01, samples=1000, block=1000, seed=0):
+
+def gaps(log_joint, posterior, x, steps=500, draws=8, learning_rate=0.01, samples=1000, block=1000, seed=0):
     """Approximation and amortisation gap of every row of `x`, as `Gaps`.
 
     `log_joint`, `posterior`, `x`, `block`: as for `evaluate.log_marginal`; `posterior(x)` must be an amortised `Flow`'s distribution. Each image's own parameters take `steps` updates with `draws` draws each. `samples` fresh draws then judge both
     posteriors, and the optimised one gives the importance-weighted `log_p`, a lower bound. An optimum that is not reached counts as approximation gap. Cost: `steps * draws` gradients and `2 * samples` decoder passes an image. Source: Cremer et al. 2018.
     """
-    check_rows(x); check_positive("learning_rate", learning_rate)
-    for name, value in {"steps": steps, "draws": draws, "samples": samples, "block": block}.items(): check_int(name, value)
+    check_rows(x)
+    check_positive("learning_rate", learning_rate)
+    for name, value in {"steps": steps, "draws": draws, "samples": samples, "block": block}.items():
+        check_int(name, value)
     generator, few, parts = torch.Generator(x.device).manual_seed(seed), max(1, block // samples), []
     for images in x.split(TOGETHER):
-        with torch.no_grad(): q = posterior(images)
-        if not isinstance(q, FlowDistribution) or q.context is None: raise TypeError(f"posterior: expected the distribution of an amortised Flow, got {type(q).__name__}")
+        with torch.no_grad():
+            q = posterior(images)
+        if not isinstance(q, FlowDistribution) or q.context is None:
+            raise TypeError(
+                f"posterior: expected the distribution of an amortised Flow, got {type(q).__name__}"
+            )
         q = optimised(log_joint, q, images, steps, draws, learning_rate, generator)
         rows = [slice(first, first + few) for first in range(0, len(images), few)]
-        with torch.no_grad(): best = marginal_of((blocks_of(log_joint, images[row], rows_of(q, row), samples, block, generator) for row in rows), samples)
-        parts.append((best.log_p, best.elbo, log_marginal(log_joint, posterior, images, samples, block, seed).elbo, best.error))
+        with torch.no_grad():
+            best = marginal_of(
+                (
+                    blocks_of(log_joint, images[row], rows_of(q, row), samples, block, generator)
+                    for row in rows
+                ),
+                samples,
+            )
+        parts.append(
+            (
+                best.log_p,
+                best.elbo,
+                log_marginal(log_joint, posterior, images, samples, block, seed).elbo,
+                best.error,
+            )
+        )
     return Gaps(*(torch.cat(values) for values in zip(*parts)))

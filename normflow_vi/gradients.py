@@ -6,9 +6,12 @@
 __all__ = ['GRADIENTS', 'stopped_log_prob', 'check_posterior', 'remembering', 'remembered', 'zero', 'path_draws']
 
 # %% ../nbs/01_flows/42_gradients.ipynb #900b4a07
-import copy, torch
+import copy
+
+import torch
 from torch import nn
 from torch.func import functional_call
+
 from .flows import Flow, FlowDistribution
 from .transforms.base import Combinator
 from .transforms.batchnorm import BatchNorm
@@ -19,8 +22,14 @@ GRADIENTS = ("reparameterised", "sticking-the-landing", "doubly-reparameterised"
 # %% ../nbs/01_flows/42_gradients.ipynb #140c62f7
 class _Density(nn.Module):
     "The `log_prob` of a posterior as the `forward` of a module, which is what `functional_call` can substitute parameters into."
-    def __init__(self, q): super().__init__(); self.base, self.transform, self.place = q.base, q.transform, q.place
-    def forward(self, z, context): return FlowDistribution(self.base, self.transform, context, self.place).log_prob(z)
+
+    def __init__(self, q):
+        super().__init__()
+        self.base, self.transform, self.place = q.base, q.transform, q.place
+
+    def forward(self, z, context):
+        return FlowDistribution(self.base, self.transform, context, self.place).log_prob(z)
+
 
 def stopped_log_prob(posterior, z):
     """`log q(z)` in nats, `(*sample, *batch)`, differentiable in `z` alone: parameters and context of `posterior` are held fixed.
@@ -30,25 +39,39 @@ def stopped_log_prob(posterior, z):
     """
     q = check_posterior(posterior)
     density = _Density(q)
-    return functional_call(density, {name: p.detach() for name, p in density.named_parameters()}, (z, None if q.context is None else q.context.detach()))
+    return functional_call(
+        density,
+        {name: p.detach() for name, p in density.named_parameters()},
+        (z, None if q.context is None else q.context.detach()),
+    )
 
 # %% ../nbs/01_flows/42_gradients.ipynb #e369fad9
 def check_posterior(posterior):
     "Return the `FlowDistribution` that can be asked for the density of its own draws; `TypeError` if there is none, `ValueError` if its inverse does not exist or is another map."
     q = posterior() if isinstance(posterior, Flow) else posterior
     need = "sticking-the-landing and doubly-reparameterised gradients evaluate log q again at the draws"
-    if not isinstance(q, FlowDistribution): raise TypeError(f"posterior: {need}, which takes a Flow or what one returns, got {type(q).__name__}")
-    if q.transform.inverse_kind == "none": raise ValueError(f"posterior: {need}, and its transform has inverse_kind='none'")
+    if not isinstance(q, FlowDistribution):
+        raise TypeError(f"posterior: {need}, which takes a Flow or what one returns, got {type(q).__name__}")
+    if q.transform.inverse_kind == "none":
+        raise ValueError(f"posterior: {need}, and its transform has inverse_kind='none'")
     if any(isinstance(part, BatchNorm) and part.training for part in _Density(q).modules()):
-        raise ValueError(f"posterior: {need}, and BatchNorm in training is not inverse to itself; call eval()")
+        raise ValueError(
+            f"posterior: {need}, and BatchNorm in training is not inverse to itself; call eval()"
+        )
     return q
 
 # %% ../nbs/01_flows/42_gradients.ipynb #0d125519
 class _Remembering(Combinator):
     "A `ContinuouslyIndexed` layer for one pass: `forward` draws `u` and keeps it, `inverse` goes back along it, with `log|det| + log q(u|w)`; both leave `log r(u|z)`."
+
     def __init__(self, layer):
         super().__init__([layer])
-        self.layer, self.u, self.forward_kind, self.inverse_kind = layer, None, layer.forward_kind, layer.inverse_kind
+        self.layer, self.u, self.forward_kind, self.inverse_kind = (
+            layer,
+            None,
+            layer.forward_kind,
+            layer.inverse_kind,
+        )
 
     def forward(self, w, context=None, generator=None):
         tensors = self.layer.fetched(context, w.dtype)
@@ -58,7 +81,10 @@ class _Remembering(Combinator):
         return z, log_det - log_q + self.log_r
 
     def inverse(self, z, context=None, generator=None):
-        if self.u is None: raise NotImplementedError("a ContinuouslyIndexed layer inside Inverse: only the reparameterised gradient is known for it")
+        if self.u is None:
+            raise NotImplementedError(
+                "a ContinuouslyIndexed layer inside Inverse: only the reparameterised gradient is known for it"
+            )
         tensors = self.layer.fetched(context, z.dtype)
         self.log_r = log_normal_at(self.u, *self.layer.read("r_", z, tensors))
         w, log_det = self.layer.pull_given(z, self.u, tensors, generator)
@@ -67,16 +93,22 @@ class _Remembering(Combinator):
 # %% ../nbs/01_flows/42_gradients.ipynb #0813bea8
 def remembering(module):
     "A copy of `module` that shares all tensors with it, and whose continuously-indexed layers keep what they draw; `module` itself if it has none."
-    if not any(isinstance(part, ContinuouslyIndexed) for part in module.modules()): return module
+    if not any(isinstance(part, ContinuouslyIndexed) for part in module.modules()):
+        return module
     copied = copy.copy(module)
     copied._modules = {name: remembering(part) for name, part in module._modules.items()}
-    if isinstance(module, Given): copied.layer = copied.layer.layer          # its index is given, not drawn
+    if isinstance(module, Given):
+        copied.layer = copied.layer.layer  # its index is given, not drawn
     return _Remembering(copied) if isinstance(module, ContinuouslyIndexed) else copied
 
-def remembered(*modules): return [part for module in modules for part in module.modules() if isinstance(part, _Remembering)]
+
+def remembered(*modules):
+    return [part for module in modules for part in module.modules() if isinstance(part, _Remembering)]
 
 # %% ../nbs/01_flows/42_gradients.ipynb #96940556
-def zero(x): return x - x.detach()                           # no value, the gradient of x
+def zero(x):
+    return x - x.detach()  # no value, the gradient of x
+
 
 def path_draws(posterior, shape, generator=None, rate=None):
     """`(z, log_q)` as from `rsample_and_log_prob`, but `log_q` depends on the parameters through `z` only: the path derivative.
@@ -85,14 +117,21 @@ def path_draws(posterior, shape, generator=None, rate=None):
     Of continuously-indexed layers `log q(z, u)` is stopped and `log r(u | z)` is not. One inverse pass, or two with such layers and a `rate`; raises as `check_posterior` does.
     """
     q = check_posterior(posterior)
-    inner, place = FlowDistribution(remembering(q.base), remembering(q.transform), q.context), q.place or (lambda x: (x, 0.))
+    inner, place = (
+        FlowDistribution(remembering(q.base), remembering(q.transform), q.context),
+        q.place or (lambda x: (x, 0.0)),
+    )
     x, log_q = inner.rsample_and_log_prob(shape, generator)
     indexed = remembered(inner.base, inner.transform)
     if rate is not None:
-        with torch.no_grad(): z, log_det = place(x); factor = rate(z, log_q - log_det)[..., None]
+        with torch.no_grad():
+            z, log_det = place(x)
+            factor = rate(z, log_q - log_det)[..., None]
         x = x.detach() + factor * zero(x)
-        for layer in indexed: layer.u = layer.u.detach() + factor * zero(layer.u)
-        if indexed: inner.log_prob(x)                        # leaves log r between these points
+        for layer in indexed:
+            layer.u = layer.u.detach() + factor * zero(layer.u)
+        if indexed:
+            inner.log_prob(x)  # leaves log r between these points
     z, log_det = place(x)
-    log_r = sum(layer.log_r for layer in indexed)            # before the stopped pass replaces it
+    log_r = sum(layer.log_r for layer in indexed)  # before the stopped pass replaces it
     return z, log_q.detach() + zero(stopped_log_prob(inner, x) - log_r) - log_det

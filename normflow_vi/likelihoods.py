@@ -7,10 +7,20 @@ __all__ = ['LOG_VARIANCE', 'Likelihood', 'check_images', 'pixels_of', 'Bernoulli
            'Logits', 'LogitNormal', 'Levels', 'DiscretisedLogistic', 'Gaussian']
 
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #0634bb5e
-import math, torch
+import math
+
+import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
-from .transforms.base import bounded, check_choice, check_int, check_positive, first_false, softplus
+
+from normflow_vi.transforms.base import (
+    bounded,
+    check_choice,
+    check_int,
+    check_positive,
+    first_false,
+    softplus,
+)
 
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #591397e1
 class Likelihood(nn.Module):
@@ -18,50 +28,75 @@ class Likelihood(nn.Module):
 
     A subclass has `log_prob(x, output)`, `mean(output)`, `sample(output, generator)`, the number of outputs `per_pixel`, and in `accepts` and `allowed` which pixels it knows.
     """
+
     per_pixel, allowed = 1, "finite numbers"
 
-    def outputs(self, dim): return self.per_pixel * check_int("dim", dim)
-    def accepts(self, x): return x.isfinite()
+    def outputs(self, dim):
+        return self.per_pixel * check_int("dim", dim)
+
+    def accepts(self, x):
+        return x.isfinite()
 
     def check(self, x):
         "Raise `ValueError` naming the first pixel of the images `x` `(N, D_x)` that this likelihood cannot produce."
         check_images("x", x)
-        if (good := self.accepts(x)).all(): return
+        if (good := self.accepts(x)).all():
+            return
         row, pixel = divmod(first_false(good), x.shape[1])
-        raise ValueError(f"x: row {row}, pixel {pixel} is {x[row, pixel]:g} ({int((~good).sum())} such pixels): {type(self).__name__} allows {self.allowed}")
+        raise ValueError(
+            f"x: row {row}, pixel {pixel} is {x[row, pixel]:g} ({int((~good).sum())} such pixels): {type(self).__name__} allows {self.allowed}"
+        )
 
     def parts(self, x, output):
         "The `per_pixel` parts of a decoder's output, each of as many numbers as `x` has pixels; raises `ValueError` for any other number of outputs."
-        if output.shape[-1] == self.per_pixel * x.shape[-1]: return (output,) if self.per_pixel == 1 else output.chunk(self.per_pixel, -1)
-        raise ValueError(f"x has {x.shape[-1]} pixels, the decoder {output.shape[-1]} outputs: {type(self).__name__} needs {self.per_pixel} a pixel, {self.per_pixel * x.shape[-1]}")
+        if output.shape[-1] == self.per_pixel * x.shape[-1]:
+            return (output,) if self.per_pixel == 1 else output.chunk(self.per_pixel, -1)
+        raise ValueError(
+            f"x has {x.shape[-1]} pixels, the decoder {output.shape[-1]} outputs: {type(self).__name__} needs {self.per_pixel} a pixel, {self.per_pixel * x.shape[-1]}"
+        )
 
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #12e2a929
 def check_images(name, x):
     "Raise unless `x` is a floating-point tensor `(N, D_x)` with at least one row and one pixel."
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.dim() != 2 or 0 in x.shape: raise ValueError(f"{name} has shape {tuple(x.shape)}: expected one image a row, (N, D_x)")
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(
+            f"{name}: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}"
+        )
+    if x.dim() != 2 or 0 in x.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected one image a row, (N, D_x)")
+
 
 def pixels_of(likelihood, output):
     "A tensor with as many pixels as a decoder's output describes."
-    if output.shape[-1] % likelihood.per_pixel: raise ValueError(f"output has {output.shape[-1]} numbers: {type(likelihood).__name__} needs {likelihood.per_pixel} a pixel")
-    return output[..., :output.shape[-1] // likelihood.per_pixel]
+    if output.shape[-1] % likelihood.per_pixel:
+        raise ValueError(
+            f"output has {output.shape[-1]} numbers: {type(likelihood).__name__} needs {likelihood.per_pixel} a pixel"
+        )
+    return output[..., : output.shape[-1] // likelihood.per_pixel]
 
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #620c115c
 class Bernoulli(Likelihood):
     "Pixels 0 and 1 with independent probabilities `sigmoid(output)`; grey values in between give a cross-entropy."
+
     allowed = "values in [0, 1]"
-    def accepts(self, x): return (x >= 0) & (x <= 1)
+
+    def accepts(self, x):
+        return (x >= 0) & (x <= 1)
 
     def log_prob(self, x, output):
         "`sum_i x_i l_i - log(1 + exp(l_i))` over the pixels, in nats, for logits `l`."
-        logits, = self.parts(x, output)
+        (logits,) = self.parts(x, output)
         return (x * logits).sum(-1) - softplus(logits).sum(-1)
 
-    def mean(self, output): return output.sigmoid()
-    def sample(self, output, generator=None): return torch.bernoulli(self.mean(output), generator=generator)
+    def mean(self, output):
+        return output.sigmoid()
+
+    def sample(self, output, generator=None):
+        return torch.bernoulli(self.mean(output), generator=generator)
 
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #920f53c0
-LOG_VARIANCE = (-7., 3.)
+LOG_VARIANCE = (-7.0, 3.0)
+
 
 def limited(raw):
     "A number within `LOG_VARIANCE`, close to `raw` in its middle; smooth, so that its gradient leads back from the limits."
@@ -71,36 +106,51 @@ def limited(raw):
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #d1f7da4d
 def check_log_variance(value):
     "Return `value` if it is one of two names or a finite number."
-    if isinstance(value, bool) or not isinstance(value, (int, float)): return check_choice("log_variance", value, ("emitted", "learned"), "and a number")
-    if not math.isfinite(value): raise ValueError(f"log_variance={value!r}: expected a finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return check_choice("log_variance", value, ("emitted", "learned"), "and a number")
+    if not math.isfinite(value):
+        raise ValueError(f"log_variance={value!r}: expected a finite number")
     return value
+
 
 def check_eps(value):
     "Return `value` if it is a number between 0 and 1/2."
-    if check_positive("eps", value) >= .5: raise ValueError(f"eps={value!r}: expected a number below 0.5")
+    if check_positive("eps", value) >= 0.5:
+        raise ValueError(f"eps={value!r}: expected a number below 0.5")
     return value
 
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #5616341a
 class Logits(Likelihood):
     "Where the mean `m` and the log-variance `v` of the logits of squeezed pixels come from."
+
     allowed, accepts = Bernoulli.allowed, Bernoulli.accepts
 
     def __init__(self, log_variance="emitted", eps=1e-4, dim=None):
         super().__init__()
         self.log_variance, self.eps = check_log_variance(log_variance), check_eps(eps)
         self.per_pixel = 2 if log_variance == "emitted" else 1
-        if log_variance == "learned": self.raw = nn.Parameter(torch.zeros(check_int("dim", dim)))
+        if log_variance == "learned":
+            self.raw = nn.Parameter(torch.zeros(check_int("dim", dim)))
 
-    def extra_repr(self): return f"log_variance={self.log_variance!r}, eps={self.eps}"
-    def squeeze(self, x): return self.eps + (1 - 2 * self.eps) * x
-    def unsqueeze(self, logit): return ((logit.sigmoid() - self.eps) / (1 - 2 * self.eps)).clamp(0, 1)
+    def extra_repr(self):
+        return f"log_variance={self.log_variance!r}, eps={self.eps}"
+
+    def squeeze(self, x):
+        return self.eps + (1 - 2 * self.eps) * x
+
+    def unsqueeze(self, logit):
+        return ((logit.sigmoid() - self.eps) / (1 - 2 * self.eps)).clamp(0, 1)
 
     def normal(self, x, output):
         "`m` and `v` for the pixels of `x`."
         m, *emitted = self.parts(x, output)
-        if emitted: return m, limited(emitted[0])
-        if self.log_variance == "learned" and x.shape[-1] != len(self.raw): raise ValueError(f"x has {x.shape[-1]} pixels, LogitNormal has dim={len(self.raw)}")
-        return m, limited(self.raw).to(m.dtype) if self.log_variance == "learned" else m.new_tensor(self.log_variance)
+        if emitted:
+            return m, limited(emitted[0])
+        if self.log_variance == "learned" and x.shape[-1] != len(self.raw):
+            raise ValueError(f"x has {x.shape[-1]} pixels, LogitNormal has dim={len(self.raw)}")
+        return m, limited(self.raw).to(m.dtype) if self.log_variance == "learned" else m.new_tensor(
+            self.log_variance
+        )
 
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #294fbd6d
 class LogitNormal(Logits):
@@ -109,26 +159,30 @@ class LogitNormal(Logits):
     The decoder's output is `m`, then, for `log_variance="emitted"`, `v`; for "learned" `v` are `dim` parameters of this module; otherwise it is the number given.
     Raises `ValueError` for any other `log_variance` and for `eps` outside `(0, 0.5)`. Source: Rezende & Mohamed 2015, section 6.3.
     """
+
     def log_prob(self, x, output):
         "The log-density of the pixels `x`, summed, in nats."
         m, v = self.normal(x, output)
         y = self.squeeze(x)
         log_y, log_rest = y.log(), torch.log1p(-y)
         score = (log_y - log_rest - m).square() * (-v).exp() + v + math.log(2 * math.pi)
-        return (math.log1p(-2 * self.eps) - log_y - log_rest - .5 * score).sum(-1)
+        return (math.log1p(-2 * self.eps) - log_y - log_rest - 0.5 * score).sum(-1)
 
     def mean(self, output):
         m, v = self.normal(pixels_of(self, output), output)
-        quantiles = torch.special.ndtri((torch.arange(64, dtype=m.dtype, device=m.device) + .5) / 64)
+        quantiles = torch.special.ndtri((torch.arange(64, dtype=m.dtype, device=m.device) + 0.5) / 64)
         return sum(self.unsqueeze(m + (v / 2).exp() * quantile) for quantile in quantiles) / 64
 
     def sample(self, output, generator=None):
         m, v = self.normal(pixels_of(self, output), output)
-        return self.unsqueeze(m + (v / 2).exp() * torch.randn(m.shape, dtype=m.dtype, device=m.device, generator=generator))
+        return self.unsqueeze(
+            m + (v / 2).exp() * torch.randn(m.shape, dtype=m.dtype, device=m.device, generator=generator)
+        )
 
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #c2235b46
 class Levels(Likelihood):
     "Where the location and the log-scale of a logistic variable behind grey levels come from."
+
     per_pixel = 2
 
     def __init__(self, levels=256):
@@ -136,13 +190,16 @@ class Levels(Likelihood):
         self.top = check_int("levels", levels, 2) - 1
         self.allowed = f"multiples of 1/{self.top} in [0, 1]"
 
-    def extra_repr(self): return f"levels={self.top + 1}"
-    def accepts(self, x): return (x >= 0) & (x <= 1) & ((x * self.top).frac().sub(.5).abs() > .499)
+    def extra_repr(self):
+        return f"levels={self.top + 1}"
+
+    def accepts(self, x):
+        return (x >= 0) & (x <= 1) & ((x * self.top).frac().sub(0.5).abs() > 0.499)
 
     def logistic(self, x, output):
         "Locations and log-scales for the pixels of `x`."
         m, raw = self.parts(x, output)
-        return .5 + m, limited(raw)
+        return 0.5 + m, limited(raw)
 
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #630fb795
 class DiscretisedLogistic(Levels):
@@ -150,17 +207,29 @@ class DiscretisedLogistic(Levels):
 
     The decoder's output: the locations, counted from 1/2, then the log-scales before `limited`. `mean` costs `levels` passes over the image.
     """
+
     def log_prob(self, x, output):
         "The log of the mass of the levels `x`, summed over pixels, in nats."
         m, log_s = self.logistic(x, output)
-        rate, half = (-log_s).exp(), .5 / self.top
-        up, down, between = logsigmoid((x + half - m) * rate), logsigmoid((m + half - x) * rate), (-torch.expm1(-2 * half * rate)).log()
+        rate, half = (-log_s).exp(), 0.5 / self.top
+        up, down, between = (
+            logsigmoid((x + half - m) * rate),
+            logsigmoid((m + half - x) * rate),
+            (-torch.expm1(-2 * half * rate)).log(),
+        )
         lowest, highest = x < half, x > 1 - half
-        return (torch.where(highest, 0., up) + torch.where(lowest, 0., down) + torch.where(lowest | highest, 0., between)).sum(-1)
+        return (
+            torch.where(highest, 0.0, up)
+            + torch.where(lowest, 0.0, down)
+            + torch.where(lowest | highest, 0.0, between)
+        ).sum(-1)
 
     def mean(self, output):
         m, log_s = self.logistic(pixels_of(self, output), output)
-        return sum(((m - (k - .5) / self.top) * (-log_s).exp()).sigmoid() for k in range(1, self.top + 1)) / self.top            # E k = sum over j of P(k >= j)
+        return (
+            sum(((m - (k - 0.5) / self.top) * (-log_s).exp()).sigmoid() for k in range(1, self.top + 1))
+            / self.top
+        )  # E k = sum over j of P(k >= j)
 
     def sample(self, output, generator=None):
         m, log_s = self.logistic(pixels_of(self, output), output)
@@ -170,17 +239,25 @@ class DiscretisedLogistic(Levels):
 # %% ../nbs/02_vae_nf/07_likelihoods.ipynb #a849b73c
 class Gaussian(Likelihood):
     "Real pixels with means `output` and one fixed standard deviation, `N(output, scale^2 I)`."
-    def __init__(self, scale=1.):
+
+    def __init__(self, scale=1.0):
         super().__init__()
         self.scale = check_positive("scale", scale)
 
-    def extra_repr(self): return f"scale={self.scale}"
+    def extra_repr(self):
+        return f"scale={self.scale}"
 
     def log_prob(self, x, output):
         "`-|x - output|^2 / (2 scale^2) - D_x log(scale sqrt(2 pi))`, in nats."
-        mean, = self.parts(x, output)
-        return -.5 * ((x - mean) / self.scale).square().sum(-1) - x.shape[-1] * math.log(self.scale * math.sqrt(2 * math.pi))
+        (mean,) = self.parts(x, output)
+        return -0.5 * ((x - mean) / self.scale).square().sum(-1) - x.shape[-1] * math.log(
+            self.scale * math.sqrt(2 * math.pi)
+        )
 
-    def mean(self, output): return output
+    def mean(self, output):
+        return output
+
     def sample(self, output, generator=None):
-        return output + self.scale * torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
+        return output + self.scale * torch.randn(
+            output.shape, dtype=output.dtype, device=output.device, generator=generator
+        )

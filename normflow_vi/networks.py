@@ -8,32 +8,45 @@ __all__ = ['Dense', 'Maxout', 'MLP', 'Convolutional', 'side_of', 'gated', 'gated
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #580738d9
 import math
+
 from torch import nn
+
 from .transforms.base import check_choice, check_int, check_tensor, check_widths
 from .transforms.product import linear
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #d50f9ba7
 class Dense(nn.Linear):
     "A linear layer, Glorot-uniform, with its rectifier if `relu`; its product is `transforms.product.linear`."
+
     def __init__(self, in_dim, out_dim, relu=False):
         super().__init__(in_dim, out_dim)
         self.relu = relu
-        nn.init.xavier_uniform_(self.weight); nn.init.zeros_(self.bias)
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
 
-    def extra_repr(self): return f"{super().extra_repr()}, relu={self.relu}"
+    def extra_repr(self):
+        return f"{super().extra_repr()}, relu={self.relu}"
+
     def forward(self, x):
-        if x.shape[-1] != self.in_features: raise ValueError(f"input of shape {tuple(x.shape)}: its last axis must be in_dim={self.in_features}")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}: its last axis must be in_dim={self.in_features}"
+            )
         return linear(x, self.weight, self.bias, self.relu)
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #45905c94
 class Maxout(Dense):
     "`units` units, each the maximum of `window` linear functions of the input; Goodfellow et al. 2013."
+
     def __init__(self, in_dim, units, window=4):
         super().__init__(in_dim, check_int("window", window, 2) * units)
         self.window = window
 
-    def extra_repr(self): return f"{super().extra_repr()}, window={self.window}"
-    def forward(self, x): return super().forward(x).unflatten(-1, (self.window, -1)).amax(-2)
+    def extra_repr(self):
+        return f"{super().extra_repr()}, window={self.window}"
+
+    def forward(self, x):
+        return super().forward(x).unflatten(-1, (self.window, -1)).amax(-2)
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #828f0466
 class MLP(nn.Sequential):
@@ -41,85 +54,174 @@ class MLP(nn.Sequential):
 
     Input `(..., in_dim)`, output `(..., out_dim)` or `(..., hidden[-1])`. Widths count units after the maximum. Initialisation: Glorot & Bengio 2010, eq. 16.
     """
+
     def __init__(self, in_dim, hidden, out_dim=None, activation="relu", window=4):
         check_choice("activation", activation, ("relu", "maxout"))
-        if not (hidden := check_widths("hidden", hidden)): raise ValueError("hidden=(): expected at least one width")
+        if not (hidden := check_widths("hidden", hidden)):
+            raise ValueError("hidden=(): expected at least one width")
         widths = [check_int("in_dim", in_dim), *hidden]
-        layers = [Dense(*pair, relu=True) if activation == "relu" else Maxout(*pair, window) for pair in zip(widths, widths[1:])]
-        if out_dim is not None: layers.append(Dense(widths[-1], check_int("out_dim", out_dim)))
+        layers = [
+            Dense(*pair, relu=True) if activation == "relu" else Maxout(*pair, window)
+            for pair in zip(widths, widths[1:])
+        ]
+        if out_dim is not None:
+            layers.append(Dense(widths[-1], check_int("out_dim", out_dim)))
         super().__init__(*layers)
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #7c822a32
 class Convolutional(nn.Module):
     "Layers on images between flat vectors, `(..., in_dim) -> (..., out_dim)`; raises `ValueError` for an input of another width."
+
     def __init__(self, in_dim, out_dim, *layers):
         super().__init__()
-        self.in_dim, self.out_dim, self.layers = check_int("in_dim", in_dim), check_int("out_dim", out_dim), nn.Sequential(*layers)
+        self.in_dim, self.out_dim, self.layers = (
+            check_int("in_dim", in_dim),
+            check_int("out_dim", out_dim),
+            nn.Sequential(*layers),
+        )
 
     def forward(self, x):
         check_tensor("x", x, self.in_dim, "in_dim")
         return self.layers(x.reshape(-1, self.in_dim)).reshape(*x.shape[:-1], self.out_dim)
 
+
 def side_of(name, dim, multiple=1):
     "The side of the square image of `dim` pixels; raises `ValueError` if there is none, or if it is no multiple of `multiple`."
     side = math.isqrt(check_int(name, dim))
-    if side ** 2 != dim or side % multiple: raise ValueError(f"{name}={dim}: expected the number of pixels of a square image" + (f" with a side divisible by {multiple}" if multiple > 1 else ""))
+    if side**2 != dim or side % multiple:
+        raise ValueError(
+            f"{name}={dim}: expected the number of pixels of a square image"
+            + (f" with a side divisible by {multiple}" if multiple > 1 else "")
+        )
     return side
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #5a8c77f8
 def gated(in_channels, out_channels, kernel=5, stride=1, padding=2):
     return nn.Sequential(nn.Conv2d(in_channels, 2 * out_channels, kernel, stride, padding), nn.GLU(1))
 
+
 def gated_back(in_channels, out_channels, kernel=5, stride=1, padding=2):
     "`gated`, transposed: a stride multiplies the side."
-    return nn.Sequential(nn.ConvTranspose2d(in_channels, 2 * out_channels, kernel, stride, padding, output_padding=stride - 1), nn.GLU(1))
+    return nn.Sequential(
+        nn.ConvTranspose2d(in_channels, 2 * out_channels, kernel, stride, padding, output_padding=stride - 1),
+        nn.GLU(1),
+    )
+
 
 class GatedConvEncoder(Convolutional):
     "Gated convolutions from a square image of `in_dim` pixels, its side divisible by 4, to `out_dim` features; Van den Berg et al. 2018, section 6.1."
+
     def __init__(self, in_dim=784, out_dim=256, width=32):
         side, w = side_of("in_dim", in_dim, 4), check_int("width", width)
-        super().__init__(in_dim, out_dim, nn.Unflatten(1, (1, side, side)), gated(1, w), gated(w, w, stride=2), gated(w, 2 * w), gated(2 * w, 2 * w, stride=2),
-                         gated(2 * w, 2 * w), gated(2 * w, check_int("out_dim", out_dim), side // 4, padding=0))
+        super().__init__(
+            in_dim,
+            out_dim,
+            nn.Unflatten(1, (1, side, side)),
+            gated(1, w),
+            gated(w, w, stride=2),
+            gated(w, 2 * w),
+            gated(2 * w, 2 * w, stride=2),
+            gated(2 * w, 2 * w),
+            gated(2 * w, check_int("out_dim", out_dim), side // 4, padding=0),
+        )
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #d97c664a
 class GatedConvDecoder(Convolutional):
     "Gated transposed convolutions from `in_dim` latents to `out_dim` numbers, `per_pixel` for each pixel of a square image, its side divisible by 4; Van den Berg et al. 2018, section 6.1."
+
     def __init__(self, in_dim, out_dim=784, width=32, per_pixel=1):
-        w, (pixels, rest) = check_int("width", width), divmod(check_int("out_dim", out_dim), check_int("per_pixel", per_pixel))
-        if rest: raise ValueError(f"out_dim={out_dim}: expected a multiple of per_pixel={per_pixel}")
-        super().__init__(in_dim, out_dim, nn.Unflatten(1, (in_dim, 1, 1)), gated_back(in_dim, 2 * w, side_of("out_dim", pixels, 4) // 4, padding=0), gated_back(2 * w, 2 * w),
-                         gated_back(2 * w, w, stride=2), gated_back(w, w), gated_back(w, w, stride=2), gated_back(w, w), nn.Conv2d(w, per_pixel, 1))
+        w, (pixels, rest) = (
+            check_int("width", width),
+            divmod(check_int("out_dim", out_dim), check_int("per_pixel", per_pixel)),
+        )
+        if rest:
+            raise ValueError(f"out_dim={out_dim}: expected a multiple of per_pixel={per_pixel}")
+        super().__init__(
+            in_dim,
+            out_dim,
+            nn.Unflatten(1, (in_dim, 1, 1)),
+            gated_back(in_dim, 2 * w, side_of("out_dim", pixels, 4) // 4, padding=0),
+            gated_back(2 * w, 2 * w),
+            gated_back(2 * w, w, stride=2),
+            gated_back(w, w),
+            gated_back(w, w, stride=2),
+            gated_back(w, w),
+            nn.Conv2d(w, per_pixel, 1),
+        )
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #b549c2a1
 class Residual(nn.Module):
     "`s(x) + c(relu(keep(relu(x))))` with 3-by-3 convolutions: `c` and `s` change channels and size; where `c` is another `keep`, `s` is the identity."
+
     def __init__(self, in_channels, out_channels, change):
         super().__init__()
         self.shortcut = nn.Identity() if change is keep else change(in_channels, out_channels)
-        self.branch = nn.Sequential(nn.ReLU(), keep(in_channels, in_channels), nn.ReLU(), change(in_channels, out_channels))
+        self.branch = nn.Sequential(
+            nn.ReLU(), keep(in_channels, in_channels), nn.ReLU(), change(in_channels, out_channels)
+        )
 
-    def forward(self, x): return self.shortcut(x) + self.branch(x)
+    def forward(self, x):
+        return self.shortcut(x) + self.branch(x)
 
-def keep(i, o): return nn.Conv2d(i, o, 3, padding=1)
-def down(i, o): return nn.Conv2d(i, o, 3, stride=2, padding=1)
-def up(side): return lambda i, o: nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1 - side % 2)                  # to the side given
 
-def halvings(side): return side, -(-side // 2), -(-side // 4), -(-side // 8)
+def keep(i, o):
+    return nn.Conv2d(i, o, 3, padding=1)
+
+
+def down(i, o):
+    return nn.Conv2d(i, o, 3, stride=2, padding=1)
+
+
+def up(side):
+    return lambda i, o: nn.ConvTranspose2d(
+        i, o, 3, stride=2, padding=1, output_padding=1 - side % 2
+    )  # to the side given
+
+
+def halvings(side):
+    return side, -(-side // 2), -(-side // 4), -(-side // 8)
 
 # %% ../nbs/02_vae_nf/05_networks.ipynb #c0ce0645
 class ResNetEncoder(Convolutional):
     "Residual blocks from a square image of `in_dim` pixels to `out_dim` features; `width` channels at full size. Durkan et al. 2019, appendix B."
+
     def __init__(self, in_dim=784, out_dim=64, width=16):
         side, w = side_of("in_dim", in_dim), check_int("width", width)
         blocks = [Residual(*block) for c in (w, 2 * w, 4 * w) for block in ((c, c, keep), (c, 2 * c, down))]
-        super().__init__(in_dim, out_dim, nn.Unflatten(1, (1, side, side)), nn.Conv2d(1, w, 1), *blocks, nn.ReLU(), nn.Flatten(),
-                         nn.Linear(8 * w * halvings(side)[3] ** 2, check_int("out_dim", out_dim)))
+        super().__init__(
+            in_dim,
+            out_dim,
+            nn.Unflatten(1, (1, side, side)),
+            nn.Conv2d(1, w, 1),
+            *blocks,
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(8 * w * halvings(side)[3] ** 2, check_int("out_dim", out_dim)),
+        )
+
 
 class ResNetDecoder(Convolutional):
     "Residual blocks from `in_dim` latents to `out_dim` numbers, `per_pixel` for each pixel of a square image. Durkan et al. 2019, appendix B."
+
     def __init__(self, in_dim, out_dim=784, width=16, per_pixel=1):
-        w, (pixels, rest) = check_int("width", width), divmod(check_int("out_dim", out_dim), check_int("per_pixel", per_pixel))
-        if rest: raise ValueError(f"out_dim={out_dim}: expected a multiple of per_pixel={per_pixel}")
+        w, (pixels, rest) = (
+            check_int("width", width),
+            divmod(check_int("out_dim", out_dim), check_int("per_pixel", per_pixel)),
+        )
+        if rest:
+            raise ValueError(f"out_dim={out_dim}: expected a multiple of per_pixel={per_pixel}")
         *sides, least = halvings(side_of("out_dim", pixels))
-        blocks = [Residual(*block) for c, side in zip((4 * w, 2 * w, w), reversed(sides)) for block in ((2 * c, 2 * c, keep), (2 * c, c, up(side)))]
-        super().__init__(in_dim, out_dim, nn.Linear(check_int("in_dim", in_dim), 8 * w * least ** 2), nn.Unflatten(1, (8 * w, least, least)), *blocks, nn.ReLU(), nn.Conv2d(w, per_pixel, 1))
+        blocks = [
+            Residual(*block)
+            for c, side in zip((4 * w, 2 * w, w), reversed(sides))
+            for block in ((2 * c, 2 * c, keep), (2 * c, c, up(side)))
+        ]
+        super().__init__(
+            in_dim,
+            out_dim,
+            nn.Linear(check_int("in_dim", in_dim), 8 * w * least**2),
+            nn.Unflatten(1, (8 * w, least, least)),
+            *blocks,
+            nn.ReLU(),
+            nn.Conv2d(w, per_pixel, 1),
+        )

@@ -7,8 +7,11 @@ __all__ = ['ANNEAL', 'Estimate', 'estimate', 'parts_of', 'draw_terms', 'joint', 
            'free_energy', 'log_power_mean', 'check_bound', 'renyi', 'importance_weighted', 'forward_kl']
 
 # %% ../nbs/01_flows/40_objectives.ipynb #04cda826
-import math, torch
+import math
 from dataclasses import dataclass, field
+
+import torch
+
 from .gradients import GRADIENTS, path_draws
 from .transforms.base import check_choice, check_int
 
@@ -16,17 +19,25 @@ from .transforms.base import check_choice, check_int
 @dataclass(frozen=True)
 class Estimate:
     "A Monte Carlo estimate: `value` and `std_error` (0-d tensors, nats), and the means of its `terms` by name."
+
     value: torch.Tensor
     std_error: torch.Tensor
     terms: dict = field(default_factory=dict)
 
-    def __str__(self): return f"{self.value.item():.3f} ± {self.std_error.item():.3f}"
-    def as_dict(self): return {"value": self.value.item(), "std_error": self.std_error.item()}
+    def __str__(self):
+        return f"{self.value.item():.3f} ± {self.std_error.item():.3f}"
+
+    def as_dict(self):
+        return {"value": self.value.item(), "std_error": self.std_error.item()}
 
 # %% ../nbs/01_flows/40_objectives.ipynb #fb2bc00b
 def estimate(draws, terms=None):
     "The mean of `draws`, `(sample,)` or `(sample, *batch)`, as an `Estimate`; `terms` maps names to tensors of the same shape."
-    draws_or_images = draws.detach().flatten(1).mean(0) if draws.dim() > 1 and draws[0].numel() > 1 else draws.detach().flatten()
+    draws_or_images = (
+        draws.detach().flatten(1).mean(0)
+        if draws.dim() > 1 and draws[0].numel() > 1
+        else draws.detach().flatten()
+    )
     n = len(draws_or_images)
     error = draws_or_images.std() / math.sqrt(n) if n > 1 else draws_or_images.new_tensor(math.nan)
     return Estimate(draws.mean(), error, {name: term.detach().mean() for name, term in (terms or {}).items()})
@@ -35,22 +46,35 @@ def estimate(draws, terms=None):
 def parts_of(log_joint, z, log_q):
     "`log_joint(z)` as parts by name, each of the shape of `log_q`; raises `ValueError` for anything else."
     parts = log_joint(z)
-    if not isinstance(parts, dict): parts = {"log_joint": parts}
-    if not parts or "log_q" in parts: raise ValueError(f"log_joint: expected at least one part, none of them called log_q, got {sorted(parts)}")
+    if not isinstance(parts, dict):
+        parts = {"log_joint": parts}
+    if not parts or "log_q" in parts:
+        raise ValueError(
+            f"log_joint: expected at least one part, none of them called log_q, got {sorted(parts)}"
+        )
     for name, part in parts.items():
         shape = getattr(part, "shape", type(part).__name__)
-        if shape != log_q.shape: raise ValueError(f"log_joint: {name} has shape {shape} for z of shape {tuple(z.shape)}; expected {tuple(log_q.shape)}")
+        if shape != log_q.shape:
+            raise ValueError(
+                f"log_joint: {name} has shape {shape} for z of shape {tuple(z.shape)}; expected {tuple(log_q.shape)}"
+            )
     return parts
+
 
 def draw_terms(log_joint, posterior, samples=1, generator=None, gradient="reparameterised", rate=None):
     "`samples` draws as named terms of shape `(samples, *batch)`: `log_q`, and `log_joint` or the parts it is given in; `gradient` and `rate`: see `path_draws`."
-    check_choice("gradient", gradient, GRADIENTS); check_int("samples", samples)
-    if gradient == "reparameterised": z, log_q = posterior.rsample_and_log_prob((samples,), generator=generator)
-    else: z, log_q = path_draws(posterior, (samples,), generator, rate)
+    check_choice("gradient", gradient, GRADIENTS)
+    check_int("samples", samples)
+    if gradient == "reparameterised":
+        z, log_q = posterior.rsample_and_log_prob((samples,), generator=generator)
+    else:
+        z, log_q = path_draws(posterior, (samples,), generator, rate)
     return {"log_q": log_q, **parts_of(log_joint, z, log_q)}
 
 # %% ../nbs/01_flows/40_objectives.ipynb #98db0d19
-def joint(terms): return sum(part for name, part in terms.items() if name != "log_q")
+def joint(terms):
+    return sum(part for name, part in terms.items() if name != "log_q")
+
 
 def elbo(log_joint, posterior, samples=1, generator=None, gradient="reparameterised"):
     "`E_q[log p(x, z) - log q(z)]`, a lower bound on `log p(x)`, as an `Estimate` (nats); `gradient`: one of `GRADIENTS`. Jordan et al. 1999."
@@ -58,23 +82,42 @@ def elbo(log_joint, posterior, samples=1, generator=None, gradient="reparameteri
     return estimate(joint(terms) - terms["log_q"], terms)
 
 # %% ../nbs/01_flows/40_objectives.ipynb #5c73f1b3
-def annealing(step, steps, start=0.):
+def annealing(step, steps, start=0.0):
     "`beta = min(1, start + step / steps)`; 1 throughout when `steps` is 0."
-    if steps == 0: return 1.
+    if steps == 0:
+        return 1.0
     beta = start + step / steps
-    return beta.clamp(max=1) if isinstance(beta, torch.Tensor) else min(1., beta)
+    return beta.clamp(max=1) if isinstance(beta, torch.Tensor) else min(1.0, beta)
 
 # %% ../nbs/01_flows/40_objectives.ipynb #81887c82
 ANNEAL = ("joint", "kl")
 
+
 def check_annealing(anneal, free_bits):
     "Raise `ValueError` for a form of annealing that there is not, and for free bits where they do not apply."
     check_choice("anneal", anneal, ANNEAL)
-    if isinstance(free_bits, bool) or not isinstance(free_bits, (int, float)) or not 0 <= free_bits < math.inf: raise ValueError(f"free_bits={free_bits!r}: expected nats, a finite number of at least 0")
-    if free_bits and anneal != "kl": raise ValueError(f"free_bits={free_bits!r} with anneal={anneal!r}: they apply to the divergence from the prior; use anneal='kl'")
+    if (
+        isinstance(free_bits, bool)
+        or not isinstance(free_bits, (int, float))
+        or not 0 <= free_bits < math.inf
+    ):
+        raise ValueError(f"free_bits={free_bits!r}: expected nats, a finite number of at least 0")
+    if free_bits and anneal != "kl":
+        raise ValueError(
+            f"free_bits={free_bits!r} with anneal={anneal!r}: they apply to the divergence from the prior; use anneal='kl'"
+        )
 
 # %% ../nbs/01_flows/40_objectives.ipynb #3b7e845d
-def free_energy(log_joint, posterior, samples=1, beta=1., anneal="joint", generator=None, gradient="reparameterised", free_bits=0.):
+def free_energy(
+    log_joint,
+    posterior,
+    samples=1,
+    beta=1.0,
+    anneal="joint",
+    generator=None,
+    gradient="reparameterised",
+    free_bits=0.0,
+):
     """The annealed free energy as an `Estimate` to minimise; at `beta = 1` without free bits both forms are `F = -ELBO`.
 
     `anneal`: "joint" weights `log p(x, z)` by `beta` (Rezende & Mohamed 2015, eq. 20); "kl" weights `KL = log q(z) - log p(z)` and needs a `log_joint` that returns
@@ -83,29 +126,42 @@ def free_energy(log_joint, posterior, samples=1, beta=1., anneal="joint", genera
     check_annealing(anneal, free_bits)
     terms = draw_terms(log_joint, posterior, samples, generator, gradient)
     plain = terms["log_q"] - joint(terms)
-    if anneal == "kl" and "log_prior" not in terms: raise ValueError(f"anneal='kl' needs log_joint to return log_prior by name, got {sorted(terms.keys() - {'log_q'})}")
-    if anneal == "joint": return estimate(terms["log_q"] - beta * joint(terms), terms | {"free_energy": plain})
+    if anneal == "kl" and "log_prior" not in terms:
+        raise ValueError(
+            f"anneal='kl' needs log_joint to return log_prior by name, got {sorted(terms.keys() - {'log_q'})}"
+        )
+    if anneal == "joint":
+        return estimate(terms["log_q"] - beta * joint(terms), terms | {"free_energy": plain})
     kl = terms["log_q"] - terms["log_prior"]
     annealed = plain + (beta - 1) * kl
-    if free_bits: annealed = annealed + beta * torch.where(kl.mean() < free_bits, free_bits - kl, 0.)                          # the mean of KL becomes max(free_bits, KL)
+    if free_bits:
+        annealed = annealed + beta * torch.where(
+            kl.mean() < free_bits, free_bits - kl, 0.0
+        )  # the mean of KL becomes max(free_bits, KL)
     return estimate(annealed, terms | {"free_energy": plain})
 
 # %% ../nbs/01_flows/40_objectives.ipynb #34e2169b
 def log_power_mean(log_w, a):
     "`(1/a) log mean w^a` over the first axis of `log_w` `(K, ...)`, finite for every finite log-weight; at `a = 0` its limit, the mean of `log_w`."
-    if a == 0: return log_w.mean(0)
-    if abs(a) >= 1e-2: return ((a * log_w).logsumexp(0) - math.log(len(log_w))) / a
+    if a == 0:
+        return log_w.mean(0)
+    if abs(a) >= 1e-2:
+        return ((a * log_w).logsumexp(0) - math.log(len(log_w))) / a
     top = (log_w.amax(0) if a > 0 else log_w.amin(0)).detach()
     return top + torch.expm1(a * (log_w - top)).mean(0).log1p() / a
 
 # %% ../nbs/01_flows/40_objectives.ipynb #71064b73
 def check_bound(alpha, samples, gradient):
     "Raise `ValueError` for an `alpha` that is no finite number, for `samples < 1`, and for a gradient that is biased for the bound `(alpha, samples)`."
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha): raise ValueError(f"alpha={alpha!r}: expected a finite number")
-    check_choice("gradient", gradient, GRADIENTS); check_int("samples", samples)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha!r}: expected a finite number")
+    check_choice("gradient", gradient, GRADIENTS)
+    check_int("samples", samples)
     if gradient == "sticking-the-landing" and samples > 1 and alpha != 1:
-        raise ValueError(f"gradient='sticking-the-landing' with the Renyi bound alpha={alpha}, samples={samples} (importance weighted: alpha=0): biased, since under these weights "
-                         "the score that it drops does not have mean zero; use 'doubly-reparameterised' or 'reparameterised'")
+        raise ValueError(
+            f"gradient='sticking-the-landing' with the Renyi bound alpha={alpha}, samples={samples} (importance weighted: alpha=0): biased, since under these weights "
+            "the score that it drops does not have mean zero; use 'doubly-reparameterised' or 'reparameterised'"
+        )
 
 # %% ../nbs/01_flows/40_objectives.ipynb #61c6da6e
 def renyi(log_joint, posterior, alpha, samples=1, outer=1, generator=None, gradient="reparameterised"):
@@ -115,9 +171,11 @@ def renyi(log_joint, posterior, alpha, samples=1, outer=1, generator=None, gradi
     `gradient`: one of `GRADIENTS`; doubly reparameterised, each path counts `alpha w + (1-alpha) w^2` with normalised `w = w_k^(1-alpha) / sum`.
     Raises `ValueError` for a pair of bound and gradient that would be biased. Source: Li & Turner 2016, sections 3 and 4; Tucker et al. 2019 (`alpha = 0`).
     """
-    check_bound(alpha, samples, gradient); check_int("outer", outer)
+    check_bound(alpha, samples, gradient)
+    check_int("outer", outer)
     grouped = lambda log_w: log_w.unflatten(0, (samples, outer))
-    def rate(z, log_q):                                      # the bound's own gradient supplies one factor w
+
+    def rate(z, log_q):  # the bound's own gradient supplies one factor w
         log_w = grouped(sum(parts_of(log_joint, z, log_q).values()) - log_q)
         return (alpha + (1 - alpha) * ((1 - alpha) * log_w).softmax(0)).flatten(0, 1)
 
@@ -125,6 +183,7 @@ def renyi(log_joint, posterior, alpha, samples=1, outer=1, generator=None, gradi
     terms = draw_terms(log_joint, posterior, samples * outer, generator, gradient, rate if doubly else None)
     log_w = joint(terms) - terms["log_q"]
     return estimate(log_power_mean(grouped(log_w), 1 - alpha), terms | {"elbo": log_w})
+
 
 def importance_weighted(log_joint, posterior, samples=1, outer=1, generator=None, gradient="reparameterised"):
     "`log (1/K) sum_k w_k` with `K = samples`, averaged over `outer` repetitions (and images): `renyi` at `alpha = 0`; Burda et al. 2016, eq. 8."
@@ -137,7 +196,10 @@ def forward_kl(posterior, samples, log_density=None, generator=None, gradient="r
     `log_density(x)`: the normalised log-density of the target, `(N, *batch)`; with it the value is KL(p || q). Costs one inverse pass (`inverse_kind`); with continuously-indexed layers
     it is a random upper bound, with draws from `generator`. `gradient`: nothing is drawn from `q`, so any but the ordinary one raises `ValueError`.
     """
-    if gradient != "reparameterised": raise ValueError(f"gradient={gradient!r} with forward_kl: it differentiates log q at given samples, not at draws from q; leave it at 'reparameterised'")
+    if gradient != "reparameterised":
+        raise ValueError(
+            f"gradient={gradient!r} with forward_kl: it differentiates log q at given samples, not at draws from q; leave it at 'reparameterised'"
+        )
     log_q = posterior.log_prob(samples, generator)
     terms = {"log_q": log_q} | ({} if log_density is None else parts_of(log_density, samples, log_q))
-    return estimate((0. if log_density is None else joint(terms)) - log_q, terms)
+    return estimate((0.0 if log_density is None else joint(terms)) - log_q, terms)

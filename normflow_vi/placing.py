@@ -7,19 +7,29 @@ __all__ = ['HEATS', 'WIDEST', 'warm_bound', 'best_scale', 'climb', 'is_placed', 
            'place_density', 'place_samples']
 
 # %% ../nbs/01_flows/46_placing.ipynb #12d567c8
-import math, torch
+import math
+
+import torch
 from torch.func import functional_call
 
 # %% ../nbs/01_flows/46_placing.ipynb #48fda6d2
-HEATS, WIDEST = (.1, .3), 1e3                                # powers h of the density, the warmest first; most that a warm scale may exceed the cold one
+HEATS, WIDEST = (
+    (0.1, 0.3),
+    1e3,
+)  # powers h of the density, the warmest first; most that a warm scale may exceed the cold one
 
-def warm_bound(place, log_density, eps, heat=1.):
+
+def warm_bound(place, log_density, eps, heat=1.0):
     "The bound as a function of `(loc, log_scale)`: means over the draws `eps` `(N, D)`, in nats; `-inf` where it is not finite or cannot be computed."
+
     def bound(loc, log_scale):
         z, log_det = functional_call(place, {"loc": loc, "scale": log_scale.exp()}, (eps,))
-        try: value = (heat * (log_density(z) + log_det - log_scale.sum(-1))).mean() + log_scale.sum(-1)
-        except (RuntimeError, ValueError): return 0 * (loc.sum() + log_scale.sum()) - math.inf       # a matrix that is singular out there, say
+        try:
+            value = (heat * (log_density(z) + log_det - log_scale.sum(-1))).mean() + log_scale.sum(-1)
+        except (RuntimeError, ValueError):
+            return 0 * (loc.sum() + log_scale.sum()) - math.inf  # a matrix that is singular out there, say
         return torch.where(value.isfinite(), value, -math.inf)
+
     return bound
 
 # %% ../nbs/01_flows/46_placing.ipynb #711ff85d
@@ -28,19 +38,31 @@ def best_scale(bound, loc, log_scale):
     "`log_scale` with the best common factor from 1e-4 to 1e4 put on it, as it is where nothing is finite."
     factors = torch.linspace(math.log(1e-4), math.log(1e4), 33)
     values = torch.stack([bound(loc, log_scale + factor) for factor in factors])
-    ties = values >= values.max() - 8 * torch.finfo(values.dtype).eps * values.max().abs()   # far away the values differ by rounding only: then the widest
+    ties = (
+        values >= values.max() - 8 * torch.finfo(values.dtype).eps * values.max().abs()
+    )  # far away the values differ by rounding only: then the widest
     return log_scale + factors[int(ties.nonzero().max()) if values.max().isfinite() else 16]
+
 
 def climb(bound, loc, log_scale, which):
     "`(loc, log_scale)` after L-BFGS in one of them, `which`; as it was if that did not help."
     u = torch.zeros_like(loc, requires_grad=True)
-    def moved(): return (loc + log_scale.exp() * u, log_scale) if which == "loc" else (loc, log_scale + u)
+
+    def moved():
+        return (loc + log_scale.exp() * u, log_scale) if which == "loc" else (loc, log_scale + u)
+
     def loss():
         value = -bound(*moved())
-        u.grad = torch.autograd.grad(value, u)[0].nan_to_num(0., 0., 0.) if value.requires_grad else 0 * u.detach()
+        u.grad = (
+            torch.autograd.grad(value, u)[0].nan_to_num(0.0, 0.0, 0.0)
+            if value.requires_grad
+            else 0 * u.detach()
+        )
         return value
+
     torch.optim.LBFGS([u], max_iter=40, line_search_fn="strong_wolfe").step(loss)
-    with torch.no_grad(): found = moved()
+    with torch.no_grad():
+        found = moved()
     better = all(t.isfinite().all() for t in found) and bound(*found) > bound(loc, log_scale)
     return tuple(t.detach() for t in found) if better else (loc, log_scale)
 
@@ -49,20 +71,28 @@ def is_placed(place):
     "Whether units were set before."
     return bool((place.loc != 0).any() or (place.scale != 1).any())
 
+
 def best_gaussian(bound, loc):
     "`(loc, log_scale)` of the best Gaussian: a grid, then L-BFGS in turns."
     log_scale = best_scale(bound, loc, torch.zeros_like(loc))
     for turn in range(2):
         loc, log_scale = climb(bound, loc, log_scale, "loc")
-        if turn == 0: log_scale = best_scale(bound, loc, log_scale)
+        if turn == 0:
+            log_scale = best_scale(bound, loc, log_scale)
         loc, log_scale = climb(bound, loc, log_scale, "log_scale")
     return loc, log_scale
+
 
 @torch.no_grad()
 def endless(bound, loc, log_scale):
     "The coordinate whose scale gains most by growing, if it gains both ten- and a hundredfold; otherwise `None`."
     axes = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-    gains = torch.tensor([[bound(loc, log_scale + math.log(factor) * axis) - bound(loc, log_scale) for axis in axes] for factor in (10, 100)])
+    gains = torch.tensor(
+        [
+            [bound(loc, log_scale + math.log(factor) * axis) - bound(loc, log_scale) for axis in axes]
+            for factor in (10, 100)
+        ]
+    )
     return int(gains[1].argmax()) if (gains >= 0).all(0).any() else None
 
 # %% ../nbs/01_flows/46_placing.ipynb #4c6472c9
@@ -71,22 +101,32 @@ def warmest(place, log_density, eps, cold):
     for h in HEATS:
         bound = warm_bound(place, log_density, eps, h)
         loc, log_scale = best_gaussian(bound, place.loc.clone())
-        if endless(bound, loc, log_scale) is None and (log_scale - cold[1]).max() < math.log(WIDEST): return loc, log_scale, h
-    return *cold, 1.
+        if endless(bound, loc, log_scale) is None and (log_scale - cold[1]).max() < math.log(WIDEST):
+            return loc, log_scale, h
+    return *cold, 1.0
+
 
 def place_density(place, log_density, generator=None, draws=128):
     """Set the units of a `Place` to those of a log-density, by a few hundred evaluations of `2 * draws` rows; leaves them alone where it is finite nowhere.
 
     Raises `ValueError` for a density whose mass seems to be infinite.
     """
-    eps = torch.randn(draws, len(place.loc), generator=generator, dtype=place.loc.dtype, device=place.loc.device)
-    eps = torch.cat([eps, -eps])                             # in pairs: a symmetric target then has no preferred side
+    eps = torch.randn(
+        draws, len(place.loc), generator=generator, dtype=place.loc.dtype, device=place.loc.device
+    )
+    eps = torch.cat([eps, -eps])  # in pairs: a symmetric target then has no preferred side
     bound = warm_bound(place, log_density, eps)
     cold = best_gaussian(bound, place.loc.clone())
-    if not bound(*cold).isfinite(): return
-    if (i := endless(bound, *cold)) is not None: raise ValueError(f"log_density: seems to have no finite integral along z[{i}]: the wider q, the better; is a prior missing, or a support?")
+    if not bound(*cold).isfinite():
+        return
+    if (i := endless(bound, *cold)) is not None:
+        raise ValueError(
+            f"log_density: seems to have no finite integral along z[{i}]: the wider q, the better; is a prior missing, or a support?"
+        )
     loc, log_scale, h = warmest(place, log_density, eps, cold)
-    with torch.no_grad(): place.loc.copy_(loc); place.scale.copy_(math.sqrt(h) * log_scale.exp())
+    with torch.no_grad():
+        place.loc.copy_(loc)
+        place.scale.copy_(math.sqrt(h) * log_scale.exp())
 
 # %% ../nbs/01_flows/46_placing.ipynb #d8441f7d
 def place_samples(place, samples):
@@ -94,4 +134,5 @@ def place_samples(place, samples):
     with torch.no_grad():
         x, _ = place.inverse(samples)
         loc, scale = (place.loc + place.scale * x).mean(0), place.scale * x.std(0, correction=0)
-        place.loc.copy_(loc); place.scale.copy_(torch.where(scale > 0, scale, 1.))
+        place.loc.copy_(loc)
+        place.scale.copy_(torch.where(scale > 0, scale, 1.0))

@@ -7,33 +7,55 @@ __all__ = ['FAMILY_COLOURS', 'PART_STYLES', 'colour', 'show_density', 'show_imag
 
 # %% ../nbs/90_engine/35_plots.ipynb #a3d354c6
 from pathlib import Path
+
 from .files import atomic_write
 
-FAMILY_COLOURS = {"diagonal": "#666666", "planar": "#1f77b4", "radial": "#ff7f0e", "nice": "#2ca02c", "nice-ortho": "#2ca02c", "nice-perm": "#a2c523",
-                  "realnvp": "#e377c2", "iaf": "#9467bd",
-                  "nsf": "#8c564b", "cif": "#d62728", "sylvester": "#17becf", "full": "#7b4173", "circulant": "#e7ba52", "circulant-diagonal": "#bd9e39", "circulant-slog": "#ad494a", "conf": "#393b79", "target": "#000000"}
-PART_STYLES = {"train": ":", "valid": "--", "test": "-"}     # one line style a part of the data
+FAMILY_COLOURS = {
+    "diagonal": "#666666",
+    "planar": "#1f77b4",
+    "radial": "#ff7f0e",
+    "nice": "#2ca02c",
+    "nice-ortho": "#2ca02c",
+    "nice-perm": "#a2c523",
+    "realnvp": "#e377c2",
+    "iaf": "#9467bd",
+    "nsf": "#8c564b",
+    "cif": "#d62728",
+    "sylvester": "#17becf",
+    "full": "#7b4173",
+    "circulant": "#e7ba52",
+    "circulant-diagonal": "#bd9e39",
+    "circulant-slog": "#ad494a",
+    "conf": "#393b79",
+    "target": "#000000",
+}
+PART_STYLES = {"train": ":", "valid": "--", "test": "-"}  # one line style a part of the data
 
 # %% ../nbs/90_engine/35_plots.ipynb #dfdc5642
-def colour(family, depth=1.):
+def colour(family, depth=1.0):
     "The family's colour as RGB, mixed with white: `depth` runs from 0 (white) to 1 (full colour)."
     from matplotlib.colors import to_rgb
+
     return tuple(1 - depth * (1 - channel) for channel in to_rgb(FAMILY_COLOURS[family]))
 
 # %% ../nbs/90_engine/35_plots.ipynb #352e597e
 def show_density(axes, density, window, title):
     "Draw `density`, values on a square grid `(n * n,)` ordered by `z1` then `z2`, over `[-window, window]^2`."
-    side = round(len(density) ** .5)
-    axes.imshow(density.reshape(side, side).T, origin="lower", extent=[-window, window] * 2, cmap="viridis", vmin=0)
+    side = round(len(density) ** 0.5)
+    axes.imshow(
+        density.reshape(side, side).T, origin="lower", extent=[-window, window] * 2, cmap="viridis", vmin=0
+    )
     axes.set(title=title, xticks=[-window, 0, window], yticks=[-window, 0, window])
 
 # %% ../nbs/90_engine/35_plots.ipynb #f61298fd
 def show_images(axes, images, columns, title, side=28):
     "Draw grey images `(n, side * side)` in [0, 1] as one sheet, row by row; unfilled places stay white."
     import numpy as np
+
     images = np.asarray(images, dtype=float)
     rows = -(-len(images) // columns)
-    sheet = np.zeros((rows * columns, side * side)); sheet[:len(images)] = images
+    sheet = np.zeros((rows * columns, side * side))
+    sheet[: len(images)] = images
     sheet = sheet.reshape(rows, columns, side, side).swapaxes(1, 2).reshape(rows * side, columns * side)
     axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=1)
     axes.set(title=title, xticks=[], yticks=[])
@@ -42,6 +64,9 @@ def show_images(axes, images, columns, title, side=28):
 def save_figure(figure, path, dpi=130):
     "Write a matplotlib figure as PNG, atomically; returns the path."
     import io
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white", metadata={"Software": None})
+    figure.savefig(
+        buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white", metadata={"Software": None}
+    )
     return atomic_write(Path(path), buffer.getvalue())

@@ -8,6 +8,7 @@ __all__ = ['FAMILIES', 'options_of', 'posterior']
 # %% ../nbs/02_vae_nf/08_posteriors.ipynb #001e3e5e
 import inspect
 from functools import partial
+
 from .flows import Flow
 from .transforms.affine import Affine
 from .transforms.autoregressive import InverseAutoregressive
@@ -25,15 +26,34 @@ from .transforms.tanh_coupling import TanhCoupling
 
 # %% ../nbs/02_vae_nf/08_posteriors.ipynb #791d4138
 FAMILIES = {
-    "diagonal": None, "full": Triangular, "circulant": CircularConvolution, "circulant-diagonal": ScaledConvolution,
-    "planar": Planar, "radial": Radial, "sylvester": Sylvester,
-    "nice-perm": lambda dim, length, context_dim: TanhCoupling(dim, length, context_dim, "perm"), "nice-ortho": lambda dim, length, context_dim: TanhCoupling(dim, length, context_dim, "ortho"),
-    "realnvp": partial(AffineCoupling, activation="tanh"), "iaf": InverseAutoregressive, "nsf": SplineCoupling,
-    "circulant-slog": partial(GatedConvolution, alpha=.1), "conf": partial(ConvolutionCoupling, activation="tanh")}
+    "diagonal": None,
+    "full": Triangular,
+    "circulant": CircularConvolution,
+    "circulant-diagonal": ScaledConvolution,
+    "planar": Planar,
+    "radial": Radial,
+    "sylvester": Sylvester,
+    "nice-perm": lambda dim, length, context_dim: TanhCoupling(dim, length, context_dim, "perm"),
+    "nice-ortho": lambda dim, length, context_dim: TanhCoupling(dim, length, context_dim, "ortho"),
+    "realnvp": partial(AffineCoupling, activation="tanh"),
+    "iaf": InverseAutoregressive,
+    "nsf": SplineCoupling,
+    "circulant-slog": partial(GatedConvolution, alpha=0.1),
+    "conf": partial(ConvolutionCoupling, activation="tanh"),
+}
+
 
 def options_of(family):
     "Names of the options that `family` takes."
-    return [] if family == "diagonal" else [name for name in inspect.signature(FAMILIES[family]).parameters if name not in ("dim", "length", "context_dim")]
+    return (
+        []
+        if family == "diagonal"
+        else [
+            name
+            for name in inspect.signature(FAMILIES[family]).parameters
+            if name not in ("dim", "length", "context_dim")
+        ]
+    )
 
 # %% ../nbs/02_vae_nf/08_posteriors.ipynb #0b3a88b5
 def posterior(family, dim, length, context_dim, **options):
@@ -44,7 +64,11 @@ def posterior(family, dim, length, context_dim, **options):
     """
     allowed = options_of(check_choice("family", family, FAMILIES))
     for name in options:
-        if name not in allowed: raise ValueError(f"{name}: family={family!r} has no such option, allowed are {', '.join(allowed) or 'none'}")
-    if check_int("length", length, least=0) and family == "diagonal": raise ValueError(f"length={length}: the diagonal Gaussian has no layers, expected 0")
+        if name not in allowed:
+            raise ValueError(
+                f"{name}: family={family!r} has no such option, allowed are {', '.join(allowed) or 'none'}"
+            )
+    if check_int("length", length, least=0) and family == "diagonal":
+        raise ValueError(f"length={length}: the diagonal Gaussian has no layers, expected 0")
     first = Affine(dim, context_dim=check_int("context_dim", context_dim))
     return Flow(Chain(first, FAMILIES[family](dim, length, context_dim, **options)) if length else first)

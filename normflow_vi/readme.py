@@ -8,38 +8,64 @@ __all__ = ['NOTE', 'relink', 'output_markdown', 'cell_markdown', 'readme', 'writ
 # %% ../nbs/90_engine/75_readme.ipynb #59d37018
 import re
 from pathlib import Path
+
 from .files import atomic_write
 from .settings import project_root
 
 # %% ../nbs/90_engine/75_readme.ipynb #86044b4f
 def relink(text, folder="nbs"):
     "Markdown links relative to `folder`, rewritten relative to the folder above it."
+
     def moved(match):
         target = match[2]
-        if re.match(r"[a-z]+:|#|/", target): return match[0]
-        return f"{match[1]}({target[3:]})" if target.startswith("../") else f"{match[1]}({folder}/{target.removeprefix('.').lstrip('/')})"
+        if re.match(r"[a-z]+:|#|/", target):
+            return match[0]
+        return (
+            f"{match[1]}({target[3:]})"
+            if target.startswith("../")
+            else f"{match[1]}({folder}/{target.removeprefix('.').lstrip('/')})"
+        )
+
     return re.sub(r"(\[[^\]]*\])\(([^)\s]+)\)", moved, text)
 
 # %% ../nbs/90_engine/75_readme.ipynb #fc7cdbeb
 def output_markdown(output):
     "An output of a cell as Markdown: Markdown as it is, what was printed as a block of text, nothing else."
-    if "text/markdown" in output.get("data", {}): return str(output.data["text/markdown"])
-    return f"```text\n{output.text.rstrip()}\n```" if output.output_type == "stream" and output.name == "stdout" else ""
+    if "text/markdown" in output.get("data", {}):
+        return str(output.data["text/markdown"])
+    return (
+        f"```text\n{output.text.rstrip()}\n```"
+        if output.output_type == "stream" and output.name == "stdout"
+        else ""
+    )
+
 
 def cell_markdown(cell):
     "An executed cell as Markdown: prose, code unless it is hidden, outputs."
-    if cell.cell_type == "markdown": return relink(cell.source)
-    code = "" if {"hide-input", "hide"} & set(cell.metadata.get("tags", [])) else f"```python\n{cell.source}\n```"
+    if cell.cell_type == "markdown":
+        return relink(cell.source)
+    code = (
+        ""
+        if {"hide-input", "hide"} & set(cell.metadata.get("tags", []))
+        else f"```python\n{cell.source}\n```"
+    )
     return "\n\n".join(filter(None, [code, *map(output_markdown, cell.outputs)]))
 
+
 NOTE = "<!-- Made from nbs/index.ipynb by `make readme`; edit the notebook. -->"
+
 
 def readme(index="nbs/index.ipynb"):
     "The README as text: executes the notebook `index` and converts it."
     import nbformat
     from nbclient import NotebookClient
-    book = nbformat.read(project_root()/index, as_version=4)
-    NotebookClient(book, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(project_root())}}).execute()
+
+    book = nbformat.read(project_root() / index, as_version=4)
+    NotebookClient(
+        book, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(project_root())}}
+    ).execute()
     return "\n\n".join([NOTE, *filter(None, map(cell_markdown, book.cells))]) + "\n"
 
-def write(): return atomic_write(project_root()/"README.md", readme())
+
+def write():
+    return atomic_write(project_root() / "README.md", readme())

@@ -9,9 +9,21 @@ __all__ = ['ARRAYS_LIMIT', 'DECODED_LIMIT', 'JSON_LIMIT', 'WEIGHTS_LIMIT', 'STAN
            'measured', 'lower_is_better', 'verdict']
 
 # %% ../nbs/90_engine/40_records.ipynb #7f4a4a34
-import ast, ctypes, hashlib, io, json, math, os, platform, re, secrets, shutil, subprocess, zipfile
+import ast
+import ctypes
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import shutil
+import subprocess
+import zipfile
 from dataclasses import dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,80 +36,127 @@ from .settings import PROFILES, check_profile, project_root
 # %% ../nbs/90_engine/40_records.ipynb #828e0ba9
 _NAME, _TEXT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]{0,63}"), re.compile(r"[^\x00-\x1f\x7f]{1,200}")
 
+
 def plain(value, where):
     "`value` with lists as tuples, if it is made of finite numbers, strings, booleans and `None` only; `ValueError` otherwise."
-    if isinstance(value, (list, tuple)): return tuple(plain(v, where) for v in value)
-    if isinstance(value, (bool, int, str, type(None))) or (isinstance(value, float) and math.isfinite(value)): return value
-    raise ValueError(f"{where}={value!r}: allowed are finite numbers, strings, booleans, None and tuples of these")
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(v, where) for v in value)
+    if isinstance(value, (bool, int, str, type(None))) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(
+        f"{where}={value!r}: allowed are finite numbers, strings, booleans, None and tuples of these"
+    )
 
 # %% ../nbs/90_engine/40_records.ipynb #21a2e939
 def check_field(name, value):
     "Raise `ValueError` naming the field of a `Run`, its value and what is allowed."
+
     def demand(good, allowed):
-        if not good: raise ValueError(f"run {name}={value!r}: allowed is {allowed}")
+        if not good:
+            raise ValueError(f"run {name}={value!r}: allowed is {allowed}")
+
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if name in ("recipe", "length", "seed"): demand(whole and value >= (name == "recipe"), "a whole number, not negative")
-    elif name in ("experiment", "flow"): demand(isinstance(value, str) and _NAME.fullmatch(value), "a short name of letters, digits and _.+=-")
-    elif name == "data_sha256": demand(isinstance(value, str) and re.fullmatch("([0-9a-f]{64})?", value), "64 hexadecimal digits, or '' without data")
-    elif name == "profile": check_profile(value)
-    elif name != "budget": demand(isinstance(value, str) and _TEXT.fullmatch(value), "a line of at most 200 characters")
+    if name in ("recipe", "length", "seed"):
+        demand(whole and value >= (name == "recipe"), "a whole number, not negative")
+    elif name in ("experiment", "flow"):
+        demand(isinstance(value, str) and _NAME.fullmatch(value), "a short name of letters, digits and _.+=-")
+    elif name == "data_sha256":
+        demand(
+            isinstance(value, str) and re.fullmatch("([0-9a-f]{64})?", value),
+            "64 hexadecimal digits, or '' without data",
+        )
+    elif name == "profile":
+        check_profile(value)
+    elif name != "budget":
+        demand(isinstance(value, str) and _TEXT.fullmatch(value), "a line of at most 200 characters")
 
 # %% ../nbs/90_engine/40_records.ipynb #033a9d3d
 @dataclass(frozen=True)
 class _Fields:
     experiment: str
-    recipe: int                        # raised by hand when the experiment's meaning changes
+    recipe: int  # raised by hand when the experiment's meaning changes
     model: str
     data: str
-    data_sha256: str                   # of the decoded content; "" where there is no data
+    data_sha256: str  # of the decoded content; "" where there is no data
     flow: str
     length: int
     seed: int
     profile: str
-    budget: dict                       # updates, batch size, learning rate, ...; kept as a sorted tuple of items
+    budget: dict  # updates, batch size, learning rate, ...; kept as a sorted tuple of items
 
     def __post_init__(self):
-        for f in fields(self): check_field(f.name, getattr(self, f.name))
+        for f in fields(self):
+            check_field(f.name, getattr(self, f.name))
         items = sorted(dict(self.budget).items())
         object.__setattr__(self, "budget", tuple((str(k), plain(v, f"run budget {k}")) for k, v in items))
 
 # %% ../nbs/90_engine/40_records.ipynb #86e86d29
 class Run(_Fields):
     "What to train, as plain, hashable data. `budget` is given as a dict; `run.get(name)` reads one of its entries."
-    def get(self, name): return dict(self.budget)[name]
-    def to_dict(self): return {f.name: getattr(self, f.name) for f in fields(self)} | {"budget": dict(self.budget)}
-    def to_json(self): return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def get(self, name):
+        return dict(self.budget)[name]
+
+    def to_dict(self):
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"budget": dict(self.budget)}
+
+    def to_json(self):
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
     @property
-    def key(self): return sha256(self.to_json().encode())[:12]
+    def key(self):
+        return sha256(self.to_json().encode())[:12]
+
     @property
-    def slug(self): return f"{self.flow}-{self.length}-seed{self.seed}-{self.profile}-{self.key}"
+    def slug(self):
+        return f"{self.flow}-{self.length}-seed{self.seed}-{self.profile}-{self.key}"
+
     @property
-    def shape(self): return self.without(("seed",))
+    def shape(self):
+        return self.without(("seed",))
+
     def without(self, names):
         "All fields but those called `names`, as items; `ValueError` for a name that no field has."
-        if unknown := set(names) - {f.name for f in fields(self)}: raise ValueError(f"run: there is no field {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in fields(self))}")
+        if unknown := set(names) - {f.name for f in fields(self)}:
+            raise ValueError(
+                f"run: there is no field {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in fields(self))}"
+            )
         return tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in names)
+
     @classmethod
     def from_dict(cls, d):
         names = {f.name for f in fields(cls)}
-        if not isinstance(d, dict) or set(d) != names: raise ValueError(f"a run has exactly the fields {', '.join(sorted(names))}; given: {d!r:.200}")
+        if not isinstance(d, dict) or set(d) != names:
+            raise ValueError(f"a run has exactly the fields {', '.join(sorted(names))}; given: {d!r:.200}")
         return cls(**d)
+
     @classmethod
-    def from_json(cls, text): return cls.from_dict(json.loads(text))
+    def from_json(cls, text):
+        return cls.from_dict(json.loads(text))
 
 # %% ../nbs/90_engine/40_records.ipynb #64f2c1ef
-ARRAYS_LIMIT, DECODED_LIMIT, JSON_LIMIT = 300_000, 64_000_000, 1_000_000       # bytes
+ARRAYS_LIMIT, DECODED_LIMIT, JSON_LIMIT = 300_000, 64_000_000, 1_000_000  # bytes
+
 
 class DamagedRecord(ValueError):
     "A record's files do not hold what they should; the message names the file and says what to do."
-    def __str__(self): return f"{super().__str__()}; delete its folder, merge a good copy, or reproduce with --retrain"
+
+    def __str__(self):
+        return f"{super().__str__()}; delete its folder, merge a good copy, or reproduce with --retrain"
+
 
 def _scalar(name, given):
     "`given` (a number, or a dict of value and std_error) as a dict of finite floats."
     given = dict(given) if isinstance(given, dict) else {"value": given}
     value, error = float(given.get("value", math.nan)), given.get("std_error")
-    if set(given) - {"value", "std_error"} or not math.isfinite(value) or (error is not None and not 0 <= float(error) < math.inf):
-        raise ValueError(f"record value {name}={given!r}: allowed is a finite value with a standard error >= 0 or None")
+    if (
+        set(given) - {"value", "std_error"}
+        or not math.isfinite(value)
+        or (error is not None and not 0 <= float(error) < math.inf)
+    ):
+        raise ValueError(
+            f"record value {name}={given!r}: allowed is a finite value with a standard error >= 0 or None"
+        )
     return {"value": value, "std_error": None if error is None else float(error)}
 
 # %% ../nbs/90_engine/40_records.ipynb #ea5489dc
@@ -105,149 +164,246 @@ def _packed(arrays):
     "The bytes of an npz file of `arrays`; `ValueError` for objects, or above 300 kB."
     arrays = {name: np.asarray(a) for name, a in arrays.items()}
     for name, a in arrays.items():
-        if a.dtype.kind not in "biufcU": raise ValueError(f"record array {name} has dtype {a.dtype}: allowed are numbers, booleans and text")
-    file = io.BytesIO(); np.savez_compressed(file, **arrays)
+        if a.dtype.kind not in "biufcU":
+            raise ValueError(
+                f"record array {name} has dtype {a.dtype}: allowed are numbers, booleans and text"
+            )
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
     if file.tell() > ARRAYS_LIMIT:
         largest = max(arrays, key=lambda name: arrays[name].nbytes)
-        raise ValueError(f"record arrays take {file.tell()} bytes: allowed are {ARRAYS_LIMIT}; the largest is {largest} {arrays[largest].shape}")
+        raise ValueError(
+            f"record arrays take {file.tell()} bytes: allowed are {ARRAYS_LIMIT}; the largest is {largest} {arrays[largest].shape}"
+        )
     return file.getvalue()
 
 # %% ../nbs/90_engine/40_records.ipynb #9064f5aa
 def _unpacked(data, where):
     "The arrays in the bytes of an npz file; `DamagedRecord` if they would expand beyond 64 MB or are no plain arrays."
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as z: size = sum(i.file_size for i in z.infolist())
-        if size > DECODED_LIMIT: raise ValueError(f"expands to {size} bytes, allowed are {DECODED_LIMIT}")
-        with np.load(io.BytesIO(data), allow_pickle=False) as z: return {name: z[name] for name in z.files}
-    except Exception as e: raise DamagedRecord(f"{where}: {e}") from None
+        with zipfile.ZipFile(io.BytesIO(data)) as z:
+            size = sum(i.file_size for i in z.infolist())
+        if size > DECODED_LIMIT:
+            raise ValueError(f"expands to {size} bytes, allowed are {DECODED_LIMIT}")
+        with np.load(io.BytesIO(data), allow_pickle=False) as z:
+            return {name: z[name] for name in z.files}
+    except Exception as e:
+        raise DamagedRecord(f"{where}: {e}") from None
 
 # %% ../nbs/90_engine/40_records.ipynb #601939d0
 def _read(path, limit):
     "The bytes of a file; `DamagedRecord` if it is missing or longer than `limit`."
-    try: size = path.stat().st_size
-    except OSError: raise DamagedRecord(f"{path} is missing") from None
-    if size > limit: raise DamagedRecord(f"{path} has {size} bytes; a record has at most {limit}")
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise DamagedRecord(f"{path} is missing") from None
+    if size > limit:
+        raise DamagedRecord(f"{path} has {size} bytes; a record has at most {limit}")
     return path.read_bytes()
 
 # %% ../nbs/90_engine/40_records.ipynb #6ea688bf
 def _header(folder):
     "The dict in `record.json`, verified against its own hash, with `run` as a `Run`."
-    path = Path(folder)/"record.json"
+    path = Path(folder) / "record.json"
     try:
-        d = json.loads(_read(path, JSON_LIMIT)); stated = d.pop("sha256")
+        d = json.loads(_read(path, JSON_LIMIT))
+        stated = d.pop("sha256")
         found = sha256(json.dumps(d, sort_keys=True).encode())
-        if stated != found: raise ValueError(f"the content's hash is {found[:12]}, stated is {str(stated)[:12]}")
-        d["run"], d["info"], d["arrays_sha256"] = Run.from_dict(d["run"]), dict(d["info"]), str(d["arrays_sha256"])
+        if stated != found:
+            raise ValueError(f"the content's hash is {found[:12]}, stated is {str(stated)[:12]}")
+        d["run"], d["info"], d["arrays_sha256"] = (
+            Run.from_dict(d["run"]),
+            dict(d["info"]),
+            str(d["arrays_sha256"]),
+        )
         d["values"] = {name: _scalar(name, v) for name, v in d["values"].items()}
-        if not re.fullmatch("[0-9a-f]{64}", d.get("weights_sha256", "0" * 64)): raise ValueError("weights_sha256 is no hash")
-    except DamagedRecord: raise
-    except Exception as e: raise DamagedRecord(f"{path}: {type(e).__name__}: {e}") from None
-    if d["run"].slug != Path(folder).name: raise DamagedRecord(f"{path} is the record of {d['run'].slug}")
+        if not re.fullmatch("[0-9a-f]{64}", d.get("weights_sha256", "0" * 64)):
+            raise ValueError("weights_sha256 is no hash")
+    except DamagedRecord:
+        raise
+    except Exception as e:
+        raise DamagedRecord(f"{path}: {type(e).__name__}: {e}") from None
+    if d["run"].slug != Path(folder).name:
+        raise DamagedRecord(f"{path} is the record of {d['run'].slug}")
     return d
 
 # %% ../nbs/90_engine/40_records.ipynb #480e9b9f
 def _exchange(a, b):
     "Exchange the names of two folders in one step; `False` where the system cannot."
-    try: return ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0       # AT_FDCWD, RENAME_EXCHANGE
-    except (OSError, AttributeError): return False
+    try:
+        return (
+            ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0
+        )  # AT_FDCWD, RENAME_EXCHANGE
+    except (OSError, AttributeError):
+        return False
+
 
 def replace_folder(new, final):
     "Give the finished folder `new` the name `final`; an older folder of that name goes afterwards."
     new, final = Path(new), Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    old = new if final.exists() and _exchange(new, final) else final.with_name(f".{final.name}.{secrets.token_hex(4)}.old")
+    old = (
+        new
+        if final.exists() and _exchange(new, final)
+        else final.with_name(f".{final.name}.{secrets.token_hex(4)}.old")
+    )
     if old is not new:
-        if final.exists(): os.rename(final, old)
+        if final.exists():
+            os.rename(final, old)
         os.rename(new, final)
     shutil.rmtree(old, ignore_errors=True)
     sync_folder(final.parent)
     return final
 
 # %% ../nbs/90_engine/40_records.ipynb #a9409080
-WEIGHTS_LIMIT = 64_000_000                                   # bytes
+WEIGHTS_LIMIT = 64_000_000  # bytes
+
 
 def halved(weights):
     "A model's tensors `{name: tensor}` with those of floating point in half precision; `ValueError` for numbers beyond 65,504."
-    found = {name: value.detach().half() if value.is_floating_point() else value.detach() for name, value in weights.items()}
+    found = {
+        name: value.detach().half() if value.is_floating_point() else value.detach()
+        for name, value in weights.items()
+    }
     for name, value in found.items():
-        if value.is_floating_point() and not value.isfinite().all(): raise ValueError(f"record weights {name}: a number is not finite in half precision")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"record weights {name}: a number is not finite in half precision")
     return found
+
 
 def _packed_weights(weights):
     "The bytes of a safetensors file of tensors `{name: tensor}`; `ValueError` for what is no tensor or not finite, or above 64 MB."
     import torch
     from safetensors.torch import save
+
     for name, value in weights.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or (value.is_floating_point() and not value.isfinite().all()):
-            raise ValueError(f"record weights {name}: expected finite tensors by name, got {type(value).__name__}")
+        if (
+            not isinstance(name, str)
+            or not isinstance(value, torch.Tensor)
+            or (value.is_floating_point() and not value.isfinite().all())
+        ):
+            raise ValueError(
+                f"record weights {name}: expected finite tensors by name, got {type(value).__name__}"
+            )
     data = save({name: value.detach().cpu().clone().contiguous() for name, value in weights.items()})
-    if len(data) > WEIGHTS_LIMIT: raise ValueError(f"record weights take {len(data)} bytes: allowed are {WEIGHTS_LIMIT}; keep them in half precision (halved)")
+    if len(data) > WEIGHTS_LIMIT:
+        raise ValueError(
+            f"record weights take {len(data)} bytes: allowed are {WEIGHTS_LIMIT}; keep them in half precision (halved)"
+        )
     return data
 
 # %% ../nbs/90_engine/40_records.ipynb #12164e0c
 def _read_weights(path, stated):
     "The tensors in the file at `path`, whose SHA-256 is `stated`; `DamagedRecord` if it is missing or not that file."
     from safetensors.torch import load
-    data = _read(Path(path), WEIGHTS_LIMIT)
-    if sha256(data) != stated: raise DamagedRecord(f"{path} is not the file that record.json was written for")
-    try: return load(data)
-    except Exception as e: raise DamagedRecord(f"{path}: {type(e).__name__}: {e}") from None
 
-def _no_weights(): raise ValueError("this record keeps no weights; train its run again where they are needed")
+    data = _read(Path(path), WEIGHTS_LIMIT)
+    if sha256(data) != stated:
+        raise DamagedRecord(f"{path} is not the file that record.json was written for")
+    try:
+        return load(data)
+    except Exception as e:
+        raise DamagedRecord(f"{path}: {type(e).__name__}: {e}") from None
+
+
+def _no_weights():
+    raise ValueError("this record keeps no weights; train its run again where they are needed")
 
 # %% ../nbs/90_engine/40_records.ipynb #277ef52f
 @dataclass(frozen=True)
 class Record:
     """What a run came to: `values` {name: number, or {"value", "std_error"}}, `arrays` {name: array}, `info` about how it was made.
     `weights`: a model's tensors {name: tensor}, or nothing; afterwards `record.weights()` gives them, read from their file when called, and `has_weights` says whether there are any; `weights_sha256`: of that file."""
+
     run: Run
     values: dict
     arrays: dict = field(default_factory=dict)
     info: dict = field(default_factory=dict)
-    weights: object = field(default=None, compare=False, repr=False); weights_sha256: str | None = field(default=None, compare=False, repr=False)
+    weights: object = field(default=None, compare=False, repr=False)
+    weights_sha256: str | None = field(default=None, compare=False, repr=False)
+
     def __post_init__(self):
         object.__setattr__(self, "values", {name: _scalar(name, v) for name, v in self.values.items()})
-        if not callable(self.weights): object.__setattr__(self, "weights", partial(dict, self.weights) if self.weights else _no_weights)
+        if not callable(self.weights):
+            object.__setattr__(self, "weights", partial(dict, self.weights) if self.weights else _no_weights)
+
     @property
-    def has_weights(self): return self.weights is not _no_weights
-    def value(self, name): return self.values[name]["value"]
-    def std_error(self, name): return self.values[name]["std_error"]
-    def save(self, root): return _save(self, Path(root)/self.run.experiment/self.run.slug)
+    def has_weights(self):
+        return self.weights is not _no_weights
+
+    def value(self, name):
+        return self.values[name]["value"]
+
+    def std_error(self, name):
+        return self.values[name]["std_error"]
+
+    def save(self, root):
+        return _save(self, Path(root) / self.run.experiment / self.run.slug)
+
     @classmethod
     def load(cls, folder):
-        d, path = _header(folder), Path(folder)/"arrays.npz"
+        d, path = _header(folder), Path(folder) / "arrays.npz"
         data = _read(path, ARRAYS_LIMIT)
-        if sha256(data) != d["arrays_sha256"]: raise DamagedRecord(f"{path} is not the file that record.json was written for")
-        weights = partial(_read_weights, path.with_name("weights.safetensors"), d["weights_sha256"]) if "weights_sha256" in d else None
+        if sha256(data) != d["arrays_sha256"]:
+            raise DamagedRecord(f"{path} is not the file that record.json was written for")
+        weights = (
+            partial(_read_weights, path.with_name("weights.safetensors"), d["weights_sha256"])
+            if "weights_sha256" in d
+            else None
+        )
         return cls(d["run"], d["values"], _unpacked(data, path), d["info"], weights, d.get("weights_sha256"))
 
 # %% ../nbs/90_engine/40_records.ipynb #73fe7ebc
 def _save(record, final):
     "Write a record to the folder `final` (see `replace_folder`); returns it."
-    files = {"arrays.npz": _packed(record.arrays)} | ({"weights.safetensors": _packed_weights(record.weights())} if record.has_weights else {})
-    d = {"run": record.run.to_dict(), "values": record.values, "info": record.info} | {f"{name.split('.')[0]}_sha256": sha256(data) for name, data in files.items()}
-    d = json.loads(json.dumps(d, allow_nan=False))                               # tuples as lists, as they are read back
+    files = {"arrays.npz": _packed(record.arrays)} | (
+        {"weights.safetensors": _packed_weights(record.weights())} if record.has_weights else {}
+    )
+    d = {"run": record.run.to_dict(), "values": record.values, "info": record.info} | {
+        f"{name.split('.')[0]}_sha256": sha256(data) for name, data in files.items()
+    }
+    d = json.loads(json.dumps(d, allow_nan=False))  # tuples as lists, as they are read back
     d["sha256"] = sha256(json.dumps(d, sort_keys=True).encode())
-    for part in final.parent.glob(f".{final.name}.*"): shutil.rmtree(part, ignore_errors=True)   # left by a killed process
+    for part in final.parent.glob(f".{final.name}.*"):
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed process
     part = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
-    for name, data in files.items(): atomic_write(part/name, data)
-    atomic_write(part/"record.json", json.dumps(d, indent=1, sort_keys=True) + "\n")
+    for name, data in files.items():
+        atomic_write(part / name, data)
+    atomic_write(part / "record.json", json.dumps(d, indent=1, sort_keys=True) + "\n")
     return replace_folder(part, final)
 
 # %% ../nbs/90_engine/40_records.ipynb #f6d3bc29
-_BOOKKEEPING = {f"normflow_vi.{name}" for name in ("files", "settings", "records", "experiments", "runner", "status", "report", "cli", "_modidx")}
+_BOOKKEEPING = {
+    f"normflow_vi.{name}"
+    for name in (
+        "files",
+        "settings",
+        "records",
+        "experiments",
+        "runner",
+        "status",
+        "report",
+        "cli",
+        "_modidx",
+    )
+}
 
-@cache                                                       # parsing is slow, and one table of rows asks for the same sources hundreds of times
+
+@cache  # parsing is slow, and one table of rows asks for the same sources hundreds of times
 def _import_statements(text):
     "`(level, module, names)` of each import statement in a source text; `level` is `None` for a plain one."
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return [(getattr(node, "level", None), getattr(node, "module", None), [a.name for a in node.names]) for node in nodes]
+    return [
+        (getattr(node, "level", None), getattr(node, "module", None), [a.name for a in node.names])
+        for node in nodes
+    ]
+
 
 def _imports(text, package, known):
     "The modules among `known` that the import statements of a source text name; `package` is what relative ones start from."
     for level, module, names in _import_statements(text):
         if level is not None:
-            start = package.split(".")[:1 - level or None] if level else []
+            start = package.split(".")[: 1 - level or None] if level else []
             base = ".".join([*start, *filter(None, [module])])
             names = [f"{base}.{name}" if f"{base}.{name}" in known else base for name in names]
         yield from (n for n in names if n in known)
@@ -256,12 +412,16 @@ def _imports(text, package, known):
 def code_sources(module):
     "The source files that `module` (a name) depends on within normflow_vi, by module name; itself included."
     top = Path(find_spec("normflow_vi").origin).parent
-    known = {".".join(["normflow_vi", *p.relative_to(top).with_suffix("").parts]).removesuffix(".__init__"): p for p in sorted(top.rglob("*.py"))}
+    known = {
+        ".".join(["normflow_vi", *p.relative_to(top).with_suffix("").parts]).removesuffix(".__init__"): p
+        for p in sorted(top.rglob("*.py"))
+    }
     spec = known.get(module) or find_spec(module).origin
     found, todo = {}, [(module, Path(spec))]
     while todo:
         name, path = todo.pop()
-        if name in found or name in _BOOKKEEPING: continue
+        if name in found or name in _BOOKKEEPING:
+            continue
         found[name] = path
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         todo += [(n, known[n]) for n in _imports(path.read_text(), package, known)]
@@ -272,7 +432,11 @@ def code_sha256(module):
     "SHA-256 of the sources that `module` depends on, without comment lines and empty lines."
     digest = hashlib.sha256()
     for name, path in code_sources(module).items():
-        lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        lines = [
+            line
+            for line in path.read_text().splitlines()
+            if line.strip() and not line.lstrip().startswith("#")
+        ]
         digest.update("\n".join([name, *lines, ""]).encode())
     return digest.hexdigest()
 
@@ -280,29 +444,55 @@ def code_sha256(module):
 @cache
 def commit():
     "The project's git commit, with `+` if there are changes on top; `None` outside a repository."
-    def git(*args): return subprocess.run(["git", "-C", str(project_root()), *args], capture_output=True, text=True, timeout=20, check=True).stdout
-    try: return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
-    except (OSError, subprocess.SubprocessError): return None
+
+    def git(*args):
+        return subprocess.run(
+            ["git", "-C", str(project_root()), *args], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + (
+            "+" if git("status", "--porcelain", "--untracked-files=no").strip() else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+
 
 def information(**more):
     "What is noted about the making of a result: versions, commit, time (UTC), and whatever else is given."
     import torch
+
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"versions": versions, "commit": commit(), "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")} | more
+    return {
+        "versions": versions,
+        "commit": commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    } | more
 
 # %% ../nbs/90_engine/40_records.ipynb #653c522c
 STAND_IN = "digits"
 
+
 def records_root(profile):
     "Where the records of a profile are kept."
-    return project_root()/("runs/smoke/results" if check_profile(profile) == "smoke" else "results")
+    return project_root() / ("runs/smoke/results" if check_profile(profile) == "smoke" else "results")
 
-def _group(run): return run.recipe, run.profile, run.budget, run.data, run.data_sha256
+
+def _group(run):
+    return run.recipe, run.profile, run.budget, run.data, run.data_sha256
+
 
 def _rank(runs, finished=""):
     "What decides between groups of runs, the newest of which was `finished` then; the highest wins."
     run, budget = runs[0], dict(runs[0].budget)
-    return run.recipe, not run.data.startswith(STAND_IN), PROFILES.index(run.profile), budget.get("updates") or 0, len(runs), finished
+    return (
+        run.recipe,
+        not run.data.startswith(STAND_IN),
+        PROFILES.index(run.profile),
+        budget.get("updates") or 0,
+        len(runs),
+        finished,
+    )
 
 # %% ../nbs/90_engine/40_records.ipynb #6bab9dcd
 def matches(run, wanted):
@@ -316,37 +506,72 @@ class Store:
 
     A damaged record raises `DamagedRecord`; with a list `damaged`, it is passed over and what is wrong with it is added to that list.
     """
+
     def __init__(self, roots=None, damaged=None):
-        self.roots, self.damaged = [Path(r) for r in ([records_root("paper")] if roots is None else roots)], damaged
+        self.roots, self.damaged = (
+            [Path(r) for r in ([records_root("paper")] if roots is None else roots)],
+            damaged,
+        )
+
     def _folders(self, experiment, name, match={}):
         "The folders that hold a file `name`, without those whose own name shows that they do not `match` (it begins with flow, length, seed and profile)."
         flow, length, seed, profile = (match.get(part, "*") for part in ("flow", "length", "seed", "profile"))
-        return [path.parent for root in self.roots for path in sorted((root/experiment).glob(f"{flow}-{length}-seed{seed}-{profile}-*/{name}")) if path.parent.name[0] != "."]
-    def find(self, run): return _find(self, run)
-    def best(self, experiment, **match): return _best(self, experiment, match)
-    def best_over(self, experiment, name, values, **match): return _best(self, experiment, match, name, values)
-    def failed(self, experiment, **match): return _failed(self, experiment, match)
-    def all(self, experiment): return list(filter(None, (self._intact(Record.load, f) for f in self._folders(experiment, "record.json"))))
+        return [
+            path.parent
+            for root in self.roots
+            for path in sorted((root / experiment).glob(f"{flow}-{length}-seed{seed}-{profile}-*/{name}"))
+            if path.parent.name[0] != "."
+        ]
+
+    def find(self, run):
+        return _find(self, run)
+
+    def best(self, experiment, **match):
+        return _best(self, experiment, match)
+
+    def best_over(self, experiment, name, values, **match):
+        return _best(self, experiment, match, name, values)
+
+    def failed(self, experiment, **match):
+        return _failed(self, experiment, match)
+
+    def all(self, experiment):
+        return list(
+            filter(None, (self._intact(Record.load, f) for f in self._folders(experiment, "record.json")))
+        )
+
     def _intact(self, read, folder):
-        try: return read(folder)
+        try:
+            return read(folder)
         except DamagedRecord as error:
-            if self.damaged is None: raise
-            if str(error) not in self.damaged: self.damaged.append(str(error))
+            if self.damaged is None:
+                raise
+            if str(error) not in self.damaged:
+                self.damaged.append(str(error))
 
 # %% ../nbs/90_engine/40_records.ipynb #4ed9fa00
 def _find(store, run):
     "`Store.find`: the record of a run, or `None`; a damaged one raises `DamagedRecord`."
     for root in store.roots:
-        folder = root/run.experiment/run.slug
-        if (folder/"record.json").exists(): return store._intact(Record.load, folder)
+        folder = root / run.experiment / run.slug
+        if (folder / "record.json").exists():
+            return store._intact(Record.load, folder)
+
 
 def _groups(store, experiment, match):
     "The groups of runs that match, as lists of `(run, when it was finished, folder)`, the best first."
     groups = {}
     for folder in store._folders(experiment, "record.json", match):
         d = store._intact(_header, folder)
-        if d and matches(d["run"], match): groups.setdefault(_group(d["run"]), []).append((d["run"], str(d["info"].get("finished", "")), folder))
-    return sorted(groups.values(), key=lambda g: _rank([run for run, _, _ in g], max(finished for _, finished, _ in g)), reverse=True)
+        if d and matches(d["run"], match):
+            groups.setdefault(_group(d["run"]), []).append(
+                (d["run"], str(d["info"].get("finished", "")), folder)
+            )
+    return sorted(
+        groups.values(),
+        key=lambda g: _rank([run for run, _, _ in g], max(finished for _, finished, _ in g)),
+        reverse=True,
+    )
 
 # %% ../nbs/90_engine/40_records.ipynb #34350f15
 def _best(store, experiment, match, name="seed", values=()):
@@ -354,34 +579,45 @@ def _best(store, experiment, match, name="seed", values=()):
 
     `Store.best_over`: only groups in which every one of `values` occurs as the run's field `name` count. `ValueError` for another name.
     """
-    if name not in (names := [f.name for f in fields(Run)]): raise ValueError(f"best_over name={name!r}: allowed are {', '.join(names)}")
+    if name not in (names := [f.name for f in fields(Run)]):
+        raise ValueError(f"best_over name={name!r}: allowed are {', '.join(names)}")
     for group in _groups(store, experiment, match):
         group = sorted(group, key=lambda g: (g[0].model, g[0].flow, g[0].length, g[0].seed))
         records = list(filter(None, (store._intact(Record.load, folder) for _, _, folder in group)))
-        if records and set(values) <= {getattr(r.run, name) for r in records}: return records
+        if records and set(values) <= {getattr(r.run, name) for r in records}:
+            return records
     return []
 
 # %% ../nbs/90_engine/40_records.ipynb #c3462750
 def note_failure(root, run, error):
     "Note that a run failed, and with what message."
     d = {"run": run.to_dict(), "error": str(error)[-2000:]} | information()
-    return atomic_write(Path(root)/run.experiment/run.slug/"failed.json", json.dumps(d, indent=1, sort_keys=True) + "\n")
+    return atomic_write(
+        Path(root) / run.experiment / run.slug / "failed.json", json.dumps(d, indent=1, sort_keys=True) + "\n"
+    )
+
 
 def _noted(folder):
     "The run that the note of a failure names."
-    text = _read(folder/"failed.json", JSON_LIMIT)
-    try: return Run.from_dict(json.loads(text)["run"])
-    except (ValueError, KeyError, TypeError) as e: raise DamagedRecord(f"{folder/'failed.json'}: {e}") from None
+    text = _read(folder / "failed.json", JSON_LIMIT)
+    try:
+        return Run.from_dict(json.loads(text)["run"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise DamagedRecord(f"{folder / 'failed.json'}: {e}") from None
+
 
 def _failed(store, experiment, match):
     "`Store.failed`: the runs that match, have failed, and have no record."
-    folders = [f for f in store._folders(experiment, "failed.json", match) if not (f/"record.json").exists()]
+    folders = [
+        f for f in store._folders(experiment, "failed.json", match) if not (f / "record.json").exists()
+    ]
     return [run for f in folders if (run := store._intact(_noted, f)) and matches(run, match)]
 
 # %% ../nbs/90_engine/40_records.ipynb #73c29a1a
 @dataclass(frozen=True)
 class Measured:
     "One row of a table: `source`, `item`, `row` (and `metric`, `data` where needed) name the published number it stands beside."
+
     source: str
     item: str
     row: str
@@ -394,16 +630,18 @@ class Measured:
     device: str
     profile: str
     shortened: bool
-    data: str = ""                     # the published list's data set; needed where one model was measured on several
-    comparable: bool = True            # whether the two levels mean the same; else the row is shown and not judged
-    codes: tuple = ()                  # the records' `code_sha256`
-    earlier_code: bool = False         # set by whoever knows the present code
+    data: str = ""  # the published list's data set; needed where one model was measured on several
+    comparable: bool = True  # whether the two levels mean the same; else the row is shown and not judged
+    codes: tuple = ()  # the records' `code_sha256`
+    earlier_code: bool = False  # set by whoever knows the present code
 
 # %% ../nbs/90_engine/40_records.ipynb #c8aeaadf
 def mean(records, name):
     "`(mean, standard error)` of a value over records that differ in their seeds."
     x = np.array([r.value(name) for r in records])
-    return float(x.mean()), float(x.std(ddof=1)/math.sqrt(len(x))) if len(x) > 1 else records[0].std_error(name)
+    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else records[0].std_error(
+        name
+    )
 
 # %% ../nbs/90_engine/40_records.ipynb #6378218d
 def device_name(info):
@@ -411,37 +649,106 @@ def device_name(info):
     name = str(info.get("device", "?"))
     return "cpu" if name.startswith("cpu") else name
 
+
 def measured(store, records, name, *, source, item, row, metric="", data="", shortened=True, comparable=True):
     "A `Measured` from the records of one shape, or `None` without records."
-    if not records: return None
-    if len({r.run.shape for r in records}) > 1: raise ValueError(f"{item}, {row}: records of {len({r.run.shape for r in records})} shapes would be averaged")
+    if not records:
+        return None
+    if len({r.run.shape for r in records}) > 1:
+        raise ValueError(
+            f"{item}, {row}: records of {len({r.run.shape for r in records})} shapes would be averaged"
+        )
     run, (value, se) = records[0].run, mean(records, name)
-    failed = store.failed(run.experiment, **{k: v for k, v in run.to_dict().items() if k not in ("experiment", "seed", "budget")})
-    return Measured(source, item, row, metric, value, se, tuple(r.run.seed for r in records), sum(f.shape == run.shape for f in failed),
-                    dict(run.budget).get("updates"), "+".join(sorted({device_name(r.info) for r in records})), run.profile, shortened, data,
-                    comparable, tuple(r.info.get("code_sha256") for r in records))
+    failed = store.failed(
+        run.experiment,
+        **{k: v for k, v in run.to_dict().items() if k not in ("experiment", "seed", "budget")},
+    )
+    return Measured(
+        source,
+        item,
+        row,
+        metric,
+        value,
+        se,
+        tuple(r.run.seed for r in records),
+        sum(f.shape == run.shape for f in failed),
+        dict(run.budget).get("updates"),
+        "+".join(sorted({device_name(r.info) for r in records})),
+        run.profile,
+        shortened,
+        data,
+        comparable,
+        tuple(r.info.get("code_sha256") for r in records),
+    )
 
 # %% ../nbs/90_engine/40_records.ipynb #2b3a1331
-VERDICTS = ("reproduced", "better", "worse", "shortened", "not comparable", "unconfirmed source", "no published number", "published only", "out of budget")
+VERDICTS = (
+    "reproduced",
+    "better",
+    "worse",
+    "shortened",
+    "not comparable",
+    "unconfirmed source",
+    "no published number",
+    "published only",
+    "out of budget",
+)
 
-_LOWER, _HIGHER = ("-ln ", "f ", "f(", "f=", "kl", "negative elbo", "variational bound as plotted", "seconds", "free energy"), ("log p", "vlb", "elbo", "marginal log", "accuracy")
+_LOWER, _HIGHER = (
+    (
+        "-ln ",
+        "f ",
+        "f(",
+        "f=",
+        "kl",
+        "negative elbo",
+        "variational bound as plotted",
+        "seconds",
+        "free energy",
+    ),
+    ("log p", "vlb", "elbo", "marginal log", "accuracy"),
+)
+
 
 def lower_is_better(metric):
     "Whether a metric, by its name in `data/published.csv`, is better when lower; `ValueError` for a name nobody has decided about."
     name = metric.strip().lower()
-    if name.startswith(_LOWER) or "bits/dim" in name: return True
-    if name.startswith(_HIGHER): return False
-    raise ValueError(f"metric={metric!r}: whether lower is better is known for names that begin with {', '.join(_LOWER + _HIGHER)}, and for bits/dim")
+    if name.startswith(_LOWER) or "bits/dim" in name:
+        return True
+    if name.startswith(_HIGHER):
+        return False
+    raise ValueError(
+        f"metric={metric!r}: whether lower is better is known for names that begin with {', '.join(_LOWER + _HIGHER)}, and for bits/dim"
+    )
 
 # %% ../nbs/90_engine/40_records.ipynb #b2abf8b1
-def verdict(metric, published, published_se, value, se, *, shortened=False, comparable=True, confirmed=True, affordable=True):
+def verdict(
+    metric,
+    published,
+    published_se,
+    value,
+    se,
+    *,
+    shortened=False,
+    comparable=True,
+    confirmed=True,
+    affordable=True,
+):
     "One of `VERDICTS` for a published number and ours (`None` where there is none); errors are standard errors in the metric's unit."
-    if value is None: return "published only" if affordable else "out of budget"
-    if published is None: return "no published number"
-    if not comparable: return "not comparable"
-    if shortened: return "shortened"
-    if not confirmed: return "unconfirmed source"
-    if published_se is not None: allowed = 2 * math.hypot(se or 0, published_se)
-    else: allowed = max(0.005, 2 * (se or 0)) if "bits/dim" in metric else 0.5
-    if abs(value - published) <= allowed * (1 + 1e-9): return "reproduced"
+    if value is None:
+        return "published only" if affordable else "out of budget"
+    if published is None:
+        return "no published number"
+    if not comparable:
+        return "not comparable"
+    if shortened:
+        return "shortened"
+    if not confirmed:
+        return "unconfirmed source"
+    if published_se is not None:
+        allowed = 2 * math.hypot(se or 0, published_se)
+    else:
+        allowed = max(0.005, 2 * (se or 0)) if "bits/dim" in metric else 0.5
+    if abs(value - published) <= allowed * (1 + 1e-9):
+        return "reproduced"
     return "better" if (value < published) == lower_is_better(metric) else "worse"

@@ -10,7 +10,16 @@ __all__ = ['CHAPTERS', 'SINGLE_LIMIT', 'STAND_IN_FIGURES', 'cleaned_source', 'hi
            'fetched', 'page_contents', 'as_pages', 'inlined', 'write_single', 'make']
 
 # %% ../nbs/90_engine/70_report.ipynb #dde0aea5
-import base64, io, json, mimetypes, re, secrets, shutil, subprocess, sys, tempfile
+import base64
+import io
+import json
+import mimetypes
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from . import experiments, status
@@ -19,29 +28,54 @@ from .records import STAND_IN, DamagedRecord, Store, records_root, replace_folde
 from .runner import Job, Manifest, complete, execute, notebook_code, outputs_root, place, run_jobs
 from .settings import limits, project_root
 
-CHAPTERS = {"00_theory": "Theory", "01_flows": "Flows", "02_vae_nf": "Normalizing-flow posteriors", "03_iaf": "Inverse autoregressive flow",
-            "04_cif": "Continuously-indexed flows", "05_vmonf": "Mixtures of flows", "06_mnist_results": "All results", "90_engine": "Appendix: the engine"}
-SINGLE_LIMIT = 20_000_000                                                          # bytes of the one-file report
-STAND_IN_FIGURES = "runs/stand-in/figures"                                         # where figures of the stand-in digits go
+CHAPTERS = {
+    "00_theory": "Theory",
+    "01_flows": "Flows",
+    "02_vae_nf": "Normalizing-flow posteriors",
+    "03_iaf": "Inverse autoregressive flow",
+    "04_cif": "Continuously-indexed flows",
+    "05_vmonf": "Mixtures of flows",
+    "06_mnist_results": "All results",
+    "90_engine": "Appendix: the engine",
+}
+SINGLE_LIMIT = 20_000_000  # bytes of the one-file report
+STAND_IN_FIGURES = "runs/stand-in/figures"  # where figures of the stand-in digits go
 
 # %% ../nbs/90_engine/70_report.ipynb #1bef8097
 def cleaned_source(source):
     "A code cell's source without directives and without the output folder of this execution."
-    lines = [line for line in source.split("\n") if not re.match(r"#\|", line) and not re.match(r"output = ", line) and line.strip() != "# Parameters"]
+    lines = [
+        line
+        for line in source.split("\n")
+        if not re.match(r"#\|", line) and not re.match(r"output = ", line) and line.strip() != "# Parameters"
+    ]
     return "\n".join(lines).strip("\n")
 
 # %% ../nbs/90_engine/70_report.ipynb #0d901386
 def hidden(cell, following):
     "Whether the page leaves a cell out; `following` is the cell after it, or `None`."
     source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
-    replaced = "parameters" in tags and following and "injected-parameters" in following["metadata"].get("tags", [])
+    replaced = (
+        "parameters" in tags and following and "injected-parameters" in following["metadata"].get("tags", [])
+    )
     first = source.split("\n", 1)[0]
-    return replaced or "hide" in tags or re.match(r"#\|\s*(hide\s*$|default_exp)", first) or (cell["cell_type"] == "code" and not cleaned_source(source))
+    return (
+        replaced
+        or "hide" in tags
+        or re.match(r"#\|\s*(hide\s*$|default_exp)", first)
+        or (cell["cell_type"] == "code" and not cleaned_source(source))
+    )
+
 
 def without_scratch(output):
     "An output with the names of temporary folders, which differ from one execution to the next, replaced by `SCRATCH`."
     text = json.dumps(output)
-    return json.loads(re.sub(re.escape(json.dumps(tempfile.gettempdir())[1:-1]) + r"/tmp\w+", "SCRATCH", text)) if tempfile.gettempdir() in text else output
+    return (
+        json.loads(re.sub(re.escape(json.dumps(tempfile.gettempdir())[1:-1]) + r"/tmp\w+", "SCRATCH", text))
+        if tempfile.gettempdir() in text
+        else output
+    )
+
 
 def cleaned(book):
     "An executed notebook (its JSON) as the page shows it."
@@ -49,22 +83,33 @@ def cleaned(book):
     cells = [dict(cell) for cell, following in pairs if not hidden(cell, following)]
     for cell in (c for c in cells if c["cell_type"] == "code"):
         silent = re.search(r"^#\|\s*echo:\s*false", "".join(cell["source"]), re.M)
-        cell |= {"source": cleaned_source("".join(cell["source"])), "outputs": [without_scratch(o) for o in cell["outputs"] if o.get("name") != "stderr"],
-                 "metadata": {"tags": cell["metadata"].get("tags", []) + ["remove-input"] * bool(silent)}}
+        cell |= {
+            "source": cleaned_source("".join(cell["source"])),
+            "outputs": [without_scratch(o) for o in cell["outputs"] if o.get("name") != "stderr"],
+            "metadata": {"tags": cell["metadata"].get("tags", []) + ["remove-input"] * bool(silent)},
+        }
     return book | {"cells": cells}
 
 # %% ../nbs/90_engine/70_report.ipynb #5e1f5d49
 def notebooks():
     "All notebooks of the project in reading order, as paths relative to its root; the index first."
-    nbs = project_root()/"nbs"
-    found = sorted(p for p in nbs.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts))
+    nbs = project_root() / "nbs"
+    found = sorted(
+        p
+        for p in nbs.rglob("*.ipynb")
+        if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts)
+    )
     return [p.relative_to(project_root()) for p in sorted(found, key=lambda p: (p.parent != nbs, p))]
+
 
 def title(notebook):
     "A notebook's first heading."
-    for cell in json.loads((project_root()/notebook).read_text())["cells"]:
-        found = re.search(r"^# (.+)$", "".join(cell["source"]), re.M) if cell["cell_type"] == "markdown" else None
-        if found: return found[1]
+    for cell in json.loads((project_root() / notebook).read_text())["cells"]:
+        found = (
+            re.search(r"^# (.+)$", "".join(cell["source"]), re.M) if cell["cell_type"] == "markdown" else None
+        )
+        if found:
+            return found[1]
     return Path(notebook).stem
 
 # %% ../nbs/90_engine/70_report.ipynb #aa74adfe
@@ -72,35 +117,56 @@ def latest(notebook, profile):
     "`(folder, manifest, remark)` of a notebook's latest good execution (`None, None, reason` without one); `remark` says what a reader must know."
     folder = place(notebook, profile)
     failed = folder.with_name(f"{folder.name}.failed.json")
-    remark = f"The last attempt to execute it failed: {Manifest.load(failed).cause}." if failed.exists() else ""
-    if not (folder/"manifest.json").exists(): return None, None, remark or "It has not been executed."
-    manifest = Manifest.load(folder/"manifest.json")
-    if remark: remark += f" This is the result of {manifest.info['finished'][:10]}."
-    elif not current(notebook, manifest): remark = "This page was made by an earlier version of its notebook or code."
+    remark = (
+        f"The last attempt to execute it failed: {Manifest.load(failed).cause}." if failed.exists() else ""
+    )
+    if not (folder / "manifest.json").exists():
+        return None, None, remark or "It has not been executed."
+    manifest = Manifest.load(folder / "manifest.json")
+    if remark:
+        remark += f" This is the result of {manifest.info['finished'][:10]}."
+    elif not current(notebook, manifest):
+        remark = "This page was made by an earlier version of its notebook or code."
     return folder, manifest, remark
 
 # %% ../nbs/90_engine/70_report.ipynb #ba83f8a0
 def current(notebook, manifest):
     "Whether a notebook and the code that it depends on are as they were when it was executed."
-    path = project_root()/notebook
+    path = project_root() / notebook
     return (sha256(path), notebook_code(path)) == (manifest.source_sha256, manifest.code_sha256)
 
 # %% ../nbs/90_engine/70_report.ipynb #b4e79851
 def takes_parameters(notebook):
     "Whether a notebook has a cell tagged `parameters`: then an experiment draws it."
-    return any("parameters" in cell["metadata"].get("tags", []) for cell in json.loads((project_root()/notebook).read_text())["cells"])
+    return any(
+        "parameters" in cell["metadata"].get("tags", [])
+        for cell in json.loads((project_root() / notebook).read_text())["cells"]
+    )
+
 
 def executed(notebook, profile):
     "Whether the latest execution of a notebook was good, and is current."
     _, manifest, remark = latest(notebook, profile)
     return manifest is not None and not remark
 
+
 def execute_library(profile, quiet=False, chapters=None):
     "Execute the library notebooks (of some chapters: folders of `nbs/`) that are not current; returns `{notebook: why}` for those that failed."
     jobs = []
     for notebook in notebooks():
-        if takes_parameters(notebook) or executed(notebook, profile) or (chapters is not None and notebook.parent.name not in chapters): continue
-        jobs.append(Job(notebook.as_posix(), ["notebook", notebook.as_posix(), "--profile", profile], project_root()/"runs/notebooks"/profile/notebook.parent.name/notebook.stem))
+        if (
+            takes_parameters(notebook)
+            or executed(notebook, profile)
+            or (chapters is not None and notebook.parent.name not in chapters)
+        ):
+            continue
+        jobs.append(
+            Job(
+                notebook.as_posix(),
+                ["notebook", notebook.as_posix(), "--profile", profile],
+                project_root() / "runs/notebooks" / profile / notebook.parent.name / notebook.stem,
+            )
+        )
     return run_jobs(jobs, quiet=quiet)
 
 # %% ../nbs/90_engine/70_report.ipynb #68f9ea91
@@ -109,33 +175,50 @@ def drawable(experiment):
     for profile in ("paper", "quick"):
         for data in ("mnist", "digits"):
             plan, store = experiment.plan(profile, data), Store([records_root(profile)])
-            if not plan: return "quick", "auto"
-            if all(store.find(run) for run in plan): return profile, data
+            if not plan:
+                return "quick", "auto"
+            if all(store.find(run) for run in plan):
+                return profile, data
 
 # %% ../nbs/90_engine/70_report.ipynb #42704be3
 def draw(experiment, profile, data="auto", device="auto"):
     "Execute an experiment's notebook under a profile; its `Manifest`. Figures of the stand-in digits never replace those of real data."
     parameters = {"profile": profile, "data": data, "device": device}
     stand_in = any(run.data.startswith(STAND_IN) for run in experiment.plan(profile, data))
-    return execute(experiment.notebook, parameters, experiment.products, profile=profile, timeout=limits()["timeout"],
-                   figures=project_root()/STAND_IN_FIGURES if stand_in and profile != "smoke" else None)
+    return execute(
+        experiment.notebook,
+        parameters,
+        experiment.products,
+        profile=profile,
+        timeout=limits()["timeout"],
+        figures=project_root() / STAND_IN_FIGURES if stand_in and profile != "smoke" else None,
+    )
 
 # %% ../nbs/90_engine/70_report.ipynb #e59eccf5
 def draw_all():
     "Redraw each experiment that has its records; returns `{notebook: why}` for those that failed, those without records included."
     failures = {}
     for e in experiments.all():
-        try: found = drawable(e)
-        except DamagedRecord as error: failures[e.notebook] = f"a record is damaged: {error}"; continue
-        if found is None: failures[e.notebook] = f"its records are missing; make them with: normflow-vi reproduce --only {e.name}"; continue
+        try:
+            found = drawable(e)
+        except DamagedRecord as error:
+            failures[e.notebook] = f"a record is damaged: {error}"
+            continue
+        if found is None:
+            failures[e.notebook] = (
+                f"its records are missing; make them with: normflow-vi reproduce --only {e.name}"
+            )
+            continue
         manifest = draw(e, *found)
-        if not manifest.good: failures[e.notebook] = manifest.cause
+        if not manifest.good:
+            failures[e.notebook] = manifest.cause
     return failures
 
 # %% ../nbs/90_engine/70_report.ipynb #1613aff6
 def with_remark(book, remark):
     "The notebook with a visible warning below its title."
-    if not remark: return book
+    if not remark:
+        return book
     note = {"cell_type": "markdown", "metadata": {}, "source": f":::{{warning}}\n{remark}\n:::"}
     cells = book["cells"]
     return book | {"cells": [*cells[:1], note, *cells[1:]]}
@@ -143,55 +226,84 @@ def with_remark(book, remark):
 # %% ../nbs/90_engine/70_report.ipynb #82870bba
 def in_prose(book, pattern, replaced):
     "The notebook with `re.sub(pattern, replaced, ...)` applied to its prose."
-    def page(cell): return cell | {"source": re.sub(pattern, replaced, "".join(cell["source"]))} if cell["cell_type"] == "markdown" else cell
+
+    def page(cell):
+        return (
+            cell | {"source": re.sub(pattern, replaced, "".join(cell["source"]))}
+            if cell["cell_type"] == "markdown"
+            else cell
+        )
+
     return book | {"cells": [page(cell) for cell in book["cells"]]}
+
 
 def with_figures(book, folder):
     "The notebook with its references to `figures/` made good for a page: pictures are copied into `folder`, links to other files become text."
+
     def replaced(match):
         bang, text, name = match.groups()
-        path = project_root()/"figures"/name
-        if not (bang and path.is_file()): return f"*{text} (not made yet)*" if bang else text
-        (folder/"figures").mkdir(parents=True, exist_ok=True); shutil.copy(path, folder/"figures")
+        path = project_root() / "figures" / name
+        if not (bang and path.is_file()):
+            return f"*{text} (not made yet)*" if bang else text
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / "figures")
         return f"![{text}](/figures/{name})"
+
     return in_prose(book, r"(!?)\[([^\]]*)\]\((?:\.\./)+figures/([\w.-]+)\)", replaced)
 
 # %% ../nbs/90_engine/70_report.ipynb #9627e995
 def with_links(book):
     "The notebook with its relative links made good for a page; links to notebooks, to places on the page and to the web stay."
+
     def replaced(match):
         text, target = match.groups()
-        pages = sorted((project_root()/"nbs"/target).glob("*.ipynb")) if target.strip("./") else []
+        pages = sorted((project_root() / "nbs" / target).glob("*.ipynb")) if target.strip("./") else []
         return f"[{text}](/{target.strip('/')}/{pages[0].name})" if pages else text
+
     return in_prose(book, r"(?<!!)\[([^\]]*)\]\((?!https?:|#|/|[^)]*\.ipynb)([^)\s]+)\)", replaced)
 
 # %% ../nbs/90_engine/70_report.ipynb #62aabc97
 def write_page(notebook, profile, folder, why=""):
     "Write a notebook's page into `folder`: as executed, or a page that says why there is none."
     found, _, remark = latest(notebook, profile)
-    name = "index" if Path(notebook).stem == "index" else f"{Path(notebook).parent.name}/{Path(notebook).stem}"
+    name = (
+        "index" if Path(notebook).stem == "index" else f"{Path(notebook).parent.name}/{Path(notebook).stem}"
+    )
     if found:
-        book = cleaned(json.loads((found/"notebook.ipynb").read_text()))
+        book = cleaned(json.loads((found / "notebook.ipynb").read_text()))
         book = with_remark(with_links(with_figures(book, folder)), remark)
-        atomic_write(folder/f"{name}.ipynb", json.dumps(book))
-    else: atomic_write(folder/f"{name}.md", f"# {title(notebook)}\n\n:::{{warning}}\nThis notebook has no result here. {why or remark}\n:::\n")
+        atomic_write(folder / f"{name}.ipynb", json.dumps(book))
+    else:
+        atomic_write(
+            folder / f"{name}.md",
+            f"# {title(notebook)}\n\n:::{{warning}}\nThis notebook has no result here. {why or remark}\n:::\n",
+        )
     return name
 
 # %% ../nbs/90_engine/70_report.ipynb #7e2b2512
 def contents(names):
     "The report's list of contents, as Markdown directives, for pages named `chapter/page`."
-    def tree(caption, pages): return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```\n"
+
+    def tree(caption, pages):
+        return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```\n"
+
     chapters = sorted({name.split("/")[0] for name in names if "/" in name})
     blocks = {c: tree(CHAPTERS.get(c, c), [n for n in names if n.startswith(c + "/")]) for c in chapters}
-    return "\n".join(block for _, block in sorted((blocks | {"89": tree("Beside the papers", ["results"])}).items()))
+    return "\n".join(
+        block for _, block in sorted((blocks | {"89": tree("Beside the papers", ["results"])}).items())
+    )
 
 # %% ../nbs/90_engine/70_report.ipynb #03f050d6
 def add_contents(folder, names):
     "Append the list of contents to the index page; make a plain one where there is no index notebook."
-    path = folder/"index.ipynb"
+    path = folder / "index.ipynb"
     if not path.exists():
-        head = (folder/"index.md").read_text() if (folder/"index.md").exists() else "# Variational inference with normalizing flows\n\n"
-        return atomic_write(folder/"index.md", head + "\n" + contents(names))
+        head = (
+            (folder / "index.md").read_text()
+            if (folder / "index.md").exists()
+            else "# Variational inference with normalizing flows\n\n"
+        )
+        return atomic_write(folder / "index.md", head + "\n" + contents(names))
     book = json.loads(path.read_text())
     book["cells"].append({"cell_type": "markdown", "metadata": {}, "source": contents(names)})
     return atomic_write(path, json.dumps(book))
@@ -202,18 +314,43 @@ def results_page():
     table, problems = status.rows()
     measured = [row for row in table if row["value"] is not None]
     rest = [row for row in table if row["value"] is None]
-    parts = ["# Ours beside theirs", "Every published number and figure of the four works, with what was measured here. Values are means over seeds with their standard errors.",
-             *(f":::{{warning}}\n{p}\n:::" for p in problems), status.summary(table) + ".", "## Measured here", status.markdown(measured) if measured else "Nothing yet."]
+    parts = [
+        "# Ours beside theirs",
+        "Every published number and figure of the four works, with what was measured here. Values are means over seeds with their standard errors.",
+        *(f":::{{warning}}\n{p}\n:::" for p in problems),
+        status.summary(table) + ".",
+        "## Measured here",
+        status.markdown(measured) if measured else "Nothing yet.",
+    ]
     for source in dict.fromkeys(row["source"] for row in rest):
-        parts += [f"## {source}", status.markdown([row for row in rest if row["source"] == source], ("item", "row", "published", "state", "verdict"))]
+        parts += [
+            f"## {source}",
+            status.markdown(
+                [row for row in rest if row["source"] == source],
+                ("item", "row", "published", "state", "verdict"),
+            ),
+        ]
     return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/90_engine/70_report.ipynb #5bbfd9b2
 def sphinx(source, target, builder="html", *options):
     "Run Sphinx; `RuntimeError` with the end of its output if it fails."
-    command = [sys.executable, "-m", "sphinx", "-q", "-b", builder, "-d", str(source.parent/"doctrees"), *options, str(source), str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-b",
+        builder,
+        "-d",
+        str(source.parent / "doctrees"),
+        *options,
+        str(source),
+        str(target),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"sphinx failed: {(done.stderr or done.stdout).strip()[-800:]}")
+    if done.returncode:
+        raise RuntimeError(f"sphinx failed: {(done.stderr or done.stdout).strip()[-800:]}")
 
 # %% ../nbs/90_engine/70_report.ipynb #8dcbf24b
 def standing_in(profile):
@@ -224,10 +361,14 @@ def standing_in(profile):
 # %% ../nbs/90_engine/70_report.ipynb #fad852e4
 def withheld(profile, failures=None, whole=True):
     "Why the one-file report is left as it is, in one line; `None` if it is to be replaced. `whole`: all of the report was asked for."
-    if profile == "smoke": return "a smoke run is only a trial"
-    if failures: return "these failed: " + ", ".join(map(str, failures))
-    if not whole: return "only a part of the report was asked for"
-    if digits := standing_in(profile): return "these show the stand-in digits: " + ", ".join(digits)
+    if profile == "smoke":
+        return "a smoke run is only a trial"
+    if failures:
+        return "these failed: " + ", ".join(map(str, failures))
+    if not whole:
+        return "only a part of the report was asked for"
+    if digits := standing_in(profile):
+        return "these show the stand-in digits: " + ", ".join(digits)
     stale = [notebook.as_posix() for notebook in notebooks() if not executed(notebook, profile)]
     return "these have no current good execution: " + ", ".join(stale) if stale else None
 
@@ -237,37 +378,52 @@ def build(profile="quick", failures=None, whole=True):
 
     `failures` {notebook: why} explains pages that have no result.
     """
-    site = outputs_root(profile)[0].parent/"site"
-    work = site.parent/".work"/f"site-{secrets.token_hex(4)}"
+    site = outputs_root(profile)[0].parent / "site"
+    work = site.parent / ".work" / f"site-{secrets.token_hex(4)}"
     try:
-        shutil.copytree(project_root()/"site", work/"source")
-        names = [write_page(n, profile, work/"source", (failures or {}).get(n.as_posix(), "")) for n in notebooks()]
-        atomic_write(work/"source/results.md", results_page())
-        add_contents(work/"source", names)
-        sphinx(work/"source", work/"html")
-        if why := withheld(profile, failures, whole): print(f"figures/report.html is left as it is: {why}", file=sys.stderr, flush=True)
-        else: write_single(work)
-        replace_folder(work/"html", site)
-    finally: shutil.rmtree(work, ignore_errors=True)
-    return site/"index.html"
+        shutil.copytree(project_root() / "site", work / "source")
+        names = [
+            write_page(n, profile, work / "source", (failures or {}).get(n.as_posix(), ""))
+            for n in notebooks()
+        ]
+        atomic_write(work / "source/results.md", results_page())
+        add_contents(work / "source", names)
+        sphinx(work / "source", work / "html")
+        if why := withheld(profile, failures, whole):
+            print(f"figures/report.html is left as it is: {why}", file=sys.stderr, flush=True)
+        else:
+            write_single(work)
+        replace_folder(work / "html", site)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return site / "index.html"
 
 # %% ../nbs/90_engine/70_report.ipynb #5c1258ac
 def data_uri(path):
     "A file as a `data:` URI."
     kind, data = mimetypes.guess_type(path.name)[0] or "application/octet-stream", path.read_bytes()
-    if kind == "image/png": kind, data = "image/webp", as_webp(data)
+    if kind == "image/png":
+        kind, data = "image/webp", as_webp(data)
     return f"data:{kind};base64," + base64.b64encode(data).decode()
+
 
 def as_webp(png):
     "The picture in a PNG file, as a lossless WebP file."
     from PIL import Image
-    with Image.open(io.BytesIO(png)) as picture: picture.save(found := io.BytesIO(), "WEBP", lossless=True, exact=True)
+
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.save(found := io.BytesIO(), "WEBP", lossless=True, exact=True)
     return found.getvalue()
 
-_TAG = re.compile(r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc\s*=\s*["']?(?!data:)([^"'\s>]+)"""
-                  r"""|<link\b(?![^>]*rel=["'](?:search|index|next|prev|author|copyright|canonical)["'])[^>]*?\bhref\s*=\s*["']?(?!data:)([^"'\s>]+)""", re.I)
+
+_TAG = re.compile(
+    r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc\s*=\s*["']?(?!data:)([^"'\s>]+)"""
+    r"""|<link\b(?![^>]*rel=["'](?:search|index|next|prev|author|copyright|canonical)["'])[^>]*?\bhref\s*=\s*["']?(?!data:)([^"'\s>]+)""",
+    re.I,
+)
 _STYLE = re.compile(r"<style\b[^>]*>(.*?)</style>|\bstyle\s*=\s*\"([^\"]*)\"", re.I | re.S)
 _ADDRESS = re.compile(r"""url\(\s*["']?(?!data:|#)([^"')\s]+)|@import\s+["']([^"']+)""", re.I)
+
 
 def fetched(html):
     "What a browser would fetch to show a page: the addresses of scripts, styles, fonts and images outside it (MathJax's own text is not looked at)."
@@ -279,45 +435,74 @@ def fetched(html):
 def page_contents(page):
     "A list of the chapters and pages in a parsed one-file report, each page a link."
     nav, chapter = page.new_tag("nav", attrs={"class": "toc"}), None
+
     def add(tag, text, **attributes):
-        new = page.new_tag(tag, attrs=attributes); new.string = text.rstrip("#¶\uf0c1"); nav.append(new)
+        new = page.new_tag(tag, attrs=attributes)
+        new.string = text.rstrip("#¶\uf0c1")
+        nav.append(new)
+
     for mark in page.select("span[id^='document-']"):
         name = mark["id"].removeprefix("document-").split("/")[0]
-        if name != chapter: chapter = name; add("b", CHAPTERS.get(name, "Beside the papers"))
+        if name != chapter:
+            chapter = name
+            add("b", CHAPTERS.get(name, "Beside the papers"))
         add("a", mark.find_next(["h1", "h2", "h3"]).get_text(), href="#" + mark["id"])
     return nav
 
+
 def as_pages(page):
     "Headings of the pages one step larger (in one file they stand below the index), and links between pages by page: section names repeat."
-    for heading in page.select("div.toctree-wrapper :is(h3, h4, h5, h6)"): heading.name = f"h{int(heading.name[1]) - 1}"
-    for link in page.select("a[href^='#document-']"): link["href"] = "#" + link["href"][1:].split("#")[0]
+    for heading in page.select("div.toctree-wrapper :is(h3, h4, h5, h6)"):
+        heading.name = f"h{int(heading.name[1]) - 1}"
+    for link in page.select("a[href^='#document-']"):
+        link["href"] = "#" + link["href"][1:].split("#")[0]
 
 # %% ../nbs/90_engine/70_report.ipynb #3f927fd4
 def inlined(html, folder):
     "A page of `singlehtml` with styles, pictures and MathJax inside, and without other scripts."
     from bs4 import BeautifulSoup
-    page, static = BeautifulSoup(html, "html.parser"), folder/"_static"
+
+    page, static = BeautifulSoup(html, "html.parser"), folder / "_static"
     config = [s.string for s in page.find_all("script") if s.string and "MathJax" in s.string]
-    for tag in [*page.find_all("script"), *page.find_all("link")]: tag.decompose()
+    for tag in [*page.find_all("script"), *page.find_all("link")]:
+        tag.decompose()
     for image in page.find_all("img"):
-        if not image.get("src", "").startswith("data:"): image["src"] = data_uri(folder/image["src"])
+        if not image.get("src", "").startswith("data:"):
+            image["src"] = data_uri(folder / image["src"])
     as_pages(page)
     page.body.insert(0, page_contents(page))
+
     def add(tag, text, **attributes):
-        new = page.new_tag(tag, attrs=attributes); new.string = text; page.head.append(new)
-    add("style", (static/"pygments.css").read_text() + (static/"single.css").read_text())
-    for text in config: add("script", text)
-    add("script", (static/"tex-svg-full.js").read_text().replace("</script", "<\\/script"), id="mathjax")
+        new = page.new_tag(tag, attrs=attributes)
+        new.string = text
+        page.head.append(new)
+
+    add("style", (static / "pygments.css").read_text() + (static / "single.css").read_text())
+    for text in config:
+        add("script", text)
+    add("script", (static / "tex-svg-full.js").read_text().replace("</script", "<\\/script"), id="mathjax")
     return str(page)
 
 # %% ../nbs/90_engine/70_report.ipynb #b0814ad0
 def write_single(work):
     "Build the one-file report from `work/source` and publish it as `figures/report.html`; `RuntimeError` if it is too large or not self-contained."
-    sphinx(work/"source", work/"single", "singlehtml", "-D", "html_theme=basic", "-D", "html_theme_options=", "-D", "pygments_style=default")
-    html = inlined((work/"single/index.html").read_text(), work/"single")
-    if left := fetched(html): raise RuntimeError(f"the one-file report would fetch {left[:5]}")
-    if len(html.encode()) > SINGLE_LIMIT: raise RuntimeError(f"the one-file report has {len(html.encode())} bytes; allowed are {SINGLE_LIMIT}")
-    return atomic_write(project_root()/"figures/report.html", html)
+    sphinx(
+        work / "source",
+        work / "single",
+        "singlehtml",
+        "-D",
+        "html_theme=basic",
+        "-D",
+        "html_theme_options=",
+        "-D",
+        "pygments_style=default",
+    )
+    html = inlined((work / "single/index.html").read_text(), work / "single")
+    if left := fetched(html):
+        raise RuntimeError(f"the one-file report would fetch {left[:5]}")
+    if len(html.encode()) > SINGLE_LIMIT:
+        raise RuntimeError(f"the one-file report has {len(html.encode())} bytes; allowed are {SINGLE_LIMIT}")
+    return atomic_write(project_root() / "figures/report.html", html)
 
 # %% ../nbs/90_engine/70_report.ipynb #b945a315
 def make(profile="quick", quiet=False):

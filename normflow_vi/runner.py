@@ -10,14 +10,32 @@ __all__ = ['DATA', 'DEVICES', 'RULES', 'ParameterError', 'check_parameter', 'che
            'describe', 'outputs_root', 'place', 'publish', 'execute', 'notebook_code']
 
 # %% ../nbs/90_engine/50_runner.ipynb #de7aff8c
-import json, os, platform, re, secrets, shutil, signal, subprocess, sys, threading, time
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from . import experiments
 from .files import atomic_write, exclusive, sha256
-from .records import Run, Store, code_sha256, information, note_failure, records_root, replace_folder
+from normflow_vi.records import (
+    Run,
+    Store,
+    code_sha256,
+    information,
+    note_failure,
+    records_root,
+    replace_folder,
+)
 from .settings import PROFILES, check_profile, described, obeys, project_root
 
 # %% ../nbs/90_engine/50_runner.ipynb #21198104
@@ -25,49 +43,68 @@ DATA, DEVICES = ("auto", "mnist", "digits"), ("auto", "cpu", "cuda")
 RULES = {"profile": PROFILES, "data": DATA, "device": DEVICES, "output": "folder"}
 _FOLDER = re.compile(r"(runs|reports)(/[A-Za-z0-9_.-]+)+")
 
+
 class ParameterError(ValueError):
     "A notebook parameter was refused; the message names it, its value and what is allowed."
 
+
 def check_parameter(name, value, rule):
-    "Raise `ParameterError` unless `value` obeys `rule`: `\"folder\"`, or one as for `settings.ini`."
+    'Raise `ParameterError` unless `value` obeys `rule`: `"folder"`, or one as for `settings.ini`.'
     if rule == "folder":
-        good, allowed = isinstance(value, str) and (not value or (_FOLDER.fullmatch(value) and ".." not in value.split("/"))), "'' or a folder below runs/ or reports/"
-    else: good, allowed = obeys(value, rule), described(rule)
-    if not good: raise ParameterError(f"parameter {name[:60]!r}={value!r:.80}: allowed is {allowed}")
+        good, allowed = (
+            isinstance(value, str)
+            and (not value or (_FOLDER.fullmatch(value) and ".." not in value.split("/"))),
+            "'' or a folder below runs/ or reports/",
+        )
+    else:
+        good, allowed = obeys(value, rule), described(rule)
+    if not good:
+        raise ParameterError(f"parameter {name[:60]!r}={value!r:.80}: allowed is {allowed}")
 
 # %% ../nbs/90_engine/50_runner.ipynb #c757cfee
 def check_names(given, rules):
     "Raise `ParameterError` for the first name in `given` that has no rule."
     for name in given:
-        if name not in rules: raise ParameterError(f"parameter {str(name)[:60]!r}={given[name]!r:.80}: there is no such parameter; allowed are {', '.join(rules)}")
+        if name not in rules:
+            raise ParameterError(
+                f"parameter {str(name)[:60]!r}={given[name]!r:.80}: there is no such parameter; allowed are {', '.join(rules)}"
+            )
+
 
 def resolve_device(device):
     "'cpu' or 'cuda' for 'auto', 'cpu' or 'cuda'; `ParameterError` for a CUDA device that is not there."
     import torch
+
     check_parameter("device", device, DEVICES)
-    if device == "cuda" and not torch.cuda.is_available(): raise ParameterError("parameter 'device'='cuda': no CUDA device here; allowed is 'auto' or 'cpu'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ParameterError("parameter 'device'='cuda': no CUDA device here; allowed is 'auto' or 'cpu'")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 # %% ../nbs/90_engine/50_runner.ipynb #3365cd69
 @dataclass(frozen=True)
 class Context:
     "The checked parameters of a notebook; `more` holds those that only its experiment has."
+
     profile: str
     data: str
     device: str
     output: Path
     store: Store
     more: dict = field(default_factory=dict)
-    def path(self, name): return self.output/name
+
+    def path(self, name):
+        return self.output / name
 
 # %% ../nbs/90_engine/50_runner.ipynb #fcd6e1e3
 def check_parameters(experiment=None, *, profile="smoke", data="auto", device="auto", output="", **more):
     "Check a notebook's parameters (and those that `experiment`, a name, declares) and return them as a `Context`; `ParameterError` otherwise."
     rules, given = dict(RULES), {"profile": profile, "data": data, "device": device, "output": output} | more
-    if experiment is not None: rules |= experiments.get(experiment).parameters
+    if experiment is not None:
+        rules |= experiments.get(experiment).parameters
     check_names(given, rules)
-    for name, value in given.items(): check_parameter(name, value, rules[name])
-    device, folder = resolve_device(device), project_root()/(output or "runs/scratch")
+    for name, value in given.items():
+        check_parameter(name, value, rules[name])
+    device, folder = resolve_device(device), project_root() / (output or "runs/scratch")
     folder.mkdir(parents=True, exist_ok=True)
     return Context(profile, data, device, folder, Store([records_root(profile)]), more)
 
@@ -76,27 +113,39 @@ def check_notebook(notebook, parameters, rules=None):
     "Check `parameters` against the rules and against the notebook's own parameters cell, without executing anything; `ParameterError` otherwise."
     rules = RULES if rules is None else rules
     check_names(parameters, rules)
-    for name, value in parameters.items(): check_parameter(name, value, rules[name])
-    if "device" in parameters: resolve_device(parameters["device"])
-    if not parameters: return
+    for name, value in parameters.items():
+        check_parameter(name, value, rules[name])
+    if "device" in parameters:
+        resolve_device(parameters["device"])
+    if not parameters:
+        return
     from papermill import inspect_notebook
+
     declared = inspect_notebook(str(notebook))
     check_names(parameters, declared)
     for name, value in parameters.items():
         kind = declared[name]["inferred_type_name"]
-        if kind not in ("None", type(value).__name__): raise ParameterError(f"parameter {name!r}={value!r:.80}: {Path(notebook).name} declares it as {kind}")
+        if kind not in ("None", type(value).__name__):
+            raise ParameterError(
+                f"parameter {name!r}={value!r:.80}: {Path(notebook).name} declares it as {kind}"
+            )
 
 # %% ../nbs/90_engine/50_runner.ipynb #2832f90b
 def work_folder(runs):
     "Where a unit of runs keeps its log and checkpoints."
     first, keys = runs[0], "".join(run.key for run in runs)
-    name = first.slug if len(runs) == 1 else f"{first.flow}-{first.length}-{len(runs)}runs-{first.profile}-{sha256(keys.encode())[:12]}"
-    return project_root()/"runs"/first.profile/first.experiment/name
+    name = (
+        first.slug
+        if len(runs) == 1
+        else f"{first.flow}-{first.length}-{len(runs)}runs-{first.profile}-{sha256(keys.encode())[:12]}"
+    )
+    return project_root() / "runs" / first.profile / first.experiment / name
+
 
 def write_unit(runs, device, retrain=False, path=None):
     "Write the JSON file that a worker starts from; returns its path."
     unit = {"runs": [run.to_dict() for run in runs], "device": device, "retrain": retrain}
-    return atomic_write(path or work_folder(runs)/"runs.json", json.dumps(unit, indent=1) + "\n")
+    return atomic_write(path or work_folder(runs) / "runs.json", json.dumps(unit, indent=1) + "\n")
 
 # %% ../nbs/90_engine/50_runner.ipynb #ca72ddbd
 def read_unit(path):
@@ -105,38 +154,72 @@ def read_unit(path):
         unit = json.loads(Path(path).read_text())
         runs = [Run.from_dict(d) for d in unit["runs"]]
         experiment = experiments.get(runs[0].experiment)
-        if len(experiments.programs(experiment, runs)) != 1: raise ValueError(f"its runs may differ in {' and '.join(experiment.together)} only")
+        if len(experiments.programs(experiment, runs)) != 1:
+            raise ValueError(f"its runs may differ in {' and '.join(experiment.together)} only")
         return runs, unit["device"], bool(unit.get("retrain", False))
-    except (OSError, LookupError, TypeError, ValueError) as e: raise ValueError(f"{path} is not a file of runs: {e}") from None
+    except (OSError, LookupError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is not a file of runs: {e}") from None
 
 # %% ../nbs/90_engine/50_runner.ipynb #91707881
 def watch_parent(grace=60):
     "In a process started by `run_jobs`: end when the one that started it is gone; softly first, at once after `grace` seconds."
-    parent = os.environ.pop("NORMFLOW_VI_PARENT", None)      # removed: it is not the parent of this process's children
+    parent = os.environ.pop(
+        "NORMFLOW_VI_PARENT", None
+    )  # removed: it is not the parent of this process's children
+
     def watch():
-        while os.getppid() == int(parent): time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM); time.sleep(grace); os._exit(1)
-    if parent: threading.Thread(target=watch, daemon=True).start()
+        while os.getppid() == int(parent):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        os._exit(1)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/90_engine/50_runner.ipynb #18a81279
 class ProgressFile:
     "A training's `progress` callable: keeps the latest step and values in a small file, written at most three times a second."
-    def __init__(self, path): self.path, self.last = Path(path), 0.
+
+    def __init__(self, path):
+        self.path, self.last = Path(path), 0.0
+
     def __call__(self, step, steps, seconds, values):
-        if step < steps and time.monotonic() - self.last < 0.3: return
+        if step < steps and time.monotonic() - self.last < 0.3:
+            return
         self.last, part = time.monotonic(), self.path.with_suffix(".part")
-        part.write_text(json.dumps({"step": int(step), "steps": int(steps), "seconds": float(seconds), "values": {k: float(v) for k, v in values.items()}}))
+        part.write_text(
+            json.dumps(
+                {
+                    "step": int(step),
+                    "steps": int(steps),
+                    "seconds": float(seconds),
+                    "values": {k: float(v) for k, v in values.items()},
+                }
+            )
+        )
         os.replace(part, self.path)
 
 # %% ../nbs/90_engine/50_runner.ipynb #ec4ca818
 def _fresh_or_resumed(folder, code, retrain):
     "The checkpoint folder of a unit; empty if it is to be trained anew, or was begun with other code (then what it held is renamed)."
-    note, checkpoints, aside = folder/"code_sha256", folder/"checkpoints", folder/"checkpoints-earlier-code"
-    if checkpoints.exists() and any(checkpoints.iterdir()) and (not note.exists() or note.read_text() != code):
+    note, checkpoints, aside = (
+        folder / "code_sha256",
+        folder / "checkpoints",
+        folder / "checkpoints-earlier-code",
+    )
+    if (
+        checkpoints.exists()
+        and any(checkpoints.iterdir())
+        and (not note.exists() or note.read_text() != code)
+    ):
         replace_folder(checkpoints, aside)
-        print(f"begun with other code: its checkpoints are now in {aside}, and training starts anew", flush=True)
-    elif retrain: shutil.rmtree(checkpoints, ignore_errors=True)
-    (folder/"progress.json").unlink(missing_ok=True)
+        print(
+            f"begun with other code: its checkpoints are now in {aside}, and training starts anew", flush=True
+        )
+    elif retrain:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    (folder / "progress.json").unlink(missing_ok=True)
     checkpoints.mkdir(parents=True, exist_ok=True)
     atomic_write(note, code)
     return checkpoints
@@ -145,17 +228,33 @@ def _fresh_or_resumed(folder, code, retrain):
 def _train(runs, device, folder, retrain):
     "Train a unit in its folder and save its records; returns them."
     import torch
+
     code = code_sha256(experiments.module_of(runs[0].experiment))
     checkpoints = _fresh_or_resumed(folder, code, retrain)
-    if device == "cpu": torch.set_num_threads(int(os.environ.get("NORMFLOW_VI_THREADS", "1")))
+    if device == "cpu":
+        torch.set_num_threads(int(os.environ.get("NORMFLOW_VI_THREADS", "1")))
     start, root = time.monotonic(), records_root(runs[0].profile)
-    records = experiments.get(runs[0].experiment).train(runs, checkpoints, device, ProgressFile(folder/"progress.json"))
-    if [r.run for r in records] != list(runs): raise ValueError(f"training returned {len(records)} records, not one for each of the {len(runs)} runs in order")
-    info = information(threads=torch.get_num_threads(), seconds=round(time.monotonic() - start, 2), code_sha256=code,
-                       engine="batched" if len(runs) > 1 else "process", seeds=sorted({run.seed for run in runs}),   # batched runs share one random stream
-                       models=sorted({run.model for run in runs}))
-    made_on = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "hardware": platform.machine()}
-    for r in records: replace(r, info=info | r.info | made_on).save(root)
+    records = experiments.get(runs[0].experiment).train(
+        runs, checkpoints, device, ProgressFile(folder / "progress.json")
+    )
+    if [r.run for r in records] != list(runs):
+        raise ValueError(
+            f"training returned {len(records)} records, not one for each of the {len(runs)} runs in order"
+        )
+    info = information(
+        threads=torch.get_num_threads(),
+        seconds=round(time.monotonic() - start, 2),
+        code_sha256=code,
+        engine="batched" if len(runs) > 1 else "process",
+        seeds=sorted({run.seed for run in runs}),  # batched runs share one random stream
+        models=sorted({run.model for run in runs}),
+    )
+    made_on = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "hardware": platform.machine(),
+    }
+    for r in records:
+        replace(r, info=info | r.info | made_on).save(root)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return records
 
@@ -165,15 +264,18 @@ def work(path):
     runs, device, retrain = read_unit(path)
     device = resolve_device(device)
     with exclusive(work_folder(runs)) as folder:
-        try: return _train(runs, device, folder, retrain)
+        try:
+            return _train(runs, device, folder, retrain)
         except Exception as error:
-            for run in runs: note_failure(records_root(run.profile), run, f"{type(error).__name__}: {error}")
+            for run in runs:
+                note_failure(records_root(run.profile), run, f"{type(error).__name__}: {error}")
             raise
 
 # %% ../nbs/90_engine/50_runner.ipynb #d024704e
 @dataclass
 class Job:
     "A command of this package to run in a process: its arguments, a name for people, and the folder of its log and progress."
+
     name: str
     arguments: list
     folder: Path
@@ -181,59 +283,99 @@ class Job:
 
     def start(self, device="cpu", slot=0):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log.write_text("")                              # afresh: its last line explains a failure
+        self.log.write_text("")  # afresh: its last line explains a failure
         with open(self.log, "a") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "normflow_vi.cli", *self.arguments], cwd=project_root(), stdout=log, stderr=log,
-                                            env=os.environ | _job_environment(device, slot), stdin=subprocess.DEVNULL, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "normflow_vi.cli", *self.arguments],
+                cwd=project_root(),
+                stdout=log,
+                stderr=log,
+                env=os.environ | _job_environment(device, slot),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
     @property
-    def log(self): return self.folder/"log.txt"
+    def log(self):
+        return self.folder / "log.txt"
+
     def progress(self):
-        try: return json.loads((self.folder/"progress.json").read_text())
-        except (OSError, ValueError): return None
+        try:
+            return json.loads((self.folder / "progress.json").read_text())
+        except (OSError, ValueError):
+            return None
 
 # %% ../nbs/90_engine/50_runner.ipynb #987c1acd
 def _job_environment(device, slot):
     "What a job's process finds in its environment: its parent, the project, and one thread or one GPU."
-    known = {"NORMFLOW_VI_PARENT": str(os.getpid()), "NORMFLOW_VI_ROOT": str(project_root()), "PYTHONUNBUFFERED": "1"}
-    if device == "cpu": return known | {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    known = {
+        "NORMFLOW_VI_PARENT": str(os.getpid()),
+        "NORMFLOW_VI_ROOT": str(project_root()),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if device == "cpu":
+        return known | {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return known | {"CUDA_VISIBLE_DEVICES": given.split(",")[slot] if given else str(slot)}
+
 
 def slots(device):
     "How many workers run at once: one a CPU core, or one a GPU."
     import torch
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, torch.cuda.device_count()) if device == "cuda" else cores
 
+
 def last_line(path):
     "The last line of a log that says something."
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
+    lines = (
+        [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        if path.exists()
+        else []
+    )
     return lines[-1][:300] if lines else "no output"
+
 
 def ending(code):
     "A process's exit code in words."
-    if code >= 0: return f"exit {code}"
+    if code >= 0:
+        return f"exit {code}"
     return f"killed by signal {-code}" + ", perhaps out of memory" * (-code == signal.SIGKILL)
 
 # %% ../nbs/90_engine/50_runner.ipynb #15b13f32
 class Show:
     "Progress for people, on standard error."
+
     def __init__(self, total, quiet=False):
         self.total, self.finished, self.bars = total, 0, {}
         self.quiet, self.terminal = quiet, not quiet and sys.stderr.isatty()
+
     def update(self, slot, job):
         state = self.terminal and job.progress()
-        if not state: return
+        if not state:
+            return
         if slot not in self.bars:
             from tqdm.std import tqdm
-            self.bars[slot] = tqdm(total=state["steps"], initial=state["step"], desc=job.name[:40], position=slot, leave=False, file=sys.stderr)
+
+            self.bars[slot] = tqdm(
+                total=state["steps"],
+                initial=state["step"],
+                desc=job.name[:40],
+                position=slot,
+                leave=False,
+                file=sys.stderr,
+            )
         bar = self.bars[slot]
         bar.set_postfix({k: f"{v:.4g}" for k, v in list(state["values"].items())[:2]}, refresh=False)
         bar.update(state["step"] - bar.n)
+
     def done(self, slot, job, outcome):
         self.finished += 1
-        if slot in self.bars: self.bars.pop(slot).close()
-        if not self.quiet: print(f"[{self.finished}/{self.total}] {job.name}: {outcome}", file=sys.stderr, flush=True)
+        if slot in self.bars:
+            self.bars.pop(slot).close()
+        if not self.quiet:
+            print(f"[{self.finished}/{self.total}] {job.name}: {outcome}", file=sys.stderr, flush=True)
 
 # %% ../nbs/90_engine/50_runner.ipynb #e6607edc
 def run_jobs(jobs, device="cpu", quiet=False, at_once=None):
@@ -244,62 +386,102 @@ def run_jobs(jobs, device="cpu", quiet=False, at_once=None):
         while waiting or running:
             while waiting and free:
                 slot, job = free.pop(), waiting.pop(0)
-                running[slot] = job; job.start(device, slot)
+                running[slot] = job
+                job.start(device, slot)
             for slot, job in list(running.items()):
                 show.update(slot, job)
-                if job.process.poll() is None: continue
-                del running[slot]; free.append(slot)
-                if job.process.returncode: failures[job.name] = f"{last_line(job.log)} ({ending(job.process.returncode)}; log: {job.log})"
+                if job.process.poll() is None:
+                    continue
+                del running[slot]
+                free.append(slot)
+                if job.process.returncode:
+                    failures[job.name] = (
+                        f"{last_line(job.log)} ({ending(job.process.returncode)}; log: {job.log})"
+                    )
                 show.done(slot, job, "FAILED: " + failures[job.name] if job.name in failures else "done")
             time.sleep(0.1)
-    finally: stop([job.process for job in running.values()])
+    finally:
+        stop([job.process for job in running.values()])
     return failures
 
 # %% ../nbs/90_engine/50_runner.ipynb #c896fef7
 def stop(processes, grace=30):
     "End processes with SIGTERM, so that they save their state; kill those that are still there after `grace` seconds."
     processes = [p for p in processes if p is not None]
-    for p in processes: p.terminate()
+    for p in processes:
+        p.terminate()
     deadline = time.monotonic() + grace
     for p in processes:
-        try: p.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired: p.kill(); p.wait()
+        try:
+            p.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            p.kill()
+            p.wait()
 
 # %% ../nbs/90_engine/50_runner.ipynb #f836ed90
 class RunsFailed(RuntimeError):
     "Some runs failed; the message names them. The records of the others are kept."
 
+
 def batched(experiment, runs, device):
     "Whether runs that can train as one program do: as the experiment says, as it was begun, or as measures faster here."
-    if experiment.engine != "auto": return experiment.engine == "batched"
-    if len(runs) == 1 or work_folder(runs).exists(): return True
-    if any(work_folder([run]).exists() for run in runs): return False
-    if experiment.trainer is None: return device == "cuda"
+    if experiment.engine != "auto":
+        return experiment.engine == "batched"
+    if len(runs) == 1 or work_folder(runs).exists():
+        return True
+    if any(work_folder([run]).exists() for run in runs):
+        return False
+    if experiment.trainer is None:
+        return device == "cuda"
     from normflow_vi.training import choose_engine
-    choice = choose_engine(lambda some: experiment.trainer(runs[:len(some)], device), [run.seed for run in runs], slots(device))
+
+    choice = choose_engine(
+        lambda some: experiment.trainer(runs[: len(some)], device), [run.seed for run in runs], slots(device)
+    )
     return choice.name == "batched"
+
 
 def units(runs, device):
     "Runs grouped into what one worker trains: those of one program if they train as one, else one run each; long flows first."
     named = {}
-    for run in runs: named.setdefault(run.experiment, []).append(run)
-    programs = [(e, program) for e, some in ((experiments.get(name), some) for name, some in named.items()) for program in experiments.programs(e, some)]
-    groups = [unit for e, program in programs for unit in ([program] if batched(e, program, device) else [[run] for run in program])]
+    for run in runs:
+        named.setdefault(run.experiment, []).append(run)
+    programs = [
+        (e, program)
+        for e, some in ((experiments.get(name), some) for name, some in named.items())
+        for program in experiments.programs(e, some)
+    ]
+    groups = [
+        unit
+        for e, program in programs
+        for unit in ([program] if batched(e, program, device) else [[run] for run in program])
+    ]
     return sorted(groups, key=lambda unit: -unit[0].length)
 
 # %% ../nbs/90_engine/50_runner.ipynb #e522e1e6
 def job_of(some, device, retrain=False):
     "The job of one or several units."
     files = [str(write_unit(unit, device, retrain)) for unit in some]
-    return Job(some[0][0].slug + f" and {len(some) - 1} more" * (len(some) > 1), ["run", *files], work_folder(some[0]))
+    return Job(
+        some[0][0].slug + f" and {len(some) - 1} more" * (len(some) > 1),
+        ["run", *files],
+        work_folder(some[0]),
+    )
+
 
 def run_units(todo, device, retrain=False, quiet=False):
     "Run units in processes of this machine, those of the smoke profile several to a process; returns the failures, `{name: why}`."
     count = slots(device) if all(unit[0].profile == "smoke" for unit in todo) else len(todo)
-    jobs = [(job_of(share, device, retrain), share) for share in (todo[slot::count] for slot in range(count)) if share]
+    jobs = [
+        (job_of(share, device, retrain), share)
+        for share in (todo[slot::count] for slot in range(count))
+        if share
+    ]
     failures = run_jobs([job for job, _ in jobs], device, quiet)
     again = [unit for job, share in jobs if len(share) > 1 and failures.pop(job.name, None) for unit in share]
-    return failures | (run_jobs([job_of([unit], device, retrain) for unit in again], device, quiet) if again else {})
+    return failures | (
+        run_jobs([job_of([unit], device, retrain) for unit in again], device, quiet) if again else {}
+    )
 
 # %% ../nbs/90_engine/50_runner.ipynb #8def1d53
 def complete(runs, device="auto", progress=True, retrain=False, engine="local"):
@@ -307,25 +489,47 @@ def complete(runs, device="auto", progress=True, retrain=False, engine="local"):
 
     `progress=False` keeps it silent. `engine="ray"` hands the units to a Ray cluster. Raises `RunsFailed` after all others have finished.
     """
-    if engine not in ("local", "ray"): raise ValueError(f"engine={engine!r}: allowed are local, ray")
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine={engine!r}: allowed are local, ray")
     device, runs = resolve_device(device), list(runs)
     store = Store(dict.fromkeys(records_root(run.profile) for run in runs))
     todo = runs if retrain else [run for run in runs if store.find(run) is None]
     todo = units(todo, device)
-    failures = run_units(todo, device, retrain, not progress) if engine == "local" else run_on_ray([job_of([unit], device, retrain) for unit in todo], device, not progress)
-    if failures: raise RunsFailed("; ".join(f"{name}: {why}" for name, why in failures.items()))
+    failures = (
+        run_units(todo, device, retrain, not progress)
+        if engine == "local"
+        else run_on_ray([job_of([unit], device, retrain) for unit in todo], device, not progress)
+    )
+    if failures:
+        raise RunsFailed("; ".join(f"{name}: {why}" for name, why in failures.items()))
     return [store.find(run) for run in runs]
 
 # %% ../nbs/90_engine/50_runner.ipynb #a3d470dd
 def run_on_ray(jobs, device="cpu", quiet=False):
     "`run_jobs` on a Ray cluster: a CPU core, or a GPU, for each job."
-    if not jobs: return {}
-    try: import ray
-    except ImportError: raise RuntimeError("engine 'ray' needs Ray: install it with  pip install 'normflow_vi[cluster]'") from None
-    inherited = {name: value for name, value in os.environ.items() if name.startswith("NORMFLOW_VI_") or name == "PYTHONPATH"}
-    if not ray.is_initialized(): ray.init(log_to_driver=False, runtime_env={"env_vars": inherited | {"NORMFLOW_VI_ROOT": str(project_root())}})
+    if not jobs:
+        return {}
+    try:
+        import ray
+    except ImportError:
+        raise RuntimeError(
+            "engine 'ray' needs Ray: install it with  pip install 'normflow_vi[cluster]'"
+        ) from None
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("NORMFLOW_VI_") or name == "PYTHONPATH"
+    }
+    if not ray.is_initialized():
+        ray.init(
+            log_to_driver=False,
+            runtime_env={"env_vars": inherited | {"NORMFLOW_VI_ROOT": str(project_root())}},
+        )
+
     @ray.remote(num_cpus=1, num_gpus=int(device == "cuda"), max_retries=2)
-    def run(job): return run_jobs([job], quiet=True, at_once=1)
+    def run(job):
+        return run_jobs([job], quiet=True, at_once=1)
+
     waiting, failures, show = {run.remote(job): job for job in jobs}, {}, Show(len(jobs), quiet)
     while waiting:
         (ready,), _ = ray.wait(list(waiting))
@@ -338,6 +542,7 @@ def run_on_ray(jobs, device="cpu", quiet=False):
 @dataclass(frozen=True)
 class Manifest:
     "What came of executing a notebook. `status` is 'good' or 'failed' (then `cause` says why); `products` {file name: SHA-256}."
+
     notebook: str
     status: str
     cause: str
@@ -347,11 +552,17 @@ class Manifest:
     code_sha256: str
     products: dict
     info: dict
-    def save(self, path): return atomic_write(path, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    def save(self, path):
+        return atomic_write(path, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
     @property
-    def good(self): return self.status == "good"
+    def good(self):
+        return self.status == "good"
+
     @classmethod
-    def load(cls, path): return cls(**json.loads(Path(path).read_text()))
+    def load(cls, path):
+        return cls(**json.loads(Path(path).read_text()))
 
 # %% ../nbs/90_engine/50_runner.ipynb #53c84956
 def check_executed(book, folder, products):
@@ -359,100 +570,153 @@ def check_executed(book, folder, products):
     for i, cell in enumerate(c for c in book.cells if c.cell_type == "code"):
         status, tags = cell.metadata.get("papermill", {}).get("status"), cell.metadata.get("tags", [])
         ran = cell.execution_count is not None or not "".join(cell.source).strip() or "skip-execution" in tags
-        if status != "completed" or not ran: raise RuntimeError(f"code cell {i + 1} was not completed ({status}): the kernel was left early")
-        if any(o.output_type == "error" for o in cell.outputs): raise RuntimeError(f"code cell {i + 1} raised an error")
-    if book.metadata.get("papermill", {}).get("exception"): raise RuntimeError("the notebook was left early")
+        if status != "completed" or not ran:
+            raise RuntimeError(f"code cell {i + 1} was not completed ({status}): the kernel was left early")
+        if any(o.output_type == "error" for o in cell.outputs):
+            raise RuntimeError(f"code cell {i + 1} raised an error")
+    if book.metadata.get("papermill", {}).get("exception"):
+        raise RuntimeError("the notebook was left early")
     for name in products:
-        if not (folder/name).is_file() or not (folder/name).stat().st_size: raise RuntimeError(f"its product {name} is missing")
-    return {name: sha256(folder/name) for name in products}
+        if not (folder / name).is_file() or not (folder / name).stat().st_size:
+            raise RuntimeError(f"its product {name} is missing")
+    return {name: sha256(folder / name) for name in products}
 
 # %% ../nbs/90_engine/50_runner.ipynb #fb56bb36
 @contextmanager
 def _environment(**names):
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
-    try: yield
+    try:
+        yield
     finally:
-        for name, value in before.items(): os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 # %% ../nbs/90_engine/50_runner.ipynb #e6773b35
 def _papermill(notebook, path, parameters, timeout):
     "Execute a notebook into the file `path` and return it; a kernel that died before the first cell is started once more."
     from nbformat import read
     from papermill import execute_notebook
+
     for attempt in (1, 2):
         try:
             with _environment(OMP_NUM_THREADS="1", NORMFLOW_VI_ROOT=str(project_root())):
-                return execute_notebook(str(notebook), str(path), parameters, kernel_name="python3", cwd=str(project_root()), start_timeout=300,
-                                        execution_timeout=timeout, progress_bar=False, shutdown_kernel="immediate", autosave_cell_every=0,
-                                        extra_arguments=["--IPKernelApp.log_level=ERROR"])
+                return execute_notebook(
+                    str(notebook),
+                    str(path),
+                    parameters,
+                    kernel_name="python3",
+                    cwd=str(project_root()),
+                    start_timeout=300,
+                    execution_timeout=timeout,
+                    progress_bar=False,
+                    shutdown_kernel="immediate",
+                    autosave_cell_every=0,
+                    extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                )
         except Exception:
             cells = read(path, 4).cells if path.exists() else []
-            if attempt == 2 or any(c.metadata.get("papermill", {}).get("start_time") for c in cells): raise
+            if attempt == 2 or any(c.metadata.get("papermill", {}).get("start_time") for c in cells):
+                raise
 
 # %% ../nbs/90_engine/50_runner.ipynb #07e2d8d7
 def describe(error, timeout):
     "One line about why a notebook failed."
     kind, text = type(error).__name__, str(error).strip()
-    if kind == "DeadKernelError": return "its kernel was killed (out of memory?)"
-    if kind == "CellTimeoutError": return f"a cell took longer than {timeout} s"
-    if kind == "PapermillExecutionError": return f"code cell {error.exec_count} raised {error.ename}: {error.evalue}"[:500]
-    if isinstance(error, (KeyboardInterrupt, SystemExit)): return "interrupted"
+    if kind == "DeadKernelError":
+        return "its kernel was killed (out of memory?)"
+    if kind == "CellTimeoutError":
+        return f"a cell took longer than {timeout} s"
+    if kind == "PapermillExecutionError":
+        return f"code cell {error.exec_count} raised {error.ename}: {error.evalue}"[:500]
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return "interrupted"
     return f"{kind}: {text.splitlines()[-1] if text else ''}"[:500]
 
 # %% ../nbs/90_engine/50_runner.ipynb #a7af0db3
 def outputs_root(profile):
     "`(executed notebooks, figures)`: where a profile publishes."
     root = project_root()
-    return (root/"runs/smoke/executed", root/"runs/smoke/figures") if check_profile(profile) == "smoke" else (root/"reports/executed", root/"figures")
+    return (
+        (root / "runs/smoke/executed", root / "runs/smoke/figures")
+        if check_profile(profile) == "smoke"
+        else (root / "reports/executed", root / "figures")
+    )
+
 
 def place(notebook, profile):
     "The folder of a notebook's latest good execution; a failure since then is noted beside it, in `NAME.failed.json`."
     notebook = Path(notebook)
-    return outputs_root(profile)[0]/notebook.parent.name/notebook.stem
+    return outputs_root(profile)[0] / notebook.parent.name / notebook.stem
 
 # %% ../nbs/90_engine/50_runner.ipynb #3a0b912b
 def publish(work, final, manifest, figures):
     "Make a finished execution the current one: its folder takes its place, its products are copied, and the manifest beside them comes last."
-    for name in manifest.products: atomic_write(figures/name, (work/"products"/name).read_bytes())
-    if manifest.products: manifest.save(figures/"manifests"/f"{final.parent.name}-{final.name}.json")
+    for name in manifest.products:
+        atomic_write(figures / name, (work / "products" / name).read_bytes())
+    if manifest.products:
+        manifest.save(figures / "manifests" / f"{final.parent.name}-{final.name}.json")
     replace_folder(work, final)
     final.with_name(f"{final.name}.failed.json").unlink(missing_ok=True)
 
 # %% ../nbs/90_engine/50_runner.ipynb #fd84aa1b
-def execute(notebook, parameters=None, products=(), *, profile="quick", timeout=3600, rules=None, figures=None):
+def execute(
+    notebook, parameters=None, products=(), *, profile="quick", timeout=3600, rules=None, figures=None
+):
     """Execute a notebook into a fresh folder and publish it if it is good; returns its `Manifest`, also when it failed.
 
     `parameters` are checked first (`ParameterError`). Products go to the folder `figures`, by default the profile's. Earlier good results stay as
     they are unless this one is good. `Busy` if another process executes the same notebook.
     """
-    notebook, parameters = (project_root()/notebook).resolve(), dict(parameters or {})
+    notebook, parameters = (project_root() / notebook).resolve(), dict(parameters or {})
     check_notebook(notebook, parameters, rules)
     final, figures = place(notebook, profile), figures or outputs_root(profile)[1]
     name = f"{notebook.parent.name}-{notebook.stem}"
-    with exclusive(project_root()/"runs/locks"/f"{outputs_root(profile)[0].parent.name}-{name}"):
-        for left in (final.parents[2]/".work").glob(f"{name}-*"): shutil.rmtree(left, ignore_errors=True)      # by a killed process
-        work = final.parents[2]/".work"/f"{name}-{secrets.token_hex(4)}"
-        (work/"products").mkdir(parents=True)
-        if "output" in (rules or RULES) and parameters: parameters["output"] = (work/"products").relative_to(project_root()).as_posix()
-        try: return _execute(notebook, parameters, products, work, final, figures, timeout)
-        finally: shutil.rmtree(work, ignore_errors=True)
+    with exclusive(project_root() / "runs/locks" / f"{outputs_root(profile)[0].parent.name}-{name}"):
+        for left in (final.parents[2] / ".work").glob(f"{name}-*"):
+            shutil.rmtree(left, ignore_errors=True)  # by a killed process
+        work = final.parents[2] / ".work" / f"{name}-{secrets.token_hex(4)}"
+        (work / "products").mkdir(parents=True)
+        if "output" in (rules or RULES) and parameters:
+            parameters["output"] = (work / "products").relative_to(project_root()).as_posix()
+        try:
+            return _execute(notebook, parameters, products, work, final, figures, timeout)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 # %% ../nbs/90_engine/50_runner.ipynb #0facd124
 def _execute(notebook, parameters, products, work, final, figures, timeout):
     "The part of `execute` that works in the fresh folder `work`."
     start, error, hashes = time.monotonic(), None, {}
-    relative = notebook.relative_to(project_root()).as_posix() if notebook.is_relative_to(project_root()) else notebook.name
+    relative = (
+        notebook.relative_to(project_root()).as_posix()
+        if notebook.is_relative_to(project_root())
+        else notebook.name
+    )
     source = sha256(notebook)
-    try: hashes = check_executed(_papermill(notebook, work/"notebook.ipynb", parameters, timeout), work/"products", products)
-    except BaseException as e: error = e
-    manifest = Manifest(relative, "failed" if error else "good", describe(error, timeout) if error else "", parameters, round(time.monotonic() - start, 2),
-                        source, notebook_code(notebook), hashes, information(figures=figures.relative_to(project_root()).as_posix()))
+    try:
+        hashes = check_executed(
+            _papermill(notebook, work / "notebook.ipynb", parameters, timeout), work / "products", products
+        )
+    except BaseException as e:
+        error = e
+    manifest = Manifest(
+        relative,
+        "failed" if error else "good",
+        describe(error, timeout) if error else "",
+        parameters,
+        round(time.monotonic() - start, 2),
+        source,
+        notebook_code(notebook),
+        hashes,
+        information(figures=figures.relative_to(project_root()).as_posix()),
+    )
     if error:
         manifest.save(final.with_name(f"{final.name}.failed.json"))
-        if not isinstance(error, Exception): raise error
+        if not isinstance(error, Exception):
+            raise error
     else:
-        manifest.save(work/"manifest.json")
+        manifest.save(work / "manifest.json")
         publish(work, final, manifest, figures)
     return manifest
 
@@ -460,7 +724,12 @@ def _execute(notebook, parameters, products, work, final, figures, timeout):
 def notebook_code(notebook):
     "SHA-256 over the sources of this package that a notebook's code cells import, directly or not."
     from normflow_vi.records import code_sources
-    text = "\n".join("".join(c["source"]) for c in json.loads(Path(notebook).read_text())["cells"] if c["cell_type"] == "code")
+
+    text = "\n".join(
+        "".join(c["source"])
+        for c in json.loads(Path(notebook).read_text())["cells"]
+        if c["cell_type"] == "code"
+    )
     names = re.findall(r"^\s*(?:from|import)\s+(normflow_vi[\w.]*)", text, re.M)
     lines = [code_sha256(name) for name in sorted(set(names)) if code_sources(name)]
     return sha256("".join(lines).encode())

@@ -6,13 +6,19 @@
 __all__ = ['SCHOOLS', 'eight_schools']
 
 # %% ../nbs/00_theory/55_eight_schools.ipynb #051077e1
-import math, torch
+import math
+
+import torch
 from torch.nn.functional import softplus
+
 from .targets import log_bump
 from .transforms.base import check_tensor
 
 # %% ../nbs/00_theory/55_eight_schools.ipynb #83b8e609
-SCHOOLS = torch.tensor([[28., 8., -3., 7., -1., 1., 18., 12.], [15., 10., 16., 11., 9., 11., 10., 18.]])       # effects y, standard errors sigma
+SCHOOLS = torch.tensor(
+    [[28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]]
+)  # effects y, standard errors sigma
+
 
 def eight_schools(z):
     """`log p(y, z)` `(..., 10) -> (...)` in nats of the eight schools, at `z = (mu, log tau, theta_1, ..., theta_8)`; its attribute `log_z` is the exact evidence `log p(y)`.
@@ -22,8 +28,11 @@ def eight_schools(z):
     check_tensor("z", z, 10, "1 mu + 1 log tau + 8 theta")
     mu, log_tau, theta = z[..., :1], z[..., 1:2], z[..., 2:]
     (y, sigma), u = SCHOOLS.to(z), log_tau - math.log(5)
-    log_prior = log_bump(mu, 5.) - math.log(5) + math.log(2 / math.pi) + u - softplus(2 * u)
-    each = log_bump((theta - mu) * (-log_tau).exp(), 1.) - log_tau + log_bump(theta - y, sigma) - sigma.log()       # times 1 / tau: exp(log tau) overflows
+    log_prior = log_bump(mu, 5.0) - math.log(5) + math.log(2 / math.pi) + u - softplus(2 * u)
+    each = (
+        log_bump((theta - mu) * (-log_tau).exp(), 1.0) - log_tau + log_bump(theta - y, sigma) - sigma.log()
+    )  # times 1 / tau: exp(log tau) overflows
     return log_prior[..., 0] + each.sum(-1) - 8.5 * math.log(2 * math.pi)
+
 
 eight_schools.log_z = -31.3113474

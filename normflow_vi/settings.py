@@ -6,59 +6,90 @@
 __all__ = ['PROFILES', 'project_root', 'check_profile', 'literal', 'section', 'obeys', 'described', 'settings', 'limits']
 
 # %% ../nbs/90_engine/05_settings.ipynb #8cb50535
-import ast, configparser, os
+import ast
+import configparser
+import os
 from functools import cache
 from pathlib import Path
 
-PROFILES = ("smoke", "quick", "paper")                       # in rising order: a better record replaces a worse one
+PROFILES = ("smoke", "quick", "paper")  # in rising order: a better record replaces a worse one
 
 # %% ../nbs/90_engine/05_settings.ipynb #7bd109c3
 def project_root():
     "The checkout's top folder: `$NORMFLOW_VI_ROOT`, else the nearest parent of here, or of the package, that is one (not anybody's `settings.ini`)."
     given = os.environ.get("NORMFLOW_VI_ROOT")
-    starts = [Path(given)] if given else [Path.cwd(), Path(__file__).parent if "__file__" in globals() else Path.cwd()]
+    starts = (
+        [Path(given)]
+        if given
+        else [Path.cwd(), Path(__file__).parent if "__file__" in globals() else Path.cwd()]
+    )
     for start in starts:
         for folder in [start.resolve(), *start.resolve().parents]:
-            if (folder/"settings.ini").is_file() and (given or (folder/"nbs/90_engine").is_dir()): return folder
-    raise FileNotFoundError("no settings.ini here or above: reproducing the report needs a checkout of normflow_vi "
-                            "(set NORMFLOW_VI_ROOT to it); the library itself does not")
+            if (folder / "settings.ini").is_file() and (given or (folder / "nbs/90_engine").is_dir()):
+                return folder
+    raise FileNotFoundError(
+        "no settings.ini here or above: reproducing the report needs a checkout of normflow_vi "
+        "(set NORMFLOW_VI_ROOT to it); the library itself does not"
+    )
 
 # %% ../nbs/90_engine/05_settings.ipynb #966c885d
 def check_profile(profile):
     "Return `profile` if it is one of `PROFILES`; raise `ValueError` otherwise."
-    if profile not in PROFILES: raise ValueError(f"profile={profile!r}: allowed are {', '.join(PROFILES)}")
+    if profile not in PROFILES:
+        raise ValueError(f"profile={profile!r}: allowed are {', '.join(PROFILES)}")
     return profile
+
 
 def literal(section, key, text):
     "The Python literal in `text`; `ValueError` naming section and key if it is none."
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): raise ValueError(f"settings.ini [{section}] {key} = {text}: expected a number, a quoted string or a tuple of these") from None
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise ValueError(
+            f"settings.ini [{section}] {key} = {text}: expected a number, a quoted string or a tuple of these"
+        ) from None
+
 
 @cache
 def _sections(path, stamp):
-    parser = configparser.ConfigParser(); parser.read(path)
-    return {name: {key: literal(name, key, text) for key, text in parser[name].items()} for name in parser.sections()}
+    parser = configparser.ConfigParser()
+    parser.read(path)
+    return {
+        name: {key: literal(name, key, text) for key, text in parser[name].items()}
+        for name in parser.sections()
+    }
+
 
 def section(name):
     "A section of `settings.ini` as a dict; `KeyError` lists those there are."
-    path = project_root()/"settings.ini"
+    path = project_root() / "settings.ini"
     sections = _sections(path, path.stat().st_mtime_ns)
-    if name not in sections: raise KeyError(f"settings.ini has no section [{name}]; it has {', '.join(sections)}")
+    if name not in sections:
+        raise KeyError(f"settings.ini has no section [{name}]; it has {', '.join(sections)}")
     return dict(sections[name])
 
 # %% ../nbs/90_engine/05_settings.ipynb #8ab9b246
 def obeys(value, rule):
     "Whether a value obeys a rule; nan obeys none, and a bool is no number."
-    if isinstance(rule, list): return isinstance(value, tuple) and len(value) > 0 and all(obeys(item, rule[0]) for item in value)
+    if isinstance(rule, list):
+        return isinstance(value, tuple) and len(value) > 0 and all(obeys(item, rule[0]) for item in value)
     kind, *bounds = rule
-    if not isinstance(kind, type): return any(type(value) is type(allowed) and value == allowed for allowed in rule)
+    if not isinstance(kind, type):
+        return any(type(value) is type(allowed) and value == allowed for allowed in rule)
     return type(value) in ((int,) if kind is int else (int, float)) and bounds[0] <= value <= bounds[1]
+
 
 def described(rule):
     "A rule in words."
-    if isinstance(rule, list): return f"a tuple, each {described(rule[0])}"
-    if isinstance(rule, set): return ", ".join(map(repr, sorted(rule)))
-    return f"{rule[0].__name__} from {rule[1]} to {rule[2]}" if isinstance(rule[0], type) else ", ".join(map(repr, rule))
+    if isinstance(rule, list):
+        return f"a tuple, each {described(rule[0])}"
+    if isinstance(rule, set):
+        return ", ".join(map(repr, sorted(rule)))
+    return (
+        f"{rule[0].__name__} from {rule[1]} to {rule[2]}"
+        if isinstance(rule[0], type)
+        else ", ".join(map(repr, rule))
+    )
 
 # %% ../nbs/90_engine/05_settings.ipynb #43c807b0
 def settings(experiment, profile, rules=None):
@@ -66,10 +97,14 @@ def settings(experiment, profile, rules=None):
     name = f"{experiment}.{check_profile(profile)}"
     found = section(name)
     if rules is not None and found.keys() != rules.keys():
-        raise ValueError(f"settings.ini [{name}]: missing are {sorted(rules.keys() - found.keys())}, not known are {sorted(found.keys() - rules.keys())}")
+        raise ValueError(
+            f"settings.ini [{name}]: missing are {sorted(rules.keys() - found.keys())}, not known are {sorted(found.keys() - rules.keys())}"
+        )
     for key, rule in (rules or {}).items():
-        if not obeys(found[key], rule): raise ValueError(f"settings.ini [{name}] {key} = {found[key]!r}: allowed is {described(rule)}")
+        if not obeys(found[key], rule):
+            raise ValueError(f"settings.ini [{name}] {key} = {found[key]!r}: allowed is {described(rule)}")
     return found
+
 
 def limits():
     "Limits that are the same for every profile: `timeout`, the seconds after which a notebook counts as hung."

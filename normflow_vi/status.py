@@ -8,7 +8,10 @@ __all__ = ['KEYS', 'OUT_OF_BUDGET', 'COLUMNS', 'FOOTNOTE', 'read_csv', 'label', 
            'printed', 'cells', 'shown', 'summary', 'text', 'markdown']
 
 # %% ../nbs/90_engine/60_status.ipynb #83c0b3b2
-import csv, json, math, re
+import csv
+import json
+import math
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -20,141 +23,297 @@ from .records import VERDICTS, Store, code_sha256, verdict
 from .runner import Manifest, notebook_code, outputs_root
 from .settings import project_root
 
-KEYS = ("source", "item", "row", "published", "published_se", "value", "se", "seeds", "failed", "updates", "device", "profile", "state", "verdict")
+KEYS = (
+    "source",
+    "item",
+    "row",
+    "published",
+    "published_se",
+    "value",
+    "se",
+    "seeds",
+    "failed",
+    "updates",
+    "device",
+    "profile",
+    "state",
+    "verdict",
+)
 
 # %% ../nbs/90_engine/60_status.ipynb #38dc3429
 def read_csv(name):
     "The lines of a file in `data/` as dicts."
-    with open(project_root()/"data"/name, newline="", encoding="utf-8") as file: return list(csv.DictReader(file))
+    with open(project_root() / "data" / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
 
 def label(row, item):
     "The shortest name of a published row that is unique within its `item` (the rows of one table or figure)."
-    def several(*keys): return len({tuple(r[k] for k in ("model", *keys)) for r in item}) < len(item)
-    if not several(): return row["model"]
-    if not several("dataset"): return f"{row['model']} ({row['dataset']})"
-    if not several("metric"): return f"{row['model']}: {row['metric']}"
+
+    def several(*keys):
+        return len({tuple(r[k] for k in ("model", *keys)) for r in item}) < len(item)
+
+    if not several():
+        return row["model"]
+    if not several("dataset"):
+        return f"{row['model']} ({row['dataset']})"
+    if not several("metric"):
+        return f"{row['model']}: {row['metric']}"
     return f"{row['model']} ({row['dataset']}): {row['metric']}"
 
 # %% ../nbs/90_engine/60_status.ipynb #dd22a18a
 def published():
     "The published numbers, each a dict of its line in the list with `row` (its label), `value` and `error` as numbers or `None`."
     lines, items = read_csv("published.csv"), {}
-    for line in lines: items.setdefault((line["paper"], line["table_or_figure"]), []).append(line)
+    for line in lines:
+        items.setdefault((line["paper"], line["table_or_figure"]), []).append(line)
     number = lambda text: float(text) if text.strip() else None
-    return [line | {"row": label(line, items[line["paper"], line["table_or_figure"]]), "value": number(line["value"]), "error": number(line["error"])}
-            for line in lines]
+    return [
+        line
+        | {
+            "row": label(line, items[line["paper"], line["table_or_figure"]]),
+            "value": number(line["value"]),
+            "error": number(line["error"]),
+        }
+        for line in lines
+    ]
 
 # %% ../nbs/90_engine/60_status.ipynb #6388bcbb
 def partner(m, numbers):
     "The published number that a `Measured` stands beside, or `None`; `ValueError` if it names several."
-    found = [n for n in numbers if (n["paper"], n["table_or_figure"], n["model"]) == (m.source, m.item, m.row)
-             and m.metric in ("", n["metric"]) and m.data in ("", n["dataset"])]
-    if len(found) > 1: raise ValueError(f"{m.item}, {m.row}: names {len(found)} published numbers; give metric and data, one of "
-                                        + "; ".join(f"{n['metric']} | {n['dataset']}" for n in found))
+    found = [
+        n
+        for n in numbers
+        if (n["paper"], n["table_or_figure"], n["model"]) == (m.source, m.item, m.row)
+        and m.metric in ("", n["metric"])
+        and m.data in ("", n["dataset"])
+    ]
+    if len(found) > 1:
+        raise ValueError(
+            f"{m.item}, {m.row}: names {len(found)} published numbers; give metric and data, one of "
+            + "; ".join(f"{n['metric']} | {n['dataset']}" for n in found)
+        )
     return found[0] if found else None
 
 # %% ../nbs/90_engine/60_status.ipynb #2b8fa0b2
 _IAF = "Kingma et al. 2016 IAF (1606.04934)"
-OUT_OF_BUDGET = ((_IAF, "Table 2", "IAF"), (_IAF, "Table 3", ""), (_IAF, "Table 4", ""), (_IAF, "README of released code", ""))
+OUT_OF_BUDGET = (
+    (_IAF, "Table 2", "IAF"),
+    (_IAF, "Table 3", ""),
+    (_IAF, "Table 4", ""),
+    (_IAF, "README of released code", ""),
+)
 
-def affordable(n): return not any((n["paper"], n["table_or_figure"]) == (s, i) and part in n["model"] for s, i, part in OUT_OF_BUDGET)
+
+def affordable(n):
+    return not any(
+        (n["paper"], n["table_or_figure"]) == (s, i) and part in n["model"] for s, i, part in OUT_OF_BUDGET
+    )
+
 
 def number_row(n, m):
     "The status row of a published number `n` and what was measured for it (a `Measured` or `None`)."
-    row = dict.fromkeys(KEYS) | {"source": n["paper"], "item": n["table_or_figure"], "row": n["row"], "published": n["value"], "published_se": n["error"]}
-    said = verdict(n["metric"], n["value"], n["error"], m and m.value, m and m.se, shortened=bool(m and m.shortened), comparable=not m or m.comparable,
-                   confirmed=n["confirmed"] == "yes", affordable=affordable(n))
-    return row | {"verdict": "no published number" if n["value"] is None else said} | (_circumstances(m) if m else {"seeds": [], "failed": 0, "state": "not measured"})
+    row = dict.fromkeys(KEYS) | {
+        "source": n["paper"],
+        "item": n["table_or_figure"],
+        "row": n["row"],
+        "published": n["value"],
+        "published_se": n["error"],
+    }
+    said = verdict(
+        n["metric"],
+        n["value"],
+        n["error"],
+        m and m.value,
+        m and m.se,
+        shortened=bool(m and m.shortened),
+        comparable=not m or m.comparable,
+        confirmed=n["confirmed"] == "yes",
+        affordable=affordable(n),
+    )
+    return (
+        row
+        | {"verdict": "no published number" if n["value"] is None else said}
+        | (_circumstances(m) if m else {"seeds": [], "failed": 0, "state": "not measured"})
+    )
+
 
 def _circumstances(m):
-    return {"value": m.value, "se": m.se, "seeds": list(m.seeds), "failed": m.failed, "updates": m.updates, "device": m.device, "profile": m.profile,
-            "state": "earlier code" if m.earlier_code else "measured"}
+    return {
+        "value": m.value,
+        "se": m.se,
+        "seeds": list(m.seeds),
+        "failed": m.failed,
+        "updates": m.updates,
+        "device": m.device,
+        "profile": m.profile,
+        "state": "earlier code" if m.earlier_code else "measured",
+    }
 
 # %% ../nbs/90_engine/60_status.ipynb #71a62a01
 def extra_row(m):
     "The status row of something measured that has no published number."
     name = m.row + (f" ({m.data})" if m.data else "") + (f": {m.metric}" if m.metric else "")
-    return dict.fromkeys(KEYS) | {"source": m.source, "item": m.item, "row": name, "verdict": "no published number"} | _circumstances(m)
+    return (
+        dict.fromkeys(KEYS)
+        | {"source": m.source, "item": m.item, "row": name, "verdict": "no published number"}
+        | _circumstances(m)
+    )
+
 
 def join(numbers, measured):
     "The status rows of all published numbers, then of what else was measured; `ValueError` if two measured rows claim one number."
     pairs, extra = {}, []
     for m in measured:
         n = partner(m, numbers)
-        if n is None: extra.append(extra_row(m)); continue
-        if id(n) in pairs: raise ValueError(f"{m.item}, {n['row']}: measured twice")
+        if n is None:
+            extra.append(extra_row(m))
+            continue
+        if id(n) in pairs:
+            raise ValueError(f"{m.item}, {n['row']}: measured twice")
         pairs[id(n)] = m
     return [number_row(n, pairs.get(id(n))) for n in numbers] + extra
 
 # %% ../nbs/90_engine/60_status.ipynb #9bb91c92
 @cache
-def _present(path, stamp): return sha256(path), notebook_code(path)
+def _present(path, stamp):
+    return sha256(path), notebook_code(path)
+
 
 def figure_state(notebook, product=""):
     "`(state, manifest or None)` of the figure `product` that `notebook` draws: 'made', 'out of date', 'damaged' or 'not made'."
-    source, figures = project_root()/notebook, outputs_root("quick")[1]
-    try: manifest = Manifest.load(figures/"manifests"/f"{source.parent.name}-{source.stem}.json")
-    except (OSError, ValueError, TypeError): return "not made", None
-    if product and product not in manifest.products: return "not made", None
+    source, figures = project_root() / notebook, outputs_root("quick")[1]
+    try:
+        manifest = Manifest.load(figures / "manifests" / f"{source.parent.name}-{source.stem}.json")
+    except (OSError, ValueError, TypeError):
+        return "not made", None
+    if product and product not in manifest.products:
+        return "not made", None
     for name in [product] if product else manifest.products:
-        if not (figures/name).is_file() or sha256(figures/name) != manifest.products[name]: return "damaged", manifest
-    if not source.is_file() or _present(source, source.stat().st_mtime_ns) != (manifest.source_sha256, manifest.code_sha256): return "out of date", manifest
+        if not (figures / name).is_file() or sha256(figures / name) != manifest.products[name]:
+            return "damaged", manifest
+    if not source.is_file() or _present(source, source.stat().st_mtime_ns) != (
+        manifest.source_sha256,
+        manifest.code_sha256,
+    ):
+        return "out of date", manifest
     return "made", manifest
 
 # %% ../nbs/90_engine/60_status.ipynb #0adf5921
 def figure_row(line):
     "The status row of a line of `data/figures.csv`."
-    state, manifest = figure_state(line["notebook"], line["product"]) if line["notebook"] else ("not made", None)
-    row = dict.fromkeys(KEYS) | {"source": line["source"], "item": line["item"], "row": "figure: " + line["shows"], "seeds": [], "failed": 0, "state": state}
-    return row | {"profile": manifest and manifest.parameters.get("profile"), "verdict": "no published number" if manifest else "published only"}
+    state, manifest = (
+        figure_state(line["notebook"], line["product"]) if line["notebook"] else ("not made", None)
+    )
+    row = dict.fromkeys(KEYS) | {
+        "source": line["source"],
+        "item": line["item"],
+        "row": "figure: " + line["shows"],
+        "seeds": [],
+        "failed": 0,
+        "state": state,
+    }
+    return row | {
+        "profile": manifest and manifest.parameters.get("profile"),
+        "verdict": "no published number" if manifest else "published only",
+    }
+
 
 def marked(measured, code):
     "Rows with those marked whose records were not made by the present `code` (a hash)."
     return [replace(m, earlier_code=any(c != code for c in m.codes)) for m in measured]
 
+
 def rows(store=None):
     "All status rows, and a list of problems: the damaged records, by file, which are left out of the rows."
     measured, problems = [], []
     store = Store((store or Store()).roots, problems)
-    for e in experiments.all(): measured += marked(e.rows(store), code_sha256(experiments.module_of(e.name)))
+    for e in experiments.all():
+        measured += marked(e.rows(store), code_sha256(experiments.module_of(e.name)))
     return join(published(), measured) + [figure_row(line) for line in read_csv("figures.csv")], problems
 
 # %% ../nbs/90_engine/60_status.ipynb #05b27b5f
 def number(value, error, digits=2):
     "A value with its error as text, to `digits` places after the point."
-    return "" if value is None else f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    return (
+        ""
+        if value is None
+        else f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    )
+
 
 def places(error):
     "The places after the point that show two significant digits of an error; 2 where there is none."
     return max(0, 1 - math.floor(math.log10(float(f"{error:.1e}")))) if error else 2
 
+
 def printed(*numbers):
     "The places after the point that numbers were printed with, at least 2."
     return max(2, *(len(f"{x:.10f}".rstrip("0").partition(".")[2]) for x in numbers if x is not None), 0)
 
-COLUMNS = ("source", "item", "row", "published", "ours", "seeds", "updates", "device", "profile", "state", "verdict")
+
+COLUMNS = (
+    "source",
+    "item",
+    "row",
+    "published",
+    "ours",
+    "seeds",
+    "updates",
+    "device",
+    "profile",
+    "state",
+    "verdict",
+)
 FOOTNOTE = "* standard error over images or draws, one seed"
+
 
 def cells(row):
     "The texts of a row's columns, in the order of `COLUMNS`."
-    seeds = f"{len(row['seeds'])}" + (f" ({row['failed']} failed)" if row["failed"] else "") if row["seeds"] or row["failed"] else ""
+    seeds = (
+        f"{len(row['seeds'])}" + (f" ({row['failed']} failed)" if row["failed"] else "")
+        if row["seeds"] or row["failed"]
+        else ""
+    )
     published = number(row["published"], row["published_se"], printed(row["published"], row["published_se"]))
-    ours = number(row["value"], row["se"], places(row["se"])) + "*" * (row["se"] is not None and len(row["seeds"]) == 1)
-    return (re.sub(r" ?\(.*?\)", "", row["source"]), row["item"], row["row"], published, ours, seeds,
-            "" if row["updates"] is None else f"{row['updates']:,}", row["device"] or "", row["profile"] or "", row["state"], row["verdict"])
+    ours = number(row["value"], row["se"], places(row["se"])) + "*" * (
+        row["se"] is not None and len(row["seeds"]) == 1
+    )
+    return (
+        re.sub(r" ?\(.*?\)", "", row["source"]),
+        row["item"],
+        row["row"],
+        published,
+        ours,
+        seeds,
+        "" if row["updates"] is None else f"{row['updates']:,}",
+        row["device"] or "",
+        row["profile"] or "",
+        row["state"],
+        row["verdict"],
+    )
 
 # %% ../nbs/90_engine/60_status.ipynb #31b2ca67
-def shown(table): return [row for row in table if row["value"] is not None or row["state"] in ("made", "out of date", "damaged", "earlier code")]
+def shown(table):
+    return [
+        row
+        for row in table
+        if row["value"] is not None or row["state"] in ("made", "out of date", "damaged", "earlier code")
+    ]
+
 
 def summary(table):
     "How many rows have which verdict, in one line."
-    return f"{len(table)} rows: " + ", ".join(f"{n} {name}" for name, n in Counter(row["verdict"] for row in table).most_common())
+    return f"{len(table)} rows: " + ", ".join(
+        f"{n} {name}" for name, n in Counter(row["verdict"] for row in table).most_common()
+    )
+
 
 def text(table, everything=False):
     "The table as text for a terminal, with a summary."
     lines = [COLUMNS, *(cells(row) for row in (table if everything else shown(table)))]
     widths = [min(44, max(len(line[i]) for line in lines)) for i in range(len(COLUMNS))]
-    clip = lambda s, w: (s if len(s) <= w else s[:w - 1] + "…").ljust(w)
+    clip = lambda s, w: (s if len(s) <= w else s[: w - 1] + "…").ljust(w)
     out = ["  ".join(clip(s, w) for s, w in zip(line, widths)).rstrip() for line in lines]
     note = [FOOTNOTE] * any(line[4].endswith("*") for line in lines)
     return "\n".join([out[0], "-" * min(len(max(out, key=len)), 200), *out[1:], *note, summary(table)])
@@ -162,6 +321,12 @@ def text(table, everything=False):
 # %% ../nbs/90_engine/60_status.ipynb #15056e47
 def markdown(table, columns=COLUMNS):
     "The table, or some of its columns, as Markdown, with the footnote if it is needed."
-    lines = [columns, ["---"] * len(columns), *([c for name, c in zip(COLUMNS, cells(row)) if name in columns] for row in table)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([c for name, c in zip(COLUMNS, cells(row)) if name in columns] for row in table),
+    ]
     note = ["", "\\" + FOOTNOTE] * ("ours" in columns and any(cells(row)[4].endswith("*") for row in table))
-    return "\n".join(["| " + " | ".join(re.sub(r"([|$*])", r"\\\1", s) for s in line) + " |" for line in lines] + note)
+    return "\n".join(
+        ["| " + " | ".join(re.sub(r"([|$*])", r"\\\1", s) for s in line) + " |" for line in lines] + note
+    )

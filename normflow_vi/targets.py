@@ -8,86 +8,114 @@ __all__ = ['U1', 'U2', 'U2_box', 'U3', 'U3_box', 'U4', 'U4_box', 'ENERGIES', 'Ta
            'labels_of', 'two_circles', 'pinwheel']
 
 # %% ../nbs/00_theory/50_targets.ipynb #70b200f5
-import math, torch
-import numpy as np
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
+
+import numpy as np
+import torch
+
 from .transforms.base import check_int, check_positive
 
 # %% ../nbs/00_theory/50_targets.ipynb #4fb2ab79
 @dataclass(frozen=True)
 class Target:
     "A density on the plane: `log_density` `(..., 2) -> (...)` in nats, unnormalised; its exact `log_z`; the half width `window` of its picture; its `support`."
+
     name: str
     log_density: Callable
     log_z: float
-    window: float = 4.
+    window: float = 4.0
     support: str = "plane"
-    sampler: Callable | None = None                            # (n, generator) -> (n, 2), exact
+    sampler: Callable | None = None  # (n, generator) -> (n, 2), exact
 
-    def __call__(self, z): return self.log_density(z)
+    def __call__(self, z):
+        return self.log_density(z)
 
     def grid(self, points=400, dtype=torch.float64):
         "`(points^2, 2)` midpoints of a square grid over the window, and the area of one cell."
         step = 2 * self.window / check_int("points", points, 1)
-        axis = -self.window + step * (torch.arange(points, dtype=dtype) + .5)
-        return torch.cartesian_prod(axis, axis), step ** 2
+        axis = -self.window + step * (torch.arange(points, dtype=dtype) + 0.5)
+        return torch.cartesian_prod(axis, axis), step**2
 
     def sample(self, n, generator=None):
         "`n` independent exact draws `(n, 2)`, on the generator's device; `ValueError` for a target that cannot be sampled exactly."
-        if self.sampler is None: raise ValueError(f"target {self.name} has no exact sampler; those with one are lattice(...) and rings(...)")
+        if self.sampler is None:
+            raise ValueError(
+                f"target {self.name} has no exact sampler; those with one are lattice(...) and rings(...)"
+            )
         return self.sampler(check_int("n", n, 1), generator)
 
 # %% ../nbs/00_theory/50_targets.ipynb #e8b78ed6
 def log_mass(log_density, edges, nodes=80):
     "`log` of the integral of `exp(log_density)` over a square, by Gauss-Legendre quadrature; `edges`: the ends of the panels, the same for `z1` and `z2`."
-    if len(edges) < 2 or any(a >= b for a, b in zip(edges, edges[1:])): raise ValueError(f"edges={tuple(edges)}: allowed are two or more ascending numbers")
+    if len(edges) < 2 or any(a >= b for a, b in zip(edges, edges[1:])):
+        raise ValueError(f"edges={tuple(edges)}: allowed are two or more ascending numbers")
     points, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(check_int("nodes", nodes, 1)))
     half = torch.tensor([(b - a) / 2 for a, b in zip(edges, edges[1:])], dtype=torch.float64)[:, None]
     axis = (torch.tensor(edges[:-1], dtype=torch.float64)[:, None] + half * (1 + points)).flatten()
     log_w = (half * weights).log().flatten()
-    return torch.logsumexp(log_density(torch.cartesian_prod(axis, axis)) + (log_w[:, None] + log_w).flatten(), 0).item()
+    return torch.logsumexp(
+        log_density(torch.cartesian_prod(axis, axis)) + (log_w[:, None] + log_w).flatten(), 0
+    ).item()
 
 # %% ../nbs/00_theory/50_targets.ipynb #9f8f0261
-def log_bump(distance, scale): return -.5 * (distance / scale) ** 2            # the logarithm of an unnormalised Gaussian
+def log_bump(distance, scale):
+    return -0.5 * (distance / scale) ** 2  # the logarithm of an unnormalised Gaussian
 
 # %% ../nbs/00_theory/50_targets.ipynb #b4301501
 def u1(z):
     "Energy `U1(z)`, `(..., 2) -> (...)`: Rezende & Mohamed 2015, Table 1."
-    ring = log_bump(torch.linalg.vector_norm(z, dim=-1) - 2, .4)
-    return -ring - torch.logaddexp(log_bump(z[..., 0] - 2, .6), log_bump(z[..., 0] + 2, .6))
+    ring = log_bump(torch.linalg.vector_norm(z, dim=-1) - 2, 0.4)
+    return -ring - torch.logaddexp(log_bump(z[..., 0] - 2, 0.6), log_bump(z[..., 0] + 2, 0.6))
+
 
 U1 = Target("U1", lambda z: -u1(z), log_z=1.8775016)
 
 # %% ../nbs/00_theory/50_targets.ipynb #364877f9
-def wave(z): return torch.sin(math.pi / 2 * z[..., 0])
+def wave(z):
+    return torch.sin(math.pi / 2 * z[..., 0])
+
 
 def u2(z):
     "Energy `U2(z)`, `(..., 2) -> (...)`: Rezende & Mohamed 2015, Table 1."
-    return -log_bump(z[..., 1] - wave(z), .4)
+    return -log_bump(z[..., 1] - wave(z), 0.4)
+
 
 def u3(z):
     "Energy `U3(z)`, `(..., 2) -> (...)`: Rezende & Mohamed 2015, Table 1."
     ridge = z[..., 1] - wave(z)
-    return -torch.logaddexp(log_bump(ridge, .35), log_bump(ridge + 3 * log_bump(z[..., 0] - 1, .6).exp(), .35))
+    return -torch.logaddexp(
+        log_bump(ridge, 0.35), log_bump(ridge + 3 * log_bump(z[..., 0] - 1, 0.6).exp(), 0.35)
+    )
+
 
 def u4(z):
     "Energy `U4(z)`, `(..., 2) -> (...)`: Rezende & Mohamed 2015, Table 1."
     ridge = z[..., 1] - wave(z)
-    return -torch.logaddexp(log_bump(ridge, .4), log_bump(ridge + 3 * torch.sigmoid((z[..., 0] - 1) / .3), .35))
+    return -torch.logaddexp(
+        log_bump(ridge, 0.4), log_bump(ridge + 3 * torch.sigmoid((z[..., 0] - 1) / 0.3), 0.35)
+    )
 
 # %% ../nbs/00_theory/50_targets.ipynb #0af1e5b0
-def wall(z, start=4., width=.1):
+def wall(z, start=4.0, width=0.1):
     "The soft wall `B(z)`, `(..., 2) -> (...)`, in nats: zero within `[-start, start]^2`, quadratic beyond."
-    return .5 * ((torch.relu(z.abs() - start) / width) ** 2).sum(-1)
+    return 0.5 * ((torch.relu(z.abs() - start) / width) ** 2).sum(-1)
+
 
 def walled(name, energy, log_z):
     "The density of `energy` behind the soft wall at 4."
     return Target(name, lambda z: -energy(z) - wall(z), log_z, support="soft wall at 4")
 
+
 def boxed(name, energy, log_z):
     "The density of `energy` within the box, zero outside."
-    return Target(name, lambda z: torch.where((z.abs() <= 4).all(-1), -energy(z), -math.inf), log_z, support="box [-4, 4]^2")
+    return Target(
+        name,
+        lambda z: torch.where((z.abs() <= 4).all(-1), -energy(z), -math.inf),
+        log_z,
+        support="box [-4, 4]^2",
+    )
 
 # %% ../nbs/00_theory/50_targets.ipynb #6ba5ac74
 U2, U2_box = walled("U2", u2, 2.1129413), boxed("U2_box", u2, 2.0820893)
@@ -96,51 +124,71 @@ U4, U4_box = walled("U4", u4, 2.7246945), boxed("U4_box", u4, 2.6845677)
 ENERGIES = {target.name: target for target in (U1, U2, U3, U4, U2_box, U3_box, U4_box)}
 
 # %% ../nbs/00_theory/50_targets.ipynb #a3e089c4
-def device_of(generator): return "cpu" if generator is None else generator.device
+def device_of(generator):
+    return "cpu" if generator is None else generator.device
 
-def lattice(modes=9, sd=.25):
+
+def lattice(modes=9, sd=0.25):
     """A mixture of `modes` equal Gaussians of standard deviation `sd` on a square lattice of spacing 2, centred: normalised, exact samples.
 
     Caterini et al. 2020 (CIF-VI): 9 and 16 modes. `ValueError` unless `modes` is a square and `sd` positive.
     """
     side, sd = math.isqrt(check_int("modes", modes, 1)), check_positive("sd", sd)
-    if side * side != modes: raise ValueError(f"modes={modes}: allowed are square numbers, 1, 4, 9, 16, ...")
+    if side * side != modes:
+        raise ValueError(f"modes={modes}: allowed are square numbers, 1, 4, 9, 16, ...")
+
     def log_density(z):
         means = torch.linspace(1 - side, side - 1, side, dtype=z.dtype, device=z.device)
-        on_line = torch.logsumexp(log_bump(z[..., None] - means, sd), -1) - math.log(side * sd * math.sqrt(2 * math.pi))
+        on_line = torch.logsumexp(log_bump(z[..., None] - means, sd), -1) - math.log(
+            side * sd * math.sqrt(2 * math.pi)
+        )
         return on_line.sum(-1)
+
     def sampler(n, generator):
         device = device_of(generator)
-        means = 2. * torch.randint(side, (n, 2), generator=generator, device=device) + 1 - side
+        means = 2.0 * torch.randint(side, (n, 2), generator=generator, device=device) + 1 - side
         return means + sd * torch.randn(n, 2, generator=generator, device=device)
-    return Target(f"lattice({modes})", log_density, 0., float(side), sampler=sampler)
+
+    return Target(f"lattice({modes})", log_density, 0.0, float(side), sampler=sampler)
 
 # %% ../nbs/00_theory/50_targets.ipynb #bc515d0b
 def log_ring(r, radius, sd):
     "The log-density at distance `r` from the centre of a circle of `radius`, blurred by a Gaussian of standard deviation `sd`."
-    return log_bump(r - radius, sd) + torch.special.i0e(r * (radius / sd ** 2)).log() - math.log(2 * math.pi * sd ** 2)
+    return (
+        log_bump(r - radius, sd)
+        + torch.special.i0e(r * (radius / sd**2)).log()
+        - math.log(2 * math.pi * sd**2)
+    )
+
 
 def check_radii(radii):
     "`radii` as floats; `ValueError` naming them unless there is at least one and all are positive."
-    if not isinstance(radii, (tuple, list)) or not radii: raise ValueError(f"radii={radii!r}: allowed is a sequence of one or more positive numbers")
+    if not isinstance(radii, (tuple, list)) or not radii:
+        raise ValueError(f"radii={radii!r}: allowed is a sequence of one or more positive numbers")
     return tuple(check_positive("radii", radius) for radius in radii)
 
 # %% ../nbs/00_theory/50_targets.ipynb #72879638
 def around(radius, sd, generator=None):
     "Points `(n, 2)` at uniform angles and distances `radius` `(n,)` from the centre, blurred by `sd`."
     angle = 2 * math.pi * torch.rand(len(radius), generator=generator, device=radius.device)
-    return radius[:, None] * torch.stack([angle.cos(), angle.sin()], -1) + sd * torch.randn(len(radius), 2, generator=generator, device=radius.device)
+    return radius[:, None] * torch.stack([angle.cos(), angle.sin()], -1) + sd * torch.randn(
+        len(radius), 2, generator=generator, device=radius.device
+    )
 
-def rings(radii=(1., 2., 3.), sd=.15):
+
+def rings(radii=(1.0, 2.0, 3.0), sd=0.15):
     "Equal mixture of blurred circles around the origin, each of width `sd`: normalised, exact samples. `ValueError` unless `radii` and `sd` are positive."
     radii, sd = check_radii(radii), check_positive("sd", sd)
+
     def log_density(z):
         r = torch.linalg.vector_norm(z, dim=-1)
         return torch.stack([log_ring(r, radius, sd) for radius in radii]).logsumexp(0) - math.log(len(radii))
+
     def sampler(n, generator):
         which = torch.randint(len(radii), (n,), generator=generator, device=device_of(generator))
         return around(torch.tensor(radii, device=which.device)[which], sd, generator)
-    return Target(f"rings({len(radii)})", log_density, 0., math.ceil(max(radii) + 4 * sd), sampler=sampler)
+
+    return Target(f"rings({len(radii)})", log_density, 0.0, math.ceil(max(radii) + 4 * sd), sampler=sampler)
 
 # %% ../nbs/00_theory/50_targets.ipynb #bff076f5
 def labels_of(n, classes, generator):
@@ -148,21 +196,27 @@ def labels_of(n, classes, generator):
     order = torch.randperm(n, generator=generator, device=device_of(generator))
     return torch.arange(n, device=order.device)[order] % classes
 
-def two_circles(n, radii=(.8, .4), sd=.04, generator=None):
+
+def two_circles(n, radii=(0.8, 0.4), sd=0.04, generator=None):
     "`n` points `(n, 2)` on two blurred circles and their labels `(n,)`, half of each: Pires 2020, figure 5.2. Their density is `rings(radii, sd)`."
     radii, sd = check_radii(radii), check_positive("sd", sd)
-    if len(radii) != 2: raise ValueError(f"radii={radii}: allowed are two positive numbers")
+    if len(radii) != 2:
+        raise ValueError(f"radii={radii}: allowed are two positive numbers")
     labels = labels_of(check_int("n", n, 1), 2, generator)
     return around(torch.tensor(radii, device=labels.device)[labels], sd, generator), labels
 
 # %% ../nbs/00_theory/50_targets.ipynb #c942b27a
-def pinwheel(n, classes=5, radial_sd=.3, tangential_sd=.05, rate=.4, generator=None):
+def pinwheel(n, classes=5, radial_sd=0.3, tangential_sd=0.05, rate=0.4, generator=None):
     """`n` points `(n, 2)` on the wings of a pinwheel and their labels `(n,)`, equally many a wing: Johnson et al. 2016; Pires 2020, figure 5.1.
 
     `radial_sd`, `tangential_sd`: the spreads along and across a wing of length 1; `rate`: how fast it turns, any finite number. The points are halved in the end.
     """
-    radial_sd, tangential_sd = check_positive("radial_sd", radial_sd), check_positive("tangential_sd", tangential_sd)
-    if not math.isfinite(rate): raise ValueError(f"rate={rate}: allowed are finite numbers")
+    radial_sd, tangential_sd = (
+        check_positive("radial_sd", radial_sd),
+        check_positive("tangential_sd", tangential_sd),
+    )
+    if not math.isfinite(rate):
+        raise ValueError(f"rate={rate}: allowed are finite numbers")
     labels = labels_of(check_int("n", n, 1), check_int("classes", classes, 1), generator)
     x, t = torch.randn(2, len(labels), generator=generator, device=labels.device)
     x, t = 1 + radial_sd * x, tangential_sd * t

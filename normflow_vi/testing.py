@@ -7,12 +7,16 @@ __all__ = ['slogdet_of_jacobian', 'expect_fail']
 
 # %% ../nbs/01_flows/00_testing.ipynb #4e9ebb81
 from contextlib import contextmanager
+
 import torch
 
 # %% ../nbs/01_flows/00_testing.ipynb #b1f0b5b9
 def slogdet_of_jacobian(transform, z, context=None):
     "`log|det df/dz|`, shape `(N,)`, of `transform.forward` at points `z` `(N, D)` by reverse-mode differentiation."
-    def at(point, *context): return transform.forward(point, *context)[0]
+
+    def at(point, *context):
+        return transform.forward(point, *context)[0]
+
     rows = (z,) if context is None else (z, context)
     return torch.linalg.slogdet(torch.func.vmap(torch.func.jacrev(at))(*rows)).logabsdet
 
@@ -20,9 +24,12 @@ def slogdet_of_jacobian(transform, z, context=None):
 @contextmanager
 def expect_fail(error, *words):
     "A `with` block that must raise `error` with all of `words` in its message; prints the message."
-    try: yield
+    try:
+        yield
     except error as raised:
         missing = [word for word in words if word not in str(raised)]
-        if missing: raise AssertionError(f"the message {str(raised)!r} does not say {missing}") from raised
+        if missing:
+            raise AssertionError(f"the message {str(raised)!r} does not say {missing}") from raised
         print(f"{type(raised).__name__}: {raised}")
-    else: raise AssertionError(f"expected {error}, nothing was raised")
+    else:
+        raise AssertionError(f"expected {error}, nothing was raised")

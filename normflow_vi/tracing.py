@@ -6,55 +6,87 @@
 __all__ = ['HELPS', 'one_layer', 'layers_of', 'way_of_draws', 'way_of_samples', 'Origin', 'origin']
 
 # %% ../nbs/01_flows/49_tracing.ipynb #440288d8
-import copy, torch
+import copy
 from dataclasses import dataclass
+
+import torch
+
 from .transforms.base import Chain, Inverse, Transform, first_false
 
 # %% ../nbs/01_flows/49_tracing.ipynb #11571781
 class _Slice(torch.nn.Module):
     "Layer `k` of the tensors that a source owns."
-    def __init__(self, source, k): super().__init__(); self.source, self.k = source, k
-    def forward(self, context=None, dtype=None): return {name: t[self.k:self.k + 1] for name, t in self.source().items()}
+
+    def __init__(self, source, k):
+        super().__init__()
+        self.source, self.k = source, k
+
+    def forward(self, context=None, dtype=None):
+        return {name: t[self.k : self.k + 1] for name, t in self.source().items()}
+
 
 def one_layer(transform, k):
     "Layer `k` of a stack without context, as a stack of length 1 that shares its tensors."
     alone = copy.copy(transform)
     alone._modules, alone.length = transform._modules | {"source": _Slice(transform.source, k)}, 1
-    shared = {name: b[k:k + 1] if b.dim() == 3 and len(b) == transform.length else b for name, b in transform._buffers.items()}       # a matrix may serve all layers
+    shared = {
+        name: b[k : k + 1] if b.dim() == 3 and len(b) == transform.length else b
+        for name, b in transform._buffers.items()
+    }  # a matrix may serve all layers
     alone._buffers = shared | transform.constants_of(k)
     return alone
 
 # %% ../nbs/01_flows/49_tracing.ipynb #8893eb85
 def layers_of(transform, name="transform", way="push"):
     "The layers of a transform without context, in the order in which `way` runs them, as pairs of a name and a function `value -> (value, log_det)`."
-    if isinstance(transform, Inverse): return layers_of(transform.transform, f"{name}.transform", "pull" if way == "push" else "push")
+    if isinstance(transform, Inverse):
+        return layers_of(transform.transform, f"{name}.transform", "pull" if way == "push" else "push")
     if isinstance(transform, Chain):
-        found = [layers_of(part, f"{name}.transforms[{i}]", way) for i, part in enumerate(transform.transforms)]
+        found = [
+            layers_of(part, f"{name}.transforms[{i}]", way) for i, part in enumerate(transform.transforms)
+        ]
         return [layer for part in (found if way == "push" else found[::-1]) for layer in part]
     kind, direction = f"{name} ({type(transform).__name__})", "forward" if way == "push" else "inverse"
-    if not isinstance(transform, Transform) or transform.length == 1: return [(kind, getattr(transform, direction))]
-    found = [(f"layer {k + 1} of {transform.length} of {kind}", getattr(one_layer(transform, k), direction)) for k in range(transform.length)]
+    if not isinstance(transform, Transform) or transform.length == 1:
+        return [(kind, getattr(transform, direction))]
+    found = [
+        (f"layer {k + 1} of {transform.length} of {kind}", getattr(one_layer(transform, k), direction))
+        for k in range(transform.length)
+    ]
     return found if way == "push" else found[::-1]
 
 # %% ../nbs/01_flows/49_tracing.ipynb #269e4440
 def way_of_draws(q, log_density):
     "What happens to the base's draws in a fit to a log-density: pairs of a name and a function `value -> (value, log term)`."
-    return [*layers_of(q.transform), ("the map onto the support", q.place.forward), ("log_density", lambda z: (z, log_density(z)))]
+    return [
+        *layers_of(q.transform),
+        ("the map onto the support", q.place.forward),
+        ("log_density", lambda z: (z, log_density(z))),
+    ]
+
 
 def way_of_samples(q):
     "What happens to samples in a fit to them."
-    return [("the map from the support", q.place.inverse), *layers_of(q.transform, way="pull"), ("the base", lambda z0: (z0, q.base.log_prob(z0)))]
+    return [
+        ("the map from the support", q.place.inverse),
+        *layers_of(q.transform, way="pull"),
+        ("the base", lambda z0: (z0, q.base.log_prob(z0))),
+    ]
 
 # %% ../nbs/01_flows/49_tracing.ipynb #53a33341
-HELPS = {"log_density": "give support=... if the density is zero there, and write it so that nothing overflows (logaddexp, log-probabilities)",
-         "support": "samples or draws come too near to the boundary of the support: move them inside, or lower the learning_rate",
-         "layer": "give the layer a max_log_scale where it has one, or lower the learning_rate",
-         "slope of log_density": "its value is finite and its slope is not: look for a square root, norm or logarithm at 0, or a where() around one",
-         "slope of layer": "lower the learning_rate; a slope that overflows belongs to a layer that squeezes too hard"}
+HELPS = {
+    "log_density": "give support=... if the density is zero there, and write it so that nothing overflows (logaddexp, log-probabilities)",
+    "support": "samples or draws come too near to the boundary of the support: move them inside, or lower the learning_rate",
+    "layer": "give the layer a max_log_scale where it has one, or lower the learning_rate",
+    "slope of log_density": "its value is finite and its slope is not: look for a square root, norm or logarithm at 0, or a where() around one",
+    "slope of layer": "lower the learning_rate; a slope that overflows belongs to a layer that squeezes too hard",
+}
+
 
 @dataclass(frozen=True)
 class Origin:
     "The `layer` and the `sample` (a row) where a value or slope is not finite, `where` the input of that layer was; `remedy`: what usually helps."
+
     layer: str
     sample: int
     where: tuple
@@ -62,10 +94,12 @@ class Origin:
 
     @property
     def remedy(self):
-        if "the support" in self.layer: return HELPS["support"]
+        if "the support" in self.layer:
+            return HELPS["support"]
         return HELPS["slope of " * self.slope + ("log_density" if self.layer == "log_density" else "layer")]
 
-    def __str__(self): return f"{'the slope of ' * self.slope}{self.layer}, sample {self.sample}, at [{', '.join(f'{x:.4g}' for x in self.where[:8])}{', ...' * (len(self.where) > 8)}]"
+    def __str__(self):
+        return f"{'the slope of ' * self.slope}{self.layer}, sample {self.sample}, at [{', '.join(f'{x:.4g}' for x in self.where[:8])}{', ...' * (len(self.where) > 8)}]"
 
 # %% ../nbs/01_flows/49_tracing.ipynb #9c7996d8
 def origin(way, start):
@@ -73,12 +107,17 @@ def origin(way, start):
     values, terms = [start.detach().requires_grad_()], []
     with torch.enable_grad():
         for name, step in way:
-            try: value, term = step(values[-1])
-            except (RuntimeError, ValueError): return None   # the user's own; what it saw was finite
+            try:
+                value, term = step(values[-1])
+            except (RuntimeError, ValueError):
+                return None  # the user's own; what it saw was finite
             good = value.isfinite().all(-1) & term.isfinite()
-            if not good.all(): return Origin(name, first_false(good), tuple(values[-1][first_false(good)].tolist()))
-            values.append(value); terms.append(term)
+            if not good.all():
+                return Origin(name, first_false(good), tuple(values[-1][first_false(good)].tolist()))
+            values.append(value)
+            terms.append(term)
         slopes = torch.autograd.grad(sum(term.sum() for term in terms) + 0 * values[-1].sum(), values[:-1])
     for (name, _), value, slope in reversed(list(zip(way, values, slopes))):
         good = slope.isfinite().all(-1)
-        if not good.all(): return Origin(name, first_false(good), tuple(value[first_false(good)].tolist()), slope=True)
+        if not good.all():
+            return Origin(name, first_false(good), tuple(value[first_false(good)].tolist()), slope=True)

@@ -10,13 +10,22 @@ __all__ = ['MAKERS', 'REMEDIES', 'Optimizer', 'require', 'check_optimizer', 'rat
            'match_config', 'put', 'evaluating', 'Trainer', 'fingerprint', 'Engine', 'timed', 'choose_engine']
 
 # %% ../nbs/90_engine/30_training.ipynb #d3ff28b4
-import hashlib, math, signal, statistics, threading, time, warnings
+import hashlib
+import math
+import signal
+import statistics
+import threading
+import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch.func import functional_call, stack_module_state, vmap
+
 from . import checkpoint
 from .files import exclusive, sha256
 
@@ -27,22 +36,26 @@ class Optimizer:
 
     `betas` are Adam's, `momentum` is RMSprop's; `warmup` and `hold` count updates: the rate rises until the one and does not fall before the other. Raises `ValueError` naming the field.
     """
+
     name: str = "adam"
     learning_rate: float = 1e-3
     betas: tuple = (0.9, 0.999)
     momentum: float = 0.9
-    weight_decay: float = 0.
+    weight_decay: float = 0.0
     clip: float | None = None
     warmup: int = 0
     hold: int = 0
     schedule: str = "cosine"
 
-    def __post_init__(self): check_optimizer(self)
+    def __post_init__(self):
+        check_optimizer(self)
 
 # %% ../nbs/90_engine/30_training.ipynb #8d9f61f6
 def require(good, name, value, allowed):
     "Raise `ValueError` naming parameter, value and allowed range unless `good`."
-    if not good: raise ValueError(f"{name}={value!r}: allowed is {allowed}")
+    if not good:
+        raise ValueError(f"{name}={value!r}: allowed is {allowed}")
+
 
 def check_optimizer(o):
     "Raise `ValueError` for a field of an `Optimizer` outside its range."
@@ -53,16 +66,25 @@ def check_optimizer(o):
     require(0 <= o.momentum < 1, "momentum", o.momentum, "a number in [0, 1)")
     require(0 <= o.weight_decay < math.inf, "weight_decay", o.weight_decay, "a number >= 0")
     require(o.clip is None or 0 < o.clip < math.inf, "clip", o.clip, "None or a positive number")
-    for name in ("warmup", "hold"): require(isinstance(getattr(o, name), int) and getattr(o, name) >= 0, name, getattr(o, name), "an int >= 0")
+    for name in ("warmup", "hold"):
+        require(
+            isinstance(getattr(o, name), int) and getattr(o, name) >= 0, name, getattr(o, name), "an int >= 0"
+        )
 
 # %% ../nbs/90_engine/30_training.ipynb #5fcd5a23
-MAKERS = {"adam": lambda parameters, o: torch.optim.Adam(parameters, lr=0., betas=o.betas, fused=True),
-          "rmsprop": lambda parameters, o: torch.optim.RMSprop(parameters, lr=0., momentum=o.momentum, foreach=True)}
+MAKERS = {
+    "adam": lambda parameters, o: torch.optim.Adam(parameters, lr=0.0, betas=o.betas, fused=True),
+    "rmsprop": lambda parameters, o: torch.optim.RMSprop(
+        parameters, lr=0.0, momentum=o.momentum, foreach=True
+    ),
+}
+
 
 def rate(optimizer, step, steps):
     "Learning rate of update `step` (from 0) of `steps`: a linear warm-up, a constant stretch to `hold`, then half a cosine down to 0 (or constant on)."
-    ramp = min(1., (step + 1) / max(1, optimizer.warmup)) * optimizer.learning_rate
-    if optimizer.schedule == "constant": return ramp
+    ramp = min(1.0, (step + 1) / max(1, optimizer.warmup)) * optimizer.learning_rate
+    if optimizer.schedule == "constant":
+        return ramp
     start = max(optimizer.warmup, optimizer.hold)
     done = max(0, step - start) / max(1, steps - start)
     return ramp * 0.5 * (1 + math.cos(math.pi * done))
@@ -71,64 +93,94 @@ def rate(optimizer, step, steps):
 def clip_gradients(gradients, limit, runs):
     "Scale each run's gradients, in place, to a global norm of at most `limit`; returns the norms `(runs,)` before."
     norm = torch.stack([torch.linalg.vector_norm(g.reshape(runs, -1), dim=1) for g in gradients]).norm(dim=0)
-    scale = (limit / (norm + 1e-6)).clamp(max=1.)
-    for g in gradients: g.mul_(scale.view(-1, *[1] * (g.ndim - 1)) if runs > 1 else scale[0])
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for g in gradients:
+        g.mul_(scale.view(-1, *[1] * (g.ndim - 1)) if runs > 1 else scale[0])
     return norm
 
 # %% ../nbs/90_engine/30_training.ipynb #c0b80a6b
 def make_engine(optimizer, parameters):
     "The torch optimiser for a list of parameters, with its state in place, all zero."
     engine = MAKERS[optimizer.name](parameters, optimizer)
-    for p in parameters: p.grad = torch.zeros_like(p)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
     engine.step()
     for p in parameters:
         p.grad = None
-        for tensor in engine.state[p].values(): tensor.zero_()
+        for tensor in engine.state[p].values():
+            tensor.zero_()
     return engine
 
 # %% ../nbs/90_engine/30_training.ipynb #873ffe3f
 class Updater:
     "Moves named `parameters` by an `Optimizer`; `decayed` names those which weight decay shrinks."
+
     def __init__(self, optimizer, parameters, decayed, runs, steps):
         self.optimizer, self.runs, self.steps = optimizer, runs, steps
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.decayed = [self.parameters[name].detach() for name in decayed if name in self.parameters]
         self.engine = make_engine(optimizer, list(self.parameters.values()))
 
-    def tensors(self): return {f"{name}: {slot}": t for name, p in self.parameters.items() for slot, t in self.engine.state[p].items()}
-    def trained(self): return [p for p in self.parameters.values() if p.requires_grad]
-    def gradients(self): return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+    def tensors(self):
+        return {
+            f"{name}: {slot}": t
+            for name, p in self.parameters.items()
+            for slot, t in self.engine.state[p].items()
+        }
+
+    def trained(self):
+        return [p for p in self.parameters.values() if p.requires_grad]
+
+    def gradients(self):
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
     def forget(self):
-        for p in self.parameters.values(): p.grad = None
+        for p in self.parameters.values():
+            p.grad = None
 
     def __call__(self, step):
         "Update `step`: clip, shrink, move, and forget the gradients."
         o, lr = self.optimizer, rate(self.optimizer, step, self.steps)
-        if o.clip: clip_gradients(self.gradients().values(), o.clip, self.runs)
-        if o.weight_decay and self.decayed: torch._foreach_mul_(self.decayed, 1 - lr * o.weight_decay)
-        for group in self.engine.param_groups: group["lr"] = lr
-        self.engine.step(); self.forget()
+        if o.clip:
+            clip_gradients(self.gradients().values(), o.clip, self.runs)
+        if o.weight_decay and self.decayed:
+            torch._foreach_mul_(self.decayed, 1 - lr * o.weight_decay)
+        for group in self.engine.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        self.forget()
 
 # %% ../nbs/90_engine/30_training.ipynb #150c8109
 class OneRun:
     "A single run: the module itself."
-    def __init__(self, models, loss): self.models, self.loss = models, loss
 
-    def parameters(self): return dict(self.models[0].named_parameters())
-    def buffers(self): return dict(self.models[0].named_buffers())
+    def __init__(self, models, loss):
+        self.models, self.loss = models, loss
+
+    def parameters(self):
+        return dict(self.models[0].named_parameters())
+
+    def buffers(self):
+        return dict(self.models[0].named_buffers())
 
     def __call__(self, batch, step, generator):
         "The loss, and all that goes into the learning curves, `{name: 0-d}`."
         estimate = self.loss(self.models[0], batch, step, generator)
         return estimate.value, {**estimate.terms, "loss": estimate.value}
 
-    def keep_buffers(self): "Nothing to do: the module keeps its own."
+    def keep_buffers(self):
+        "Nothing to do: the module keeps its own."
 
 # %% ../nbs/90_engine/30_training.ipynb #8ff67b19
 class _Program(torch.nn.Module):
     "A loss as the `forward` of a module, which is what `functional_call` can substitute parameters into."
-    def __init__(self, model, loss): super().__init__(); self.model, self.loss = model, loss
-    def forward(self, *arguments): return OneRun([self.model], self.loss)(*arguments)
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *arguments):
+        return OneRun([self.model], self.loss)(*arguments)
 
     def with_tensors(self, parameters, buffers, *arguments):
         "The loss and the curves' tensors for given parameters and buffers, and the buffers afterwards."
@@ -139,13 +191,26 @@ class _Program(torch.nn.Module):
 # %% ../nbs/90_engine/30_training.ipynb #ecde7ef3
 def same_shape(models):
     "Raise `ValueError` unless the modules are distinct and have tensors of the same names, shapes and types."
-    require(len(set(map(id, models))) == len(models), "models", f"{len(models)} modules", "a different module for each run")
+    require(
+        len(set(map(id, models))) == len(models),
+        "models",
+        f"{len(models)} modules",
+        "a different module for each run",
+    )
     shapes = [{name: (tuple(t.shape), t.dtype) for name, t in tensors_of(model).items()} for model in models]
     for s, other in enumerate(shapes):
         names = [name for name in shapes[0].keys() | other.keys() if shapes[0].get(name) != other.get(name)]
-        if names: raise ValueError(f"models[{s}] and models[0] differ in {min(names)!r}; runs that train together have one shape")
-        if str(models[s]) != str(models[0]):                 # an option that is no tensor would be taken from the first model
-            raise ValueError(f"models[{s}] and models[0] differ in an option; runs that train together differ in tensors only:\n{models[s]}\n{models[0]}")
+        if names:
+            raise ValueError(
+                f"models[{s}] and models[0] differ in {min(names)!r}; runs that train together have one shape"
+            )
+        if str(models[s]) != str(
+            models[0]
+        ):  # an option that is no tensor would be taken from the first model
+            raise ValueError(
+                f"models[{s}] and models[0] differ in an option; runs that train together differ in tensors only:\n{models[s]}\n{models[0]}"
+            )
+
 
 def tensors_of(model):
     "Parameters and buffers of a module by name."
@@ -154,20 +219,28 @@ def tensors_of(model):
 # %% ../nbs/90_engine/30_training.ipynb #54a6d835
 class StackedRuns(OneRun):
     "Runs of one shape as one program; the `models` become views into the stacked tensors."
+
     def __init__(self, models, loss):
-        super().__init__(models, loss); same_shape(models)
+        super().__init__(models, loss)
+        same_shape(models)
         self.program, (self.stacked, self.moving) = _Program(models[0], loss), stack_module_state(models)
         for s, model in enumerate(models):
-            for name, tensor in tensors_of(model).items(): tensor.data = (self.stacked | self.moving)[name].data[s]
+            for name, tensor in tensors_of(model).items():
+                tensor.data = (self.stacked | self.moving)[name].data[s]
 
-    def parameters(self): return self.stacked
-    def buffers(self): return self.moving
+    def parameters(self):
+        return self.stacked
+
+    def buffers(self):
+        return self.moving
 
     def __call__(self, batch, step, generator):
         axes = (0, 0, None if batch is None else 0, None, None)
         program = vmap(self.program.with_tensors, in_dims=axes, randomness="different")
         value, shown, moved = program(self.stacked, self.moving, batch, step, generator)
-        self.replaced = {name: t.detach() for name, t in moved.items() if t.data_ptr() != self.moving[name].data_ptr()}
+        self.replaced = {
+            name: t.detach() for name, t in moved.items() if t.data_ptr() != self.moving[name].data_ptr()
+        }
         return value, shown
 
     def keep_buffers(self):
@@ -178,123 +251,184 @@ class StackedRuns(OneRun):
 @contextmanager
 def undisturbed(threads, device):
     "Use `threads` threads; afterwards restore their number and torch's global random streams."
-    before = torch.get_num_threads(); torch.set_num_threads(threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []): yield
-    finally: torch.set_num_threads(before)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
 
 @contextmanager
 def unvalidated():
     "Torch's distributions that are made inside do not check their arguments: what is not finite is then found, and explained, by the training."
     before = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(False)
-    try: yield
-    finally: torch.distributions.Distribution.set_default_validate_args(before)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
+
 
 def seed_of(*parts):
     "One 48-bit seed from whatever identifies a random stream."
     return int(sha256(repr(parts).encode())[:12], 16)
 
+
 def fix_global_stream(device, seeds, step):
     "Make torch's global random streams, on the CPU and on `device`, a function of seeds and step."
-    streams = [torch.default_generator, *([torch.cuda.default_generators[device.index]] if device.type == "cuda" else [])]
-    for stream in streams: stream.manual_seed(seed_of("global", seeds) + step)
+    streams = [
+        torch.default_generator,
+        *([torch.cuda.default_generators[device.index]] if device.type == "cuda" else []),
+    ]
+    for stream in streams:
+        stream.manual_seed(seed_of("global", seeds) + step)
 
 # %% ../nbs/90_engine/30_training.ipynb #b5834491
 def pick_device(name):
     "`torch.device` for cpu, cuda, cuda:N, or auto (a GPU where there is one); raises `ValueError` where it does not exist."
-    if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     require(device.type in ("cpu", "cuda"), "device", str(name), "cpu, cuda or auto")
     there = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= there: raise ValueError(f"device={str(name)!r}: torch sees {there or 'no'} CUDA device(s) here; use cpu or auto")
+    if (device.index or 0) >= there:
+        raise ValueError(
+            f"device={str(name)!r}: torch sees {there or 'no'} CUDA device(s) here; use cpu or auto"
+        )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 # %% ../nbs/90_engine/30_training.ipynb #309dc6c5
 class Interrupted(KeyboardInterrupt):
     "A signal ended the training after `step` updates; `path` is the checkpoint to go on from, or None."
+
     def __init__(self, signum, step, path):
         self.signum, self.step, self.path = signum, step, path
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; " +
-                         (f"saved in {path}" if path else "nothing was saved (no folder given)"))
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}; "
+            + (f"saved in {path}" if path else "nothing was saved (no folder given)")
+        )
 
 # %% ../nbs/90_engine/30_training.ipynb #c5657bda
 class Signals:
     "Between `with` and its end, SIGINT and SIGTERM set `number` instead of stopping the process (where this is the main thread)."
+
     number = None
 
     def __enter__(self):
         self.number, main = None, threading.current_thread() is threading.main_thread()
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)} if main else {}
+        self.before = (
+            {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)} if main else {}
+        )
         return self
 
     def note(self, number, frame):
-        if self.number: raise KeyboardInterrupt
+        if self.number:
+            raise KeyboardInterrupt
         self.number = number
 
     def __exit__(self, *error):
-        for number, handler in self.before.items(): signal.signal(number, handler or signal.SIG_DFL)
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 # %% ../nbs/90_engine/30_training.ipynb #7bc94ea5
-REMEDIES = {"batch": "the data themselves hold NaN or infinity",
-            "loss": "try a smaller learning rate, a longer warm-up or Optimizer(clip=...)",
-            "start": "nothing was updated yet: look at the initialisation and the data",
-            "gradient": "the loss is finite and its slope is not: look for a square root, norm or logarithm at 0, or a where() around one",
-            "update": "the update overflowed: try a smaller learning rate"}
+REMEDIES = {
+    "batch": "the data themselves hold NaN or infinity",
+    "loss": "try a smaller learning rate, a longer warm-up or Optimizer(clip=...)",
+    "start": "nothing was updated yet: look at the initialisation and the data",
+    "gradient": "the loss is finite and its slope is not: look for a square root, norm or logarithm at 0, or a where() around one",
+    "update": "the update overflowed: try a smaller learning rate",
+}
+
 
 class NonFinite(FloatingPointError):
     "A NaN or infinity appeared at `step` in `tensor` of the run with `seed`; `remedy` says what usually helps, `origin` in which layer and sample it began, where that is known."
+
     def __init__(self, step, tensor, seed, kind, others=0, origin=None):
         self.step, self.tensor, self.seed, self.origin = step, tensor, seed, origin
         self.remedy = origin.remedy if origin else REMEDIES["start" if step == 0 and kind == "loss" else kind]
         begins = f"; it begins in {origin}" if origin else ""
-        super().__init__(f"not finite at step {step}: {tensor}{f' and {others} more' if others else ''} (run with seed {seed}){begins}; {self.remedy}")
+        super().__init__(
+            f"not finite at step {step}: {tensor}{f' and {others} more' if others else ''} (run with seed {seed}){begins}; {self.remedy}"
+        )
 
 # %% ../nbs/90_engine/30_training.ipynb #a058f5fd
 def finite(tensors):
     "Whether all numbers in a list of tensors are finite (one number read from the device)."
-    ends = [end.to(tensors[0].device) for t in tensors if t.numel() and t.is_floating_point() for end in torch.aminmax(t.detach())]
+    ends = [
+        end.to(tensors[0].device)
+        for t in tensors
+        if t.numel() and t.is_floating_point()
+        for end in torch.aminmax(t.detach())
+    ]
     return not ends or bool(torch.stack(ends).isfinite().all())
+
 
 def look(tensors, kind, step, seeds):
     "Raise `NonFinite` for the first of the named tensors, `(S, ...)` where there are S > 1 seeds, that is not finite."
     bad = [name for name, t in tensors.items() if not finite([t])]
-    if not bad: return
+    if not bad:
+        return
     rows = tensors[bad[0]].detach().isfinite()
     run = int(rows.reshape(len(seeds), -1).all(1).int().argmin()) if rows.ndim else 0
-    raise NonFinite(step, f"gradient of {bad[0]}" if kind == "gradient" else bad[0], seeds[run], kind, len(bad) - 1)
+    raise NonFinite(
+        step, f"gradient of {bad[0]}" if kind == "gradient" else bad[0], seeds[run], kind, len(bad) - 1
+    )
 
 # %% ../nbs/90_engine/30_training.ipynb #da1ba1d8
 @contextmanager
 def memory_explained(describe):
     "Turn torch's out-of-memory errors into a `MemoryError` that begins with `describe()`."
-    try: yield
+    try:
+        yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error): raise
-        raise MemoryError(f"out of memory {describe()}: use a smaller batch or fewer runs at once. {str(error).splitlines()[0]}") from error
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise MemoryError(
+            f"out of memory {describe()}: use a smaller batch or fewer runs at once. {str(error).splitlines()[0]}"
+        ) from error
 
 # %% ../nbs/90_engine/30_training.ipynb #fc4266d9
 def copied(tree):
     "A copy of a tree, its tensors detached and cloned."
-    if isinstance(tree, torch.Tensor): return tree.detach().clone()
-    if isinstance(tree, dict): return {key: copied(item) for key, item in tree.items()}
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: copied(item) for key, item in tree.items()}
     return [copied(item) for item in tree] if isinstance(tree, list) else tree
 
 # %% ../nbs/90_engine/30_training.ipynb #3021c9c4
 class Missing(KeyError):
     "A saved state lacks an item, or has one too many."
+
     __str__ = Exception.__str__
+
 
 def match(saved, own, place="checkpoint"):
     "Raise `Missing` or `ValueError` naming the item in which a saved tree differs from one's own; a None of one's own matches all."
-    def kind(item): return (tuple(item.shape), item.dtype) if isinstance(item, torch.Tensor) else len(item) if isinstance(item, list) else None
-    if own is None: return
+
+    def kind(item):
+        return (
+            (tuple(item.shape), item.dtype)
+            if isinstance(item, torch.Tensor)
+            else len(item)
+            if isinstance(item, list)
+            else None
+        )
+
+    if own is None:
+        return
     if isinstance(own, dict):
-        for key in own.keys() - saved.keys(): raise Missing(f"{place} has no item {key!r}")
-        for key in saved.keys() - own.keys(): raise Missing(f"{place} has an item {key!r} that this training does not know")
-    elif kind(saved) != kind(own): raise ValueError(f"{place} is {kind(saved)}, this training needs {kind(own)}")
+        for key in own.keys() - saved.keys():
+            raise Missing(f"{place} has no item {key!r}")
+        for key in saved.keys() - own.keys():
+            raise Missing(f"{place} has an item {key!r} that this training does not know")
+    elif kind(saved) != kind(own):
+        raise ValueError(f"{place} is {kind(saved)}, this training needs {kind(own)}")
     pairs = own.items() if isinstance(own, dict) else enumerate(own) if isinstance(own, list) else ()
-    for key, item in pairs: match(saved[key], item, f"{place}[{key!r}]")
+    for key, item in pairs:
+        match(saved[key], item, f"{place}[{key!r}]")
 
 # %% ../nbs/90_engine/30_training.ipynb #d9dcb150
 @dataclass(frozen=True)
@@ -303,6 +437,7 @@ class History:
 
     `valid[name]` `(V, S)` at `steps_valid` `(V,)`; `best_step` and `best_value` `(S,)` where `keep_best` was given; `seconds` of training in all.
     """
+
     steps: np.ndarray
     values: dict
     steps_valid: np.ndarray
@@ -311,40 +446,53 @@ class History:
     best_step: np.ndarray | None = None
     best_value: np.ndarray | None = None
 
+
 def curves(rows):
     "Arrays from rows `(step, {name: [a number a run]})`."
-    return np.array([step for step, _ in rows], int), {name: np.array([row[name] for _, row in rows]) for name in (rows[0][1] if rows else ())}
+    return np.array([step for step, _ in rows], int), {
+        name: np.array([row[name] for _, row in rows]) for name in (rows[0][1] if rows else ())
+    }
 
 # %% ../nbs/90_engine/30_training.ipynb #2927011f
 @dataclass(eq=False, repr=False)
 class _Given:
-    models: list                                             # S modules of one shape, one a run
-    loss: object                                             # loss(model, batch, step, generator) -> .value, .terms
+    models: list  # S modules of one shape, one a run
+    loss: object  # loss(model, batch, step, generator) -> .value, .terms
     _: KW_ONLY
     steps: int
     optimizer: Optimizer
-    seeds: list                                              # one a run
-    batches: list | None = None                              # one stream a run: next(), state_dict(), load_state_dict()
-    validate: object = None                                  # validate(model, step) -> {name: float}, without gradients, in eval mode
-    validate_every: int | None = None                        # None: at the end only
+    seeds: list  # one a run
+    batches: list | None = None  # one stream a run: next(), state_dict(), load_state_dict()
+    validate: object = None  # validate(model, step) -> {name: float}, without gradients, in eval mode
+    validate_every: int | None = None  # None: at the end only
     log_every: int = 100
-    folder: object = None                                    # where checkpoints go; None: nowhere
-    save_every: int | None = None                            # None: twenty times in all
-    keep_best: str | None = None                             # the value of validate() whose lowest point is remembered
+    folder: object = None  # where checkpoints go; None: nowhere
+    save_every: int | None = None  # None: twenty times in all
+    keep_best: str | None = None  # the value of validate() whose lowest point is remembered
     threads: int = 1
-    device: str = "cpu"                                      # cpu, cuda or auto
-    recipe: str = ""                                         # what is trained, in words of one's own; a checkpoint of another recipe is refused
-    progress: object = None                                  # progress(step, steps, seconds, {name: mean over the runs}), at log points
+    device: str = "cpu"  # cpu, cuda or auto
+    recipe: str = ""  # what is trained, in words of one's own; a checkpoint of another recipe is refused
+    progress: object = None  # progress(step, steps, seconds, {name: mean over the runs}), at log points
 
-    def __post_init__(self): check_given(self)
+    def __post_init__(self):
+        check_given(self)
 
 # %% ../nbs/90_engine/30_training.ipynb #a556f5f5
 def decayed(model):
     "Names of the parameters that weight decay shrinks: those which a module lists in `weight_decayed`, elsewhere matrices."
+
     def names(module):
         listed = getattr(module, "weight_decayed", None)
-        return [n for n, p in module.named_parameters(recurse=False) if (p.ndim >= 2 if listed is None else n in listed)]
-    return [f"{place}.{name}".lstrip(".") for place, module in model.named_modules() for name in names(module)]
+        return [
+            n
+            for n, p in module.named_parameters(recurse=False)
+            if (p.ndim >= 2 if listed is None else n in listed)
+        ]
+
+    return [
+        f"{place}.{name}".lstrip(".") for place, module in model.named_modules() for name in names(module)
+    ]
+
 
 def check_given(given):
     "One clear error for an argument of a trainer that does not fit."
@@ -353,80 +501,143 @@ def check_given(given):
         require(optional and value is None or type(value) is int and value > 0, name, value, "an int >= 1")
     runs = len(given.models)
     require(len(given.seeds) == runs > 0, "seeds", given.seeds, f"one a model, {runs}")
-    require(given.batches is None or len(given.batches) == runs, "batches", given.batches, f"None, or one a model, {runs}")
-    require(not given.keep_best or given.validate, "keep_best", given.keep_best, "a value of validate(), which was not given")
+    require(
+        given.batches is None or len(given.batches) == runs,
+        "batches",
+        given.batches,
+        f"None, or one a model, {runs}",
+    )
+    require(
+        not given.keep_best or given.validate,
+        "keep_best",
+        given.keep_best,
+        "a value of validate(), which was not given",
+    )
 
 # %% ../nbs/90_engine/30_training.ipynb #6169675f
 class _Parts(_Given):
     def __post_init__(self):
         super().__post_init__()
-        self.device, self.folder, self.seeds = pick_device(self.device), self.folder and Path(self.folder), [int(s) for s in self.seeds]
+        self.device, self.folder, self.seeds = (
+            pick_device(self.device),
+            self.folder and Path(self.folder),
+            [int(s) for s in self.seeds],
+        )
         self.save_every = self.save_every or max(self.log_every, self.steps // 20)
         self.models = [model.to(self.device) for model in self.models]
         self.runs = (OneRun if len(self.models) == 1 else StackedRuns)(self.models, self.loss)
-        self.update = Updater(self.optimizer, self.runs.parameters(), decayed(self.models[0]), len(self.models), self.steps)
+        self.update = Updater(
+            self.optimizer, self.runs.parameters(), decayed(self.models[0]), len(self.models), self.steps
+        )
         self.generator = torch.Generator(self.device).manual_seed(seed_of(self.seeds))
-        self.constant = {name for name, b in self.runs.buffers().items() if not finite([b])}     # a mask with -inf is meant so
-        self.step, self.seconds, self.window, self.rows, self.rows_valid = 0, 0., [], [], []
+        self.constant = {
+            name for name, b in self.runs.buffers().items() if not finite([b])
+        }  # a mask with -inf is meant so
+        self.step, self.seconds, self.window, self.rows, self.rows_valid = 0, 0.0, [], [], []
         self.batch, self.signals, self.best = None, Signals(), [None] * len(self.models)
 
     def config(self):
         "What has to be the same when a training goes on."
-        return {"seeds": self.seeds, "steps": self.steps, "optimizer": asdict(self.optimizer), "log_every": self.log_every,
-                "validate_every": self.validate_every, "keep_best": self.keep_best, "device": self.device.type, "recipe": self.recipe}
+        return {
+            "seeds": self.seeds,
+            "steps": self.steps,
+            "optimizer": asdict(self.optimizer),
+            "log_every": self.log_every,
+            "validate_every": self.validate_every,
+            "keep_best": self.keep_best,
+            "device": self.device.type,
+            "recipe": self.recipe,
+        }
 
 # %% ../nbs/90_engine/30_training.ipynb #a827598b
 class _State(_Parts):
     def live(self):
         "The tensors that a step changes, and the random streams."
-        return {"parameters": self.runs.parameters(), "buffers": self.runs.buffers(), "optimizer": self.update.tensors(),
-                "generator": self.generator.get_state(), "batches": [stream.state_dict() for stream in self.batches or []]}
+        return {
+            "parameters": self.runs.parameters(),
+            "buffers": self.runs.buffers(),
+            "optimizer": self.update.tensors(),
+            "generator": self.generator.get_state(),
+            "batches": [stream.state_dict() for stream in self.batches or []],
+        }
 
     def recent(self):
         "The losses and terms since the last log point, `{name: (k,) or (k, S)}`."
-        return {name: torch.stack([row[name] for row in self.window]) for name in (self.window[0] if self.window else ())}
+        return {
+            name: torch.stack([row[name] for row in self.window])
+            for name in (self.window[0] if self.window else ())
+        }
 
     def state(self):
         "Everything the rest of the training depends on, as a copy."
-        return {"config": self.config(), "threads": self.threads, "step": self.step, "seconds": self.seconds, "window": self.recent(),
-                "rows": list(self.rows), "rows_valid": list(self.rows_valid), "best": list(self.best), **copied(self.live())}
+        return {
+            "config": self.config(),
+            "threads": self.threads,
+            "step": self.step,
+            "seconds": self.seconds,
+            "window": self.recent(),
+            "rows": list(self.rows),
+            "rows_valid": list(self.rows_valid),
+            "best": list(self.best),
+            **copied(self.live()),
+        }
 
 # %% ../nbs/90_engine/30_training.ipynb #218304ee
 def match_config(saved, own):
     "Raise `ValueError` naming the first setting in which a checkpoint differs from this training."
     for name, value in own.items():
-        if saved.get(name) == value: continue
+        if saved.get(name) == value:
+            continue
         why = " (the learning-rate schedule depends on it)" if name == "steps" else ""
-        raise ValueError(f"the checkpoint belongs to a training with {name}={saved.get(name)!r}, this one has {value!r}{why}; use another folder")
+        raise ValueError(
+            f"the checkpoint belongs to a training with {name}={saved.get(name)!r}, this one has {value!r}{why}; use another folder"
+        )
+
 
 def put(saved, live):
     "Copy saved tensors into the live ones of the same names."
     with torch.no_grad():
-        for name, tensor in live.items(): tensor.copy_(saved[name])
+        for name, tensor in live.items():
+            tensor.copy_(saved[name])
 
 # %% ../nbs/90_engine/30_training.ipynb #7492ed9e
 class _Restore(_State):
     def load_state(self, saved):
         "Go on from `saved`; raises `KeyError` or `ValueError`, and changes nothing, if it is not a state of this training."
-        live, plain = self.live(), ("config", "threads", "step", "seconds", "window", "rows", "rows_valid", "best")
-        if "config" in saved: match_config(saved["config"], self.config())
+        live, plain = (
+            self.live(),
+            ("config", "threads", "step", "seconds", "window", "rows", "rows_valid", "best"),
+        )
+        if "config" in saved:
+            match_config(saved["config"], self.config())
         match(saved, {**dict.fromkeys(plain), **live})
-        for stream, item in zip(self.batches or [], saved["batches"]): stream.load_state_dict(copied(item))
-        for group in ("parameters", "buffers", "optimizer"): put(saved[group], live[group])
-        self.update.forget(); self.generator.set_state(saved["generator"])
+        for stream, item in zip(self.batches or [], saved["batches"]):
+            stream.load_state_dict(copied(item))
+        for group in ("parameters", "buffers", "optimizer"):
+            put(saved[group], live[group])
+        self.update.forget()
+        self.generator.set_state(saved["generator"])
         columns = {name: t.to(self.device).unbind() for name, t in saved["window"].items()}
         self.window = [dict(zip(columns, row)) for row in zip(*columns.values())]
-        self.rows, self.rows_valid, self.best = list(saved["rows"]), list(saved["rows_valid"]), list(saved["best"])
+        self.rows, self.rows_valid, self.best = (
+            list(saved["rows"]),
+            list(saved["rows_valid"]),
+            list(saved["best"]),
+        )
         self.step, self.seconds = saved["step"], saved["seconds"]
         if saved["threads"] != self.threads:
-            warnings.warn(f"the checkpoint was made with {saved['threads']} thread(s): going on with as many, not {self.threads}", stacklevel=2)
+            warnings.warn(
+                f"the checkpoint was made with {saved['threads']} thread(s): going on with as many, not {self.threads}",
+                stacklevel=2,
+            )
             self.threads = saved["threads"]
 
 # %% ../nbs/90_engine/30_training.ipynb #420027ff
 class _Step(_Restore):
     def draw(self):
         "The next batch, `(B, D)`, or `(S, B, D)` for several runs; None without data."
-        if self.batches is None: return None
+        if self.batches is None:
+            return None
         found = [stream.next() for stream in self.batches]
         return found[0] if len(found) == 1 else torch.stack(found)
 
@@ -435,17 +646,25 @@ class _Step(_Restore):
         fix_global_stream(self.device, self.seeds, self.step)
         self.batch = self.draw()
         value, shown = self.runs(self.batch, self.step, self.generator)
-        if value.numel() != len(self.models): raise ValueError(f"loss has shape {tuple(value.shape)}: allowed is one number a run")
-        if careful: self.look({} if self.batch is None else {"batch": self.batch}, "batch"); self.look(shown, "loss")
-        value.backward(torch.ones_like(value), inputs=self.update.trained()); self.runs.keep_buffers()       # others keep their gradients
-        if careful: self.look(self.update.gradients(), "gradient")
+        if value.numel() != len(self.models):
+            raise ValueError(f"loss has shape {tuple(value.shape)}: allowed is one number a run")
+        if careful:
+            self.look({} if self.batch is None else {"batch": self.batch}, "batch")
+            self.look(shown, "loss")
+        value.backward(torch.ones_like(value), inputs=self.update.trained())
+        self.runs.keep_buffers()  # others keep their gradients
+        if careful:
+            self.look(self.update.gradients(), "gradient")
         self.update(self.step)
-        if careful: self.look(self.watched(), "update")
-        self.window.append({name: t.detach() for name, t in shown.items()}); self.step += 1
+        if careful:
+            self.look(self.watched(), "update")
+        self.window.append({name: t.detach() for name, t in shown.items()})
+        self.step += 1
 
 # %% ../nbs/90_engine/30_training.ipynb #2bffe083
 class _Watch(_Step):
-    def look(self, tensors, kind): look(tensors, kind, self.step, self.seeds)
+    def look(self, tensors, kind):
+        look(tensors, kind, self.step, self.seeds)
 
     def watched(self):
         "All tensors that a step may spoil, by name."
@@ -454,30 +673,45 @@ class _Watch(_Step):
 
     def examine(self):
         "Raise `NonFinite`, naming the origin, unless all is finite."
-        if finite([*self.recent().values(), *self.watched().values()]): return
-        end = self.step; self.load_state(self.good)
-        while self.step < end: self.advance(careful=True)
-        raise NonFinite(end, f"something since step {self.good['step']}, but not when the steps were repeated,", self.seeds[0], "update")
+        if finite([*self.recent().values(), *self.watched().values()]):
+            return
+        end = self.step
+        self.load_state(self.good)
+        while self.step < end:
+            self.advance(careful=True)
+        raise NonFinite(
+            end,
+            f"something since step {self.good['step']}, but not when the steps were repeated,",
+            self.seeds[0],
+            "update",
+        )
 
 # %% ../nbs/90_engine/30_training.ipynb #e7e95bef
 @contextmanager
 def evaluating(model):
     "Evaluation mode without gradients; modes and buffers are as before afterwards."
     modes, buffers = [(m, m.training) for m in model.modules()], dict(model.named_buffers())
-    kept = copied(buffers); model.eval()
+    kept = copied(buffers)
+    model.eval()
     try:
-        with torch.no_grad(): yield
+        with torch.no_grad():
+            yield
     finally:
         put(kept, buffers)
-        for module, mode in modes: module.training = mode
+        for module, mode in modes:
+            module.training = mode
 
 # %% ../nbs/90_engine/30_training.ipynb #0987840a
 class _Log(_Watch):
     def log(self):
         "Add a point to the learning curves."
         means = {name: t.double().reshape(len(t), -1).mean(0).tolist() for name, t in self.recent().items()}
-        self.rows.append((self.step, means)); self.window = []
-        if self.progress: self.progress(self.step, self.steps, self.seconds, {n: statistics.fmean(v) for n, v in means.items()})
+        self.rows.append((self.step, means))
+        self.window = []
+        if self.progress:
+            self.progress(
+                self.step, self.steps, self.seconds, {n: statistics.fmean(v) for n, v in means.items()}
+            )
 
     def validated(self, model):
         "`validate` for one run; afterwards the next step fixes the global random stream anew."
@@ -491,7 +725,8 @@ class _Log(_Watch):
         values = {name: [one[name] for one in found] for name in found[0]}
         self.look({f"validation {name}": torch.tensor(v) for name, v in values.items()}, "loss")
         self.rows_valid.append((self.step, values))
-        if self.keep_best: self.remember(values)
+        if self.keep_best:
+            self.remember(values)
 
 # %% ../nbs/90_engine/30_training.ipynb #cf07ae6a
 class _Best(_Log):
@@ -500,16 +735,26 @@ class _Best(_Log):
         require(self.keep_best in values, "keep_best", self.keep_best, " or ".join(values))
         for s, value in enumerate(values[self.keep_best]):
             if self.best[s] is None or value < self.best[s]["value"]:
-                self.best[s] = {"value": value, "step": self.step, "tensors": copied(tensors_of(self.models[s]))}
+                self.best[s] = {
+                    "value": value,
+                    "step": self.step,
+                    "tensors": copied(tensors_of(self.models[s])),
+                }
 
     def load_best(self):
         "Put each run's best parameters into its model, once the training is over."
-        if not all(self.best): raise ValueError("no best parameters are kept: give keep_best, and train")
-        for model, best in zip(self.models, self.best): put(best["tensors"], tensors_of(model))
+        if not all(self.best):
+            raise ValueError("no best parameters are kept: give keep_best, and train")
+        for model, best in zip(self.models, self.best):
+            put(best["tensors"], tensors_of(model))
 
     def history(self):
         "The learning curves so far."
-        best = {f"best_{key}": np.array([b[key] for b in self.best]) for key in ("step", "value") if all(self.best)}
+        best = {
+            f"best_{key}": np.array([b[key] for b in self.best])
+            for key in ("step", "value")
+            if all(self.best)
+        }
         return History(*curves(self.rows), *curves(self.rows_valid), self.seconds, **best)
 
 # %% ../nbs/90_engine/30_training.ipynb #f30070d2
@@ -520,24 +765,36 @@ class _Pause(_Best):
 
     def settle(self, stop):
         "At a stopping point: look for trouble, log, validate, and remember the state that this leaves; on disk too where that is due."
-        now = time.perf_counter(); self.seconds += now - self.mark; self.mark = now
+        now = time.perf_counter()
+        self.seconds += now - self.mark
+        self.mark = now
         self.examine()
-        if self.due(self.log_every): self.log()
-        if self.validate and self.due(self.validate_every): self.assess()
+        if self.due(self.log_every):
+            self.log()
+        if self.validate and self.due(self.validate_every):
+            self.assess()
         self.good = self.state()
-        if self.folder and (stop or self.due(self.save_every)): checkpoint.save(self.folder, self.step, self.good)
+        if self.folder and (stop or self.due(self.save_every)):
+            checkpoint.save(self.folder, self.step, self.good)
 
 # %% ../nbs/90_engine/30_training.ipynb #ccba8a2f
 class _Loop(_Pause):
     def loop(self):
         "Train until the end or a signal."
-        stop, self.mark, marks = None, time.perf_counter(), (self.log_every, self.save_every, self.validate_every)
+        stop, self.mark, marks = (
+            None,
+            time.perf_counter(),
+            (self.log_every, self.save_every, self.validate_every),
+        )
         while self.step < self.steps and not stop:
             self.advance()
             stop = self.signals.number
-            if stop or any(map(self.due, marks)): self.settle(stop)
+            if stop or any(map(self.due, marks)):
+                self.settle(stop)
         if self.signals.number:
-            raise Interrupted(self.signals.number, self.step, self.folder and checkpoint.path_of(self.folder, self.step))
+            raise Interrupted(
+                self.signals.number, self.step, self.folder and checkpoint.path_of(self.folder, self.step)
+            )
 
 # %% ../nbs/90_engine/30_training.ipynb #cf01597a
 class Trainer(_Loop):
@@ -546,14 +803,19 @@ class Trainer(_Loop):
     A run resumes from the newest good checkpoint in `folder`. Afterwards `models` hold the final parameters, or, after `load_best()`, the best.
     Raises `NonFinite`, `Interrupted`, `MemoryError` or `files.Busy`; each leaves the last good state in the trainer and on the disk.
     """
+
     def run(self):
         "Train to the end, from wherever this training was; returns its `History`."
         with exclusive(self.folder) if self.folder else nullcontext():
-            if self.folder and (found := checkpoint.latest(self.folder)): self.load_state(found[1])
+            if self.folder and (found := checkpoint.latest(self.folder)):
+                self.load_state(found[1])
             self.good = self.state()
             with undisturbed(self.threads, self.device), memory_explained(self.where), self.signals:
-                try: self.loop()
-                except BaseException: self.load_state(self.good); raise
+                try:
+                    self.loop()
+                except BaseException:
+                    self.load_state(self.good)
+                    raise
         return self.history()
 
     def where(self):
@@ -565,28 +827,39 @@ class Trainer(_Loop):
 def fingerprint(trainer):
     "SHA-256 over parameters, buffers, optimiser state, best parameters and the values of all curves."
     digest = hashlib.sha256()
+
     def add(item, place):
         if isinstance(item, dict):
-            for key in sorted(item): add(item[key], f"{place}/{key}")
+            for key in sorted(item):
+                add(item[key], f"{place}/{key}")
         elif isinstance(item, (list, tuple)):
-            for number, part in enumerate(item): add(part, f"{place}/{number}")
-        else: digest.update(f"{place}={item.cpu().numpy().tobytes() if isinstance(item, torch.Tensor) else item!r}".encode())
+            for number, part in enumerate(item):
+                add(part, f"{place}/{number}")
+        else:
+            digest.update(
+                f"{place}={item.cpu().numpy().tobytes() if isinstance(item, torch.Tensor) else item!r}".encode()
+            )
+
     state = trainer.state()
     add({key: state[key] for key in ("parameters", "buffers", "optimizer", "best", "rows", "rows_valid")}, "")
     return digest.hexdigest()
 
 # %% ../nbs/90_engine/30_training.ipynb #752054cc
 class Engine(NamedTuple):
-    "The better way to train, \"batched\" or \"processes\", and the updates per second, over all runs, of both."
+    'The better way to train, "batched" or "processes", and the updates per second, over all runs, of both.'
+
     name: str
     batched: float
     processes: float
 
+
 def timed(trainer):
     "Seconds that one update takes, under the trainer's own number of threads."
-    torch.set_num_threads(trainer.threads); start = time.perf_counter()
+    torch.set_num_threads(trainer.threads)
+    start = time.perf_counter()
     trainer.advance()
-    if trainer.device.type == "cuda": torch.cuda.synchronize(trainer.device)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
     return time.perf_counter() - start
 
 # %% ../nbs/90_engine/30_training.ipynb #d6f91c9c
@@ -594,7 +867,8 @@ def choose_engine(make_trainer, seeds, processes, steps=11):
     "Measure `make_trainer(seeds)`, one program, against one run of `make_trainer(seeds[:1])` times the processes; leaves no trace."
     with undisturbed(1, torch.device("cpu")):
         together, alone = make_trainer(seeds), make_trainer(seeds[:1])
-    if together.device.type == "cuda": processes = 1                                       # they would share one GPU
+    if together.device.type == "cuda":
+        processes = 1  # they would share one GPU
     with undisturbed(1, together.device):
         times = [(timed(together), timed(alone)) for _ in range(steps + 3)][3:]
     batched, single = (statistics.median(column) for column in zip(*times))

@@ -8,6 +8,7 @@ __all__ = ['VAE', 'check_parts', 'passed', 'check_model', 'dlgm', 'independent_p
 # %% ../nbs/02_vae_nf/10_vae.ipynb #5588019e
 import torch
 from torch import nn
+
 from .flows import Flow, as_base
 from .likelihoods import Bernoulli, Likelihood, check_images
 from .networks import MLP
@@ -22,40 +23,66 @@ class VAE(nn.Module):
     `encoder`: `(..., D_x) -> (..., context_dim)`; `posterior`: a `Flow` of such a context; `decoder`: `(..., dim) -> (..., likelihood.outputs(D_x))`; `likelihood`: `Bernoulli()` unless given;
     `prior`: a base as for `Flow`, a flow without a context for instance, `N(0, I)` unless given. Raises `ValueError` for a posterior without a context, and for a prior whose density is unknown.
     """
+
     def __init__(self, encoder, decoder, posterior, prior=None, likelihood=None):
         super().__init__()
-        self.likelihood, self.prior = check_parts(posterior, prior, Bernoulli() if likelihood is None else likelihood)
+        self.likelihood, self.prior = check_parts(
+            posterior, prior, Bernoulli() if likelihood is None else likelihood
+        )
         self.encoder, self.decoder, self.posterior = encoder, decoder, posterior
 
-    def q(self, x): return self.posterior(self.encoder(x))
+    def q(self, x):
+        return self.posterior(self.encoder(x))
+
     def log_joint(self, x, z):
         "`log p(x|z)` and `log p(z)` by name, each `(..., batch)`, for `x` `(batch, D_x)` and `z` `(..., batch, dim)`."
-        return {"log_likelihood": self.likelihood.log_prob(x, self.decoder(z)), "log_prior": self.prior.log_prob(z)}
+        return {
+            "log_likelihood": self.likelihood.log_prob(x, self.decoder(z)),
+            "log_prior": self.prior.log_prob(z),
+        }
 
     def sample(self, count, generator=None):
         "Expected images `(count, D_x)` for `count` draws from the prior."
-        with torch.no_grad(): return self.likelihood.mean(self.decoder(self.prior.rsample((check_int("count", count),), generator)))
+        with torch.no_grad():
+            return self.likelihood.mean(
+                self.decoder(self.prior.rsample((check_int("count", count),), generator))
+            )
+
     def reconstruct(self, x, generator=None):
         "Expected images for one draw from the posterior of each row of `x`."
-        with torch.no_grad(): return self.likelihood.mean(self.decoder(self.q(x).rsample((), generator)))
-    def check(self, x): check_model(self, x)
+        with torch.no_grad():
+            return self.likelihood.mean(self.decoder(self.q(x).rsample((), generator)))
+
+    def check(self, x):
+        check_model(self, x)
 
 # %% ../nbs/02_vae_nf/10_vae.ipynb #d62c9ab9
 def check_parts(posterior, prior, likelihood):
     "`likelihood` and `prior` as modules of a model with this posterior; raises `TypeError` or `ValueError` for parts that do not fit."
-    if getattr(posterior, "context_dim", None) is None: raise ValueError("posterior: it takes no context; build its transforms with context_dim=...")
-    if not isinstance(likelihood, Likelihood): raise TypeError(f"likelihood: expected an object such as Bernoulli(), got {likelihood!r}")
+    if getattr(posterior, "context_dim", None) is None:
+        raise ValueError("posterior: it takes no context; build its transforms with context_dim=...")
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(f"likelihood: expected an object such as Bernoulli(), got {likelihood!r}")
     prior = as_base("prior", prior, posterior.dim)
-    if isinstance(prior, Flow) and prior.transform.inverse_kind == "none": raise ValueError("prior: log p(z) needs the inverse of its transform, which does not exist")
+    if isinstance(prior, Flow) and prior.transform.inverse_kind == "none":
+        raise ValueError("prior: log p(z) needs the inverse of its transform, which does not exist")
     return likelihood, prior
 
 # %% ../nbs/02_vae_nf/10_vae.ipynb #3cf97439
 def passed(name, network, given, *width):
     "The output of a network for `given`, which must be as long as `width` says; raises `ValueError` otherwise."
-    try: found = network(given)
-    except (RuntimeError, TypeError, ValueError) as error: raise ValueError(f"{name}: it fails for an input of shape {tuple(given.shape)} and type {given.dtype}: {error}") from error
-    if found.shape == (*given.shape[:-1], width[0]): return found
-    raise ValueError(f"{name}: its output has shape {tuple(found.shape)} for an input of shape {tuple(given.shape)}; expected {(*given.shape[:-1], width[0])}, {width[1]}")
+    try:
+        found = network(given)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: it fails for an input of shape {tuple(given.shape)} and type {given.dtype}: {error}"
+        ) from error
+    if found.shape == (*given.shape[:-1], width[0]):
+        return found
+    raise ValueError(
+        f"{name}: its output has shape {tuple(found.shape)} for an input of shape {tuple(given.shape)}; expected {(*given.shape[:-1], width[0])}, {width[1]}"
+    )
+
 
 def check_model(model, x):
     "Raise the one clear error if `model` cannot be trained on the images `x` `(N, D_x)`."
@@ -63,10 +90,19 @@ def check_model(model, x):
     one, dim, outputs = x[:1], model.posterior.dim, model.likelihood.outputs(x.shape[1])
     with evaluating(model):
         passed("encoder", model.encoder, one, model.posterior.context_dim, "the context_dim of the posterior")
-        passed("decoder", model.decoder, one.new_zeros(2, 1, dim), outputs, f"what {type(model.likelihood).__name__} needs for {x.shape[1]} pixels")
+        passed(
+            "decoder",
+            model.decoder,
+            one.new_zeros(2, 1, dim),
+            outputs,
+            f"what {type(model.likelihood).__name__} needs for {x.shape[1]} pixels",
+        )
         z, log_q = model.q(one).rsample_and_log_prob((2,), torch.Generator(x.device).manual_seed(0))
         for name, value in {"log_q": log_q, **model.log_joint(one, z)}.items():
-            if value.shape != (2, 1) or not value.isfinite().all(): raise ValueError(f"{name} is {value.tolist()} for two draws given row 0 of x: expected finite numbers")
+            if value.shape != (2, 1) or not value.isfinite().all():
+                raise ValueError(
+                    f"{name} is {value.tolist()} for two draws given row 0 of x: expected finite numbers"
+                )
 
 # %% ../nbs/02_vae_nf/10_vae.ipynb #a8d6113d
 def dlgm(pixel_mean, family="planar", length=0, dim=40, hidden=(400, 400), activation="relu"):
@@ -74,10 +110,16 @@ def dlgm(pixel_mean, family="planar", length=0, dim=40, hidden=(400, 400), activ
 
     `pixel_mean` `(D_x,)` sets the decoder's output biases; `hidden`, `activation`: those of the encoder's `MLP`, reversed in the decoder. The paper's are `hidden=(400,)`, `activation="maxout"`.
     """
-    if pixel_mean.dim() != 1: raise ValueError(f"pixel_mean has shape {tuple(pixel_mean.shape)}: expected one mean a pixel, (D_x,)")
+    if pixel_mean.dim() != 1:
+        raise ValueError(f"pixel_mean has shape {tuple(pixel_mean.shape)}: expected one mean a pixel, (D_x,)")
     decoder = MLP(dim, tuple(reversed(hidden)), len(pixel_mean), activation)
-    with torch.no_grad(): decoder[-1].bias.copy_(pixel_mean.clamp(.001, .999).logit())
-    return VAE(MLP(len(pixel_mean), hidden, activation=activation), decoder, posterior(family, dim, length, hidden[-1]))
+    with torch.no_grad():
+        decoder[-1].bias.copy_(pixel_mean.clamp(0.001, 0.999).logit())
+    return VAE(
+        MLP(len(pixel_mean), hidden, activation=activation),
+        decoder,
+        posterior(family, dim, length, hidden[-1]),
+    )
 
 # %% ../nbs/02_vae_nf/10_vae.ipynb #3635795b
 def independent_pixels_nll(images):
@@ -86,8 +128,12 @@ def independent_pixels_nll(images):
     m = images.double().mean(0)
     return -(torch.xlogy(m, m) + torch.xlogy(1 - m, 1 - m)).sum().item()
 
-def check_uses_latents(F, images, within=.05):
+
+def check_uses_latents(F, images, within=0.05):
     "Return the free energy `F` (nats per image) if it is at least a fraction `within` below `independent_pixels_nll(images)`; raise `RuntimeError` otherwise."
-    if F < (1 - within) * (least := independent_pixels_nll(images)): return F
-    raise RuntimeError(f"F = {F:.1f} nats: a model that ignores its latents reaches {least:.1f} on these images. The posterior has collapsed, or training has hardly begun; "
-                       "anneal the divergence only (anneal='kl'), or lower the learning rate")
+    if F < (1 - within) * (least := independent_pixels_nll(images)):
+        return F
+    raise RuntimeError(
+        f"F = {F:.1f} nats: a model that ignores its latents reaches {least:.1f} on these images. The posterior has collapsed, or training has hardly begun; "
+        "anneal the divergence only (anneal='kl'), or lower the learning rate"
+    )

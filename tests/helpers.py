@@ -1,4 +1,5 @@
 """What several test files share: bugs to plant, drawn layers, and numbers of any number of digits."""
+
 import inspect
 import pkgutil
 import textwrap
@@ -13,7 +14,7 @@ from normflow_vi.contract import Case, Direction, drawn
 
 CASE = {case.name: case for case in CASES}
 
-scales = pytest.mark.parametrize("scale", [1., 10., 100.])
+scales = pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 many_draws = pytest.mark.parametrize("draws", [2000, pytest.param(100_000, marks=pytest.mark.full)])
 
@@ -24,7 +25,12 @@ def plant(monkeypatch, place, found, wrong):
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(found) == 1, f"{place}: {found!r} occurs {source.count(found)} times"
     scope = {}
-    exec(compile("class Planted:\n" + textwrap.indent(source.replace(found, wrong), "    "), "planted", "exec"), scope)          # in a class: `super()` keeps its meaning
+    exec(
+        compile(
+            "class Planted:\n" + textwrap.indent(source.replace(found, wrong), "    "), "planted", "exec"
+        ),
+        scope,
+    )  # in a class: `super()` keeps its meaning
     monkeypatch.setattr(function, "__code__", vars(scope["Planted"])[function.__name__].__code__)
 
 
@@ -32,20 +38,22 @@ def caught(monkeypatch, check, place, found, wrong):
     "Assert that `check` passes as things are, and fails with the piece `found` of `place` replaced by `wrong`."
     check()
     plant(monkeypatch, place, found, wrong)
-    with pytest.raises(AssertionError): check()
+    with pytest.raises(AssertionError):
+        check()
 
 
 def damage(kind, data, rng):
-    "Bytes with one bit flipped (\"bit\"), an end missing (\"truncated\"), or 4 kB zeroed, as crashes leave them."
+    'Bytes with one bit flipped ("bit"), an end missing ("truncated"), or 4 kB zeroed, as crashes leave them.'
     if kind == "bit":
         place = int(rng.integers(len(data)))
-        return data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1:]
-    if kind == "truncated": return data[:int(rng.integers(len(data)))]
+        return data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :]
+    if kind == "truncated":
+        return data[: int(rng.integers(len(data)))]
     start = int(rng.integers(len(data) - 4096)) // 512 * 512
-    return data[:start] + bytes(4096) + data[start + 4096:]
+    return data[:start] + bytes(4096) + data[start + 4096 :]
 
 
-def moved(transform, scale=1., jitter=.3, dtype=torch.float64):
+def moved(transform, scale=1.0, jitter=0.3, dtype=torch.float64):
     "A transform whose parameters are drawn anew, as the kit draws them."
     return drawn(Case("", lambda *sizes: transform, jitter=jitter), transform.dim, scale=scale, dtype=dtype)
 
@@ -53,20 +61,35 @@ def moved(transform, scale=1., jitter=.3, dtype=torch.float64):
 def emitting(make, draws, scale, dtype, **given):
     "A layer `make(context_dim)` whose head passes on its context, and such a context: a draw of its tensors a row, `scale` times standard normals but for those `given`."
     initial = make(None).initial()
-    context = torch.cat([given.get(name, scale * torch.randn(draws, *value.shape, dtype=dtype)).flatten(1) for name, value in initial.items()], 1)
+    context = torch.cat(
+        [
+            given.get(name, scale * torch.randn(draws, *value.shape, dtype=dtype)).flatten(1)
+            for name, value in initial.items()
+        ],
+        1,
+    )
     transform = make(context.shape[1]).to(dtype).eval()
-    with torch.no_grad(): transform.source.linear.weight.copy_(torch.eye(context.shape[1]) / transform.head_scale); transform.source.linear.bias.zero_()
+    with torch.no_grad():
+        transform.source.linear.weight.copy_(torch.eye(context.shape[1]) / transform.head_scale)
+        transform.source.linear.bias.zero_()
     return transform, context
 
 
 def tensors_of(transform, draws, scale, dtype):
     "Draws of all parameters of a transform: `{name: (draws, ...)}`."
-    return {name: scale * torch.randn(draws, *p.shape, dtype=dtype) for name, p in transform.named_parameters()}
+    return {
+        name: scale * torch.randn(draws, *p.shape, dtype=dtype) for name, p in transform.named_parameters()
+    }
 
 
 def over_draws(transform, tensors, value, name="forward"):
     "The method `name` of a transform under each draw of `tensors`, at its own `value`."
-    def call(tensors, value): return functional_call(Direction(transform, name), {f"transform.{key}": t for key, t in tensors.items()}, (value,))
+
+    def call(tensors, value):
+        return functional_call(
+            Direction(transform, name), {f"transform.{key}": t for key, t in tensors.items()}, (value,)
+        )
+
     return vmap(call, randomness="different")(tensors, value)
 
 
@@ -77,5 +100,6 @@ def exact(value):
 
 def near(found, expected, tolerance=1e-10):
     "Whether `|found - expected| <= tolerance (1 + |expected|)`, for a tensor and a number, or tensors and lists of numbers."
-    if isinstance(expected, list): return len(found) == len(expected) and all(near(f, e, tolerance) for f, e in zip(found, expected))
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(near(f, e, tolerance) for f, e in zip(found, expected))
     return abs(found.item() - expected) <= tolerance * (1 + abs(expected))

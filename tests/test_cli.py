@@ -1,4 +1,5 @@
 """The command line, end to end in a small project, and its exit codes."""
+
 import json
 import re
 import shutil
@@ -8,32 +9,57 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_runner import NOTEBOOK, PRODUCTS, make_project, project, read, snapshot, trial
 
 from normflow_vi import cli, report, status
 from normflow_vi.records import Record, Store
 from normflow_vi.runner import Manifest, execute
-from test_runner import NOTEBOOK, PRODUCTS, make_project, project, read, snapshot, trial
 
 ROOT = Path(__file__).parent.parent
 
 
-def call(*arguments, cwd=None): return subprocess.run([sys.executable, "-m", "normflow_vi.cli", *arguments], capture_output=True, text=True, cwd=cwd)
+def call(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "normflow_vi.cli", *arguments], capture_output=True, text=True, cwd=cwd
+    )
 
 
-USAGE = [[], ["dance"], ["reproduce", "--profile", "huge"], ["reproduce", "--device", "tpu"], ["reproduce", "--data", "../x"], ["reproduce", "--engine", "slurm"],
-         ["reproduce", "--prof", "smoke"], ["reproduce", "extra"], ["run"], ["merge"], ["status", "--yaml"], ["reproduce", "--only"]]
+USAGE = [
+    [],
+    ["dance"],
+    ["reproduce", "--profile", "huge"],
+    ["reproduce", "--device", "tpu"],
+    ["reproduce", "--data", "../x"],
+    ["reproduce", "--engine", "slurm"],
+    ["reproduce", "--prof", "smoke"],
+    ["reproduce", "extra"],
+    ["run"],
+    ["merge"],
+    ["status", "--yaml"],
+    ["reproduce", "--only"],
+]
 
 
 @pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
 def test_wrong_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as left: cli.main(arguments)
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
     assert left.value.code == 2 and "normflow-vi" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, code, words", [(["reproduce", "--only", "77_none"], 2, "--only 77_none.*99_trial"), (["plan", "--only", "none"], 2, "99_trial"),
-                                                    (["merge", "nowhere"], 2, "nowhere"), (["run", "nowhere.json"], 1, "nowhere.json"), (["notebook", "nbs/nowhere.ipynb"], 2, "nowhere"),
-                                                    (["notebook", "nbs/../../x.ipynb"], 2, "below nbs/"), (["notebook", "nbs"], 2, "below nbs/"),
-                                                    (["notebook", NOTEBOOK], 2, "10_trial.*takes parameters.*--only 99_trial")])
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["reproduce", "--only", "77_none"], 2, "--only 77_none.*99_trial"),
+        (["plan", "--only", "none"], 2, "99_trial"),
+        (["merge", "nowhere"], 2, "nowhere"),
+        (["run", "nowhere.json"], 1, "nowhere.json"),
+        (["notebook", "nbs/nowhere.ipynb"], 2, "nowhere"),
+        (["notebook", "nbs/../../x.ipynb"], 2, "below nbs/"),
+        (["notebook", "nbs"], 2, "below nbs/"),
+        (["notebook", NOTEBOOK], 2, "10_trial.*takes parameters.*--only 99_trial"),
+    ],
+)
 def test_errors_are_one_line(project, capsys, arguments, code, words):
     assert cli.main(arguments) == code
     last = capsys.readouterr().err.strip().splitlines()
@@ -43,76 +69,136 @@ def test_errors_are_one_line(project, capsys, arguments, code, words):
 def test_absent_data_is_one_error(project, monkeypatch, capsys):
     """`--data mnist` where MNIST cannot be had: said once, before anything starts."""
     import normflow_vi.data
-    def absent(*args, **more): raise FileNotFoundError("mnist: not in data/, and it could not be downloaded")
+
+    def absent(*args, **more):
+        raise FileNotFoundError("mnist: not in data/, and it could not be downloaded")
+
     monkeypatch.setattr(normflow_vi.data, "load_data", absent)
-    module = project/"trial_experiment.py"
+    module = project / "trial_experiment.py"
     module.write_text(module.read_text().replace('"none", "", "planar"', '"mnist", "ab" * 32, "planar"'))
     assert cli.main(["reproduce", "--data", "mnist", "--profile", "smoke"]) == 1
-    assert capsys.readouterr().err.strip() == "normflow-vi: FileNotFoundError: mnist: not in data/, and it could not be downloaded"
-    assert not (project/"runs").exists()
+    assert (
+        capsys.readouterr().err.strip()
+        == "normflow-vi: FileNotFoundError: mnist: not in data/, and it could not be downloaded"
+    )
+    assert not (project / "runs").exists()
 
 
 def test_plan_prints_commands_that_make_the_records(project, capsys):
     assert cli.main(["plan", "--profile", "smoke"]) == 0
     lines = capsys.readouterr().out.split("\n")[:-1]
     assert len(lines) == 2 and all(line.startswith("normflow-vi run runs/plan/") for line in lines)
-    for line in lines: assert cli.main(line.split()[1:]) == 0
-    assert len(Store([project/"runs/smoke/results"]).best("trial")) == 2
+    for line in lines:
+        assert cli.main(line.split()[1:]) == 0
+    assert len(Store([project / "runs/smoke/results"]).best("trial")) == 2
     assert cli.main(["plan", "--profile", "smoke"]) == 0 and not capsys.readouterr().out.strip()
 
 
 def test_merge(project, tmp_path_factory, capsys):
     """Records are verified, taken over if they are new, and left where they differ."""
     other = tmp_path_factory.mktemp("other")
-    Record(trial(0), {"F": 1.}).save(project/"results")
-    for seed, F in ((0, 2.), (1, 3.), (2, 4.)): Record(trial(seed), {"F": F}).save(other/"results")
-    Record(trial(3, "smoke"), {"F": 5.}).save(other/"deep/down")
-    damaged = Record(trial(4), {"F": 6.}).save(other/"results")
-    (damaged/"arrays.npz").write_bytes(b"")
+    Record(trial(0), {"F": 1.0}).save(project / "results")
+    for seed, F in ((0, 2.0), (1, 3.0), (2, 4.0)):
+        Record(trial(seed), {"F": F}).save(other / "results")
+    Record(trial(3, "smoke"), {"F": 5.0}).save(other / "deep/down")
+    damaged = Record(trial(4), {"F": 6.0}).save(other / "results")
+    (damaged / "arrays.npz").write_bytes(b"")
     assert cli.main(["merge", str(other)]) == 1
     seen = capsys.readouterr()
-    assert "3 records" in seen.out and len(seen.err.splitlines()) == 2 and "seed0" in seen.err and "differs" in seen.err and "seed4" in seen.err
-    assert [r.value("F") for r in Store([project/"results"]).best("trial")] == [1, 3, 4] and Store([project/"runs/smoke/results"]).find(trial(3, "smoke")).value("F") == 5
-    (shutil.rmtree(damaged), shutil.rmtree(other/"results/trial"/trial(0).slug))
+    assert (
+        "3 records" in seen.out
+        and len(seen.err.splitlines()) == 2
+        and "seed0" in seen.err
+        and "differs" in seen.err
+        and "seed4" in seen.err
+    )
+    assert [r.value("F") for r in Store([project / "results"]).best("trial")] == [1, 3, 4] and Store(
+        [project / "runs/smoke/results"]
+    ).find(trial(3, "smoke")).value("F") == 5
+    (shutil.rmtree(damaged), shutil.rmtree(other / "results/trial" / trial(0).slug))
     assert cli.main(["merge", str(other)]) == 0 and "0 records" in capsys.readouterr().out
-    (project/"empty").mkdir()
-    assert cli.main(["merge", str(project/"empty")]) == 1 and "no records" in capsys.readouterr().err
+    (project / "empty").mkdir()
+    assert cli.main(["merge", str(project / "empty")]) == 1 and "no records" in capsys.readouterr().err
 
 
 def test_merge_repairs_and_goes_on(project, tmp_path_factory, monkeypatch):
     """A damaged record here is replaced by a good one; arrays with NaN are equal to themselves; what cannot be saved does not stop the rest."""
-    other, holes = tmp_path_factory.mktemp("other"), {"curve": np.array([1., np.nan]), "name": np.array(["a"])}
+    other, holes = (
+        tmp_path_factory.mktemp("other"),
+        {"curve": np.array([1.0, np.nan]), "name": np.array(["a"])},
+    )
     for seed in range(4):
         arrays = holes if seed < 3 else holes | {"curve": np.zeros((2, 1))}
-        Record(trial(seed), {"F": float(seed)}, arrays).save(other/"results")
-        if seed: ours = Record(trial(seed), {"F": float(seed)}, holes).save(project/"results")
-        if seed == 1: (ours/"arrays.npz").write_bytes(b"damaged")
+        Record(trial(seed), {"F": float(seed)}, arrays).save(other / "results")
+        if seed:
+            ours = Record(trial(seed), {"F": float(seed)}, holes).save(project / "results")
+        if seed == 1:
+            (ours / "arrays.npz").write_bytes(b"damaged")
     taken, problems = cli.merge(other)
-    assert taken == [trial(0).slug, trial(1).slug] and len(problems) == 1 and "seed3" in problems[0] and "differs" in problems[0]
+    assert (
+        taken == [trial(0).slug, trial(1).slug]
+        and len(problems) == 1
+        and "seed3" in problems[0]
+        and "differs" in problems[0]
+    )
     assert all(Store().find(trial(seed)).arrays["curve"].shape == (2,) for seed in range(4))
-    shutil.rmtree(project/"results")
+    shutil.rmtree(project / "results")
     save = Record.save
+
     def fails_once(record, root):
-        if record.run.seed == 0: raise OSError("no space left")
+        if record.run.seed == 0:
+            raise OSError("no space left")
         return save(record, root)
+
     monkeypatch.setattr(Record, "save", fails_once)
     taken, problems = cli.merge(other)
     assert taken == [trial(seed).slug for seed in (1, 2, 3)] and problems == ["OSError: no space left"]
 
 
-LIBRARY = json.dumps({"cells": [{"cell_type": "code", "id": "a", "source": "x = 1", "metadata": {}, "outputs": [], "execution_count": None}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+LIBRARY = json.dumps(
+    {
+        "cells": [
+            {
+                "cell_type": "code",
+                "id": "a",
+                "source": "x = 1",
+                "metadata": {},
+                "outputs": [],
+                "execution_count": None,
+            }
+        ],
+        "metadata": {},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+)
 
 
-@pytest.mark.parametrize("only, executed, trained", [(None, ["nbs/index.ipynb", "nbs/00_a/10_x.ipynb", "nbs/90_b/10_y.ipynb", "nbs/99_trial/20_z.ipynb"], 2),
-                                                    ("0", ["nbs/00_a/10_x.ipynb"], 0), ("90", ["nbs/90_b/10_y.ipynb"], 0), ("trial", ["nbs/99_trial/20_z.ipynb"], 2),
-                                                    ("99", ["nbs/99_trial/20_z.ipynb"], 2), ("99_trial", ["nbs/99_trial/20_z.ipynb"], 2)])
+@pytest.mark.parametrize(
+    "only, executed, trained",
+    [
+        (
+            None,
+            ["nbs/index.ipynb", "nbs/00_a/10_x.ipynb", "nbs/90_b/10_y.ipynb", "nbs/99_trial/20_z.ipynb"],
+            2,
+        ),
+        ("0", ["nbs/00_a/10_x.ipynb"], 0),
+        ("90", ["nbs/90_b/10_y.ipynb"], 0),
+        ("trial", ["nbs/99_trial/20_z.ipynb"], 2),
+        ("99", ["nbs/99_trial/20_z.ipynb"], 2),
+        ("99_trial", ["nbs/99_trial/20_z.ipynb"], 2),
+    ],
+)
 def test_only_makes_the_chosen_chapters(project, monkeypatch, capsys, only, executed, trained):
     """Chapters are those of nbs/, with or without an experiment; a failure is said at once and at the end; only all of it is published."""
     for path in ("index.ipynb", "00_a/10_x.ipynb", "90_b/10_y.ipynb", "99_trial/20_z.ipynb"):
-        (project/"nbs"/path).parent.mkdir(exist_ok=True); (project/"nbs"/path).write_text(LIBRARY)
+        (project / "nbs" / path).parent.mkdir(exist_ok=True)
+        (project / "nbs" / path).write_text(LIBRARY)
     asked, plans = [], []
     monkeypatch.setattr(report, "run_jobs", lambda jobs, **more: asked.extend(job.name for job in jobs) or {})
-    monkeypatch.setattr(report, "build", lambda profile, failures, whole: plans.append((failures, whole)) or "index.html")
+    monkeypatch.setattr(
+        report, "build", lambda profile, failures, whole: plans.append((failures, whole)) or "index.html"
+    )
     monkeypatch.setattr(cli, "reproduce_one", lambda e, plan, *rest: f"all {len(plan)} failed")
     assert cli.main(["reproduce", *(["--only", only] if only else [])]) == bool(trained)
     assert asked == executed and plans == [({NOTEBOOK: "all 2 failed"} if trained else {}, only is None)]
@@ -131,46 +217,84 @@ def test_reproduce(project, monkeypatch, capsys):
 
     The one-file report is replaced only by a whole one.
     """
-    shutil.copytree(ROOT/"site", project/"site")
-    broken = (project/"trial_experiment.py").read_text().replace('"trial"', '"broken"').replace("for seed in (0, 1)", "for seed in (13,)").replace("10_trial", "20_broken")
-    (project/"broken_experiment.py").write_text(broken)
-    (project/"nbs/99_trial/20_broken.ipynb").write_text((project/NOTEBOOK).read_text().replace("# A trial", "# Broken"))
+    shutil.copytree(ROOT / "site", project / "site")
+    broken = (
+        (project / "trial_experiment.py")
+        .read_text()
+        .replace('"trial"', '"broken"')
+        .replace("for seed in (0, 1)", "for seed in (13,)")
+        .replace("10_trial", "20_broken")
+    )
+    (project / "broken_experiment.py").write_text(broken)
+    (project / "nbs/99_trial/20_broken.ipynb").write_text(
+        (project / NOTEBOOK).read_text().replace("# A trial", "# Broken")
+    )
     monkeypatch.setenv("NORMFLOW_VI_EXPERIMENTS", "broken_experiment,trial_experiment")
     done = call("reproduce", "--profile", "quick")
-    assert done.returncode == 1 and "20_broken.ipynb: RunsFailed" in done.stderr and "seed13" in done.stderr and "10_trial.ipynb" not in done.stderr.splitlines()[-1]
+    assert (
+        done.returncode == 1
+        and "20_broken.ipynb: RunsFailed" in done.stderr
+        and "seed13" in done.stderr
+        and "10_trial.ipynb" not in done.stderr.splitlines()[-1]
+    )
     assert f"report: {project}/reports/site/index.html" in done.stdout and "rows" in done.stdout
-    assert len(Store([project/"results"]).best("trial")) == 2 and read(project/"figures/figure.txt") == "a figure"
-    page, other = (read(project/f"reports/site/99_trial/{name}.html") for name in ("10_trial", "20_broken"))
+    assert (
+        len(Store([project / "results"]).best("trial")) == 2
+        and read(project / "figures/figure.txt") == "a figure"
+    )
+    page, other = (read(project / f"reports/site/99_trial/{name}.html") for name in ("10_trial", "20_broken"))
     assert "the end" in page and 'class="math' in page and "tex-svg-full.js" in page and "fault.txt" in page
     assert "no result" in other and "the end" not in other
-    assert "report.html is left as it is: these failed: nbs/99_trial/20_broken.ipynb" in done.stderr and not (project/"figures/report.html").exists()
-    (project/"nbs/99_trial/20_broken.ipynb").unlink()
-    def whole_after(**how): report.build("quick", **how); return (project/"figures/report.html").exists(), capsys.readouterr().err
-    assert whole_after(whole=False) == (False, "figures/report.html is left as it is: only a part of the report was asked for\n")
-    source = read(project/NOTEBOOK)
-    (project/NOTEBOOK).write_text(source + "\n")
-    assert whole_after() == (False, f"figures/report.html is left as it is: these have no current good execution: {NOTEBOOK}\n")
-    (project/NOTEBOOK).write_text(source)
+    assert (
+        "report.html is left as it is: these failed: nbs/99_trial/20_broken.ipynb" in done.stderr
+        and not (project / "figures/report.html").exists()
+    )
+    (project / "nbs/99_trial/20_broken.ipynb").unlink()
+
+    def whole_after(**how):
+        report.build("quick", **how)
+        return (project / "figures/report.html").exists(), capsys.readouterr().err
+
+    assert whole_after(whole=False) == (
+        False,
+        "figures/report.html is left as it is: only a part of the report was asked for\n",
+    )
+    source = read(project / NOTEBOOK)
+    (project / NOTEBOOK).write_text(source + "\n")
+    assert whole_after() == (
+        False,
+        f"figures/report.html is left as it is: these have no current good execution: {NOTEBOOK}\n",
+    )
+    (project / NOTEBOOK).write_text(source)
     with monkeypatch.context() as m:
         m.setattr(report, "standing_in", lambda profile: [NOTEBOOK])
-        assert whole_after() == (False, f"figures/report.html is left as it is: these show the stand-in digits: {NOTEBOOK}\n")
+        assert whole_after() == (
+            False,
+            f"figures/report.html is left as it is: these show the stand-in digits: {NOTEBOOK}\n",
+        )
     assert whole_after() == (True, "")
-    whole = read(project/"figures/report.html")
+    whole = read(project / "figures/report.html")
     assert "the end" in whole and "MathJax" in whole and report.fetched(whole) == [] and len(whole) < 20e6
-    for path in (project/"reports/site").rglob("*.html"):                                      # the site needs no network either
+    for path in (project / "reports/site").rglob("*.html"):  # the site needs no network either
         assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["'](https?:)?//""", read(path)), path
-    (project/"fault.txt").write_text("raises")                                                 # a later failure: the page stays, with a warning
+    (project / "fault.txt").write_text("raises")  # a later failure: the page stays, with a warning
     before = snapshot(project)
     assert not execute(NOTEBOOK, {"profile": "quick"}, PRODUCTS, profile="quick").good
-    report.write_page(Path(NOTEBOOK), "quick", project/"pages")
-    assert "last attempt to execute it failed: code cell" in read(project/"pages/99_trial/10_trial.ipynb") and snapshot(project) == before
+    report.write_page(Path(NOTEBOOK), "quick", project / "pages")
+    assert (
+        "last attempt to execute it failed: code cell" in read(project / "pages/99_trial/10_trial.ipynb")
+        and snapshot(project) == before
+    )
 
 
 def test_report_draws_from_records_without_training(project, monkeypatch, capsys):
-    shutil.copytree(ROOT/"site", project/"site")
-    monkeypatch.setattr(report, "build", lambda profile, failures: project/"index.html")
+    shutil.copytree(ROOT / "site", project / "site")
+    monkeypatch.setattr(report, "build", lambda profile, failures: project / "index.html")
     assert cli.main(["report"]) == 1
-    assert "records are missing" in capsys.readouterr().err and not (project/"runs/quick").exists()
-    for seed in (0, 1): Record(trial(seed), {"F": 1.}).save(project/"results")
+    assert "records are missing" in capsys.readouterr().err and not (project / "runs/quick").exists()
+    for seed in (0, 1):
+        Record(trial(seed), {"F": 1.0}).save(project / "results")
     assert cli.main(["report"]) == 0
-    assert Manifest.load(project/"figures/manifests/99_trial-10_trial.json").parameters["profile"] == "quick"
+    assert (
+        Manifest.load(project / "figures/manifests/99_trial-10_trial.json").parameters["profile"] == "quick"
+    )

@@ -1,4 +1,5 @@
 """Continuously-indexed layers: what must integrate to one does, known answers are met, the rest of the library uses them unchanged."""
+
 import math
 
 import mpmath
@@ -22,40 +23,75 @@ both_sources = pytest.mark.parametrize("context_dim", [None, C], ids=["owned", "
 
 class Frozen(cases.Frozen):
     "The layer with the same noise at every point and call, or with noise that a test hands it."
+
     eps = None
-    def noise(self, like, generator): return super().noise(like, generator) if self.eps is None else self.eps
+
+    def noise(self, like, generator):
+        return super().noise(like, generator) if self.eps is None else self.eps
 
 
 INSIDE = {
     "affine": lambda dim, length, context_dim: Affine(dim, length, context_dim),
     "planar": lambda dim, length, context_dim: Planar(dim, length, context_dim),
-    "chain": lambda dim, length, context_dim: Chain(Affine(dim, context_dim=context_dim), AffineCoupling(dim, length, context_dim, hidden=(6,))),
+    "chain": lambda dim, length, context_dim: Chain(
+        Affine(dim, context_dim=context_dim), AffineCoupling(dim, length, context_dim, hidden=(6,))
+    ),
     "spline": lambda dim, length, context_dim: SplineAutoregressive(dim, length, context_dim, hidden=(8,)),
 }
 
 
 # The contract around other transforms than that of the table's rows, which is a planar one.
 
+
 def around(cls, inside, form, then=lambda layer: layer):
-    return Case("indexed", lambda dim, length, context_dim: then(cls(INSIDE[inside](dim, length, context_dim), index_dim=2, hidden=(6,), form=form, context_dim=context_dim)))
+    return Case(
+        "indexed",
+        lambda dim, length, context_dim: then(
+            cls(
+                INSIDE[inside](dim, length, context_dim),
+                index_dim=2,
+                hidden=(6,),
+                form=form,
+                context_dim=context_dim,
+            )
+        ),
+    )
 
 
-@pytest.mark.parametrize("inside, form, names", [
-    ("affine", "after", ("inverse", "log_det")), ("affine", "before", ("inverse", "rows", "runs")), ("chain", "before", ("inverse", "axes", "slopes")), ("spline", "after", ("inverse", "runs"))])
-def test_given_u_it_is_a_bijection_of_the_contract(inside, form, names): walk(around(ContinuouslyIndexed, inside, form, lambda layer: layer.given(torch.randn(2))), names)
+@pytest.mark.parametrize(
+    "inside, form, names",
+    [
+        ("affine", "after", ("inverse", "log_det")),
+        ("affine", "before", ("inverse", "rows", "runs")),
+        ("chain", "before", ("inverse", "axes", "slopes")),
+        ("spline", "after", ("inverse", "runs")),
+    ],
+)
+def test_given_u_it_is_a_bijection_of_the_contract(inside, form, names):
+    walk(around(ContinuouslyIndexed, inside, form, lambda layer: layer.given(torch.randn(2))), names)
 
 
-@pytest.mark.parametrize("inside, form, names", [
-    ("affine", "before", ("axes", "rows", "runs", "slopes", "parameter_slopes", "reaches", "saved")), ("chain", "after", ("rows", "runs", "reaches")), ("spline", "before", ("rows", "reaches"))])
-def test_with_frozen_noise_most_of_the_contract_holds(inside, form, names): walk(around(Frozen, inside, form), names)
+@pytest.mark.parametrize(
+    "inside, form, names",
+    [
+        ("affine", "before", ("axes", "rows", "runs", "slopes", "parameter_slopes", "reaches", "saved")),
+        ("chain", "after", ("rows", "runs", "reaches")),
+        ("spline", "before", ("rows", "reaches")),
+    ],
+)
+def test_with_frozen_noise_most_of_the_contract_holds(inside, form, names):
+    walk(around(Frozen, inside, form), names)
 
 
 # Integrals.
 
-def base_log_prob(w): return -.5 * ((w * w).sum(-1) + w.shape[-1] * math.log(2 * math.pi))
+
+def base_log_prob(w):
+    return -0.5 * ((w * w).sum(-1) + w.shape[-1] * math.log(2 * math.pi))
 
 
-def midpoints(half, n): return half * (2 * (torch.arange(n, dtype=torch.float64) + .5) / n - 1), 2 * half / n
+def midpoints(half, n):
+    return half * (2 * (torch.arange(n, dtype=torch.float64) + 0.5) / n - 1), 2 * half / n
 
 
 def masses(layer, dim, n, half, context=None):
@@ -69,7 +105,7 @@ def masses(layer, dim, n, half, context=None):
         joint = (base_log_prob(w) + log_det + log_normal_at(last, *layer.index(w))).exp().sum() * cell
         layer.eps = last
         z, bracket = layer.forward(point, context)
-        log_q, log_f = base_log_prob(point) - bracket, base_log_prob((z - .3) / 1.1) - dim * math.log(1.1)
+        log_q, log_f = base_log_prob(point) - bracket, base_log_prob((z - 0.3) / 1.1) - dim * math.log(1.1)
         forward = (base_log_prob(point) + base_log_prob(last) + log_f - log_q).exp().sum() * cell
         w, minus = layer.inverse(point, context)
         inverse = (base_log_prob(last) + base_log_prob(w) + minus).exp().sum() * cell
@@ -78,31 +114,52 @@ def masses(layer, dim, n, half, context=None):
 
 def drawn_layer(make, inside, form, dim, context_dim, **options):
     "A layer in float64 whose networks matter: the last layer of each is as large as the others."
-    layer = make(INSIDE[inside](dim, 1, context_dim), hidden=(6,), form=form, context_dim=context_dim, **options).double().eval()
+    layer = (
+        make(INSIDE[inside](dim, 1, context_dim), hidden=(6,), form=form, context_dim=context_dim, **options)
+        .double()
+        .eval()
+    )
     with torch.no_grad():
-        for name, parameter in layer.source.named_parameters(): parameter.mul_(3. if name.endswith("_1") else 1.)
+        for name, parameter in layer.source.named_parameters():
+            parameter.mul_(3.0 if name.endswith("_1") else 1.0)
     return layer
 
 
 @both_forms
 @both_sources
-@pytest.mark.parametrize("inside, dim, n, half", [("affine", 1, 400, 15.), ("planar", 1, 250, 12.), ("chain", 1, 400, 15.), ("spline", 1, 250, 9.), ("affine", 2, 64, 11.), ("chain", 2, 72, 13.)])
+@pytest.mark.parametrize(
+    "inside, dim, n, half",
+    [
+        ("affine", 1, 400, 15.0),
+        ("planar", 1, 250, 12.0),
+        ("chain", 1, 400, 15.0),
+        ("spline", 1, 250, 9.0),
+        ("affine", 2, 64, 11.0),
+        ("chain", 2, 72, 13.0),
+    ],
+)
 def test_what_must_integrate_to_one_does(inside, dim, n, half, form, context_dim):
-    layer, context = drawn_layer(Frozen, inside, form, dim, context_dim), None if context_dim is None else .2 * torch.randn(1, context_dim, dtype=torch.float64)
+    layer, context = (
+        drawn_layer(Frozen, inside, form, dim, context_dim),
+        None if context_dim is None else 0.2 * torch.randn(1, context_dim, dtype=torch.float64),
+    )
     found = masses(layer, dim, n, half, context)
     assert all(abs(mass - 1) < 1e-3 for mass in found.values()), found
 
 
 def test_so_it_does_around_a_spline_on_the_plane():
     "Once: its slopes have kinks, which a coarse grid sees."
-    found = masses(drawn_layer(Frozen, "spline", "before", 2, None), 2, 64, 7.)
+    found = masses(drawn_layer(Frozen, "spline", "before", 2, None), 2, 64, 7.0)
     assert all(abs(mass - 1) < 1e-3 for mass in found.values()), found
 
 
 def test_the_context_reaches_r_and_the_inside():
     "And nothing else: with an inside that takes none, z is the same whatever the context, its log-weight is not."
     w, contexts = torch.randn(50, 2, dtype=torch.float64), torch.randn(2, 50, C, dtype=torch.float64)
-    plain, conditional = Frozen(Affine(2), context_dim=C).double(), drawn_layer(Frozen, "chain", "after", 2, C)
+    plain, conditional = (
+        Frozen(Affine(2), context_dim=C).double(),
+        drawn_layer(Frozen, "chain", "after", 2, C),
+    )
     (z, weight), (again, other) = (plain.forward(w, c) for c in contexts)
     assert torch.equal(z, again) and not torch.allclose(weight, other)
     assert not torch.allclose(conditional.forward(w, contexts[0])[0], conditional.forward(w, contexts[1])[0])
@@ -111,27 +168,44 @@ def test_the_context_reaches_r_and_the_inside():
 
 # Known answers.
 
-def tight(form, mean, cov, index_noise=.5):
+
+def tight(form, mean, cov, index_noise=0.5):
     """A linear layer on `w ~ N(mean, cov)` with the exact `r`, and the mean and covariance of its output.
 
     With u = a.w + noise, and z = A w + b u + m, the pair (z, u) is Gaussian."""
     D = len(mean)
-    a, s, t, shift, log_scale = torch.randn(D), .3 * torch.randn(D), torch.randn(D), torch.randn(D), .3 * torch.randn(D)
+    a, s, t, shift, log_scale = (
+        torch.randn(D),
+        0.3 * torch.randn(D),
+        torch.randn(D),
+        torch.randn(D),
+        0.3 * torch.randn(D),
+    )
     layer = ContinuouslyIndexed(Affine(D), hidden=(), form=form).double()
     a, s, t, shift, log_scale = (v.double() for v in (a, s, t, shift, log_scale))
     A = torch.diag((s + log_scale).exp())
     b, m = (t, s.exp() * shift) if form == "after" else (A @ t, shift)
     out_mean = A @ mean + b * (a @ mean) + m
-    cov_wu, var_u = cov @ a, a @ cov @ a + index_noise ** 2
-    out_cov = A @ cov @ A.T + torch.outer(A @ cov_wu, b) + torch.outer(b, A @ cov_wu) + var_u * torch.outer(b, b)
+    cov_wu, var_u = cov @ a, a @ cov @ a + index_noise**2
+    out_cov = (
+        A @ cov @ A.T + torch.outer(A @ cov_wu, b) + torch.outer(b, A @ cov_wu) + var_u * torch.outer(b, b)
+    )
     gain = torch.linalg.solve(out_cov, A @ cov_wu + b * var_u)
     left = var_u - gain @ (A @ cov_wu + b * var_u)
     zero = torch.zeros(D, dtype=torch.float64)
-    values = {"q_weight_0": torch.stack([a, zero], -1), "q_bias_0": torch.tensor([0., math.log(index_noise)], dtype=torch.float64), "ts_weight_0": torch.cat([t, zero])[None],
-              "ts_bias_0": torch.cat([zero, s]), "r_weight_0": torch.stack([gain, zero], -1), "r_bias_0": torch.stack([a @ mean - gain @ out_mean, .5 * left.log()])}
+    values = {
+        "q_weight_0": torch.stack([a, zero], -1),
+        "q_bias_0": torch.tensor([0.0, math.log(index_noise)], dtype=torch.float64),
+        "ts_weight_0": torch.cat([t, zero])[None],
+        "ts_bias_0": torch.cat([zero, s]),
+        "r_weight_0": torch.stack([gain, zero], -1),
+        "r_bias_0": torch.stack([a @ mean - gain @ out_mean, 0.5 * left.log()]),
+    }
     with torch.no_grad():
-        for name, value in values.items(): getattr(layer.source, name).copy_(value[None])
-        layer.transform.source.shift.copy_(shift[None]); layer.transform.source.log_scale.copy_(log_scale[None])
+        for name, value in values.items():
+            getattr(layer.source, name).copy_(value[None])
+        layer.transform.source.shift.copy_(shift[None])
+        layer.transform.source.log_scale.copy_(log_scale[None])
     return layer, out_mean, out_cov
 
 
@@ -146,28 +220,34 @@ def test_the_exact_auxiliary_gives_log_q_draw_by_draw(form, length, dim):
         layers.append(layer)
     q, exact = Flow(Chain(*layers)).double(), torch.distributions.MultivariateNormal(mean, cov)
     z, log_q = q.rsample_and_log_prob((1000,))
-    assert torch.allclose(log_q, exact.log_prob(z), rtol=0, atol=1e-8) and torch.allclose(q.log_prob(z), exact.log_prob(z), rtol=0, atol=1e-8)
-    bound = elbo(lambda z: exact.log_prob(z) + 2., q(), samples=500)
+    assert torch.allclose(log_q, exact.log_prob(z), rtol=0, atol=1e-8) and torch.allclose(
+        q.log_prob(z), exact.log_prob(z), rtol=0, atol=1e-8
+    )
+    bound = elbo(lambda z: exact.log_prob(z) + 2.0, q(), samples=500)
     assert abs(bound.value - 2) < 1e-8 and bound.std_error < 1e-9
     draws = q.sample((40_000,))
-    assert ((draws.mean(0) - mean).abs() < 5 * cov.diagonal().sqrt() / 200).all() and torch.allclose(torch.cov(draws.T), cov, atol=.1 * cov.diagonal().max().item())
+    assert ((draws.mean(0) - mean).abs() < 5 * cov.diagonal().sqrt() / 200).all() and torch.allclose(
+        torch.cov(draws.T), cov, atol=0.1 * cov.diagonal().max().item()
+    )
 
 
 @both_forms
 def test_the_density_of_a_point_is_bounded_in_the_mean_and_reached_in_the_limit(form):
     layer = drawn_layer(ContinuouslyIndexed, "planar", form, 1, None)
-    q, z = Flow(layer).double(), torch.tensor([-1.5, -.3, .4, 1.7], dtype=torch.float64)[:, None]
-    axis, step = midpoints(12., 3000)
+    q, z = Flow(layer).double(), torch.tensor([-1.5, -0.3, 0.4, 1.7], dtype=torch.float64)[:, None]
+    axis, step = midpoints(12.0, 3000)
     with torch.no_grad():
         u = axis[:, None, None].expand(-1, 4, 1)
         w, log_det = layer.given(u).inverse(z.expand(3000, 4, 1))
         exact = (base_log_prob(w) + log_det + log_normal_at(u, *layer.index(w))).logsumexp(0) + math.log(step)
         draws = q.log_prob(z.expand(40_000, 4, 1))
     short, weight = exact - draws.mean(0), (draws - exact).exp()
-    assert (short > -4 * draws.std(0) / 200).all() and (short > .003).any()
-    assert ((weight.mean(0) - 1).abs() < 5 * weight.std(0) / 200 + 1e-3).all()                               # unbiased for the density itself
+    assert (short > -4 * draws.std(0) / 200).all() and (short > 0.003).any()
+    assert (
+        (weight.mean(0) - 1).abs() < 5 * weight.std(0) / 200 + 1e-3
+    ).all()  # unbiased for the density itself
     blocks = draws.unflatten(0, (-1, 1000)).logsumexp(1) - math.log(1000)
-    assert ((exact - blocks.mean(0)).abs() < .02).all()
+    assert ((exact - blocks.mean(0)).abs() < 0.02).all()
 
 
 @scales
@@ -176,25 +256,40 @@ def test_against_extended_precision(form, scale):
     "The whole bracket for given noise, from the formulas of the paper with 50 digits. Log-scales stay within +-5, as without a bound `exp` leaves the range of doubles."
     mp = mpmath.mp
     for _ in range(10):
-        layer = moved(Frozen(Affine(2), hidden=(3,), form=form, max_log_scale=5.), scale, jitter=3.)
+        layer = moved(Frozen(Affine(2), hidden=(3,), form=form, max_log_scale=5.0), scale, jitter=3.0)
         layer.transform.source.log_scale.data.div_(scale)
         w = torch.randn(2, dtype=torch.float64)
         layer.eps = torch.randn(1, dtype=torch.float64)
         z, bracket = layer.forward(w)
         with mp.workdps(50):
+
             def net(prefix, x):
-                parts = {name: exact(getattr(layer.source, f"{prefix}{name}")[0]) for name in ("weight_0", "bias_0", "weight_1", "bias_1")}
-                h = [mp.tanh(sum(xi * row[j] for xi, row in zip(x, parts["weight_0"])) + b) for j, b in enumerate(parts["bias_0"])]
-                out = [sum(hi * row[j] for hi, row in zip(h, parts["weight_1"])) + b for j, b in enumerate(parts["bias_1"])]
-                return out[:len(out) // 2], [5 * mp.tanh(v / 5) for v in out[len(out) // 2:]]
-            log_density = lambda u, m, ls: -((u - m) / mp.exp(ls)) ** 2 / 2 - ls - mp.log(2 * mp.pi) / 2
+                parts = {
+                    name: exact(getattr(layer.source, f"{prefix}{name}")[0])
+                    for name in ("weight_0", "bias_0", "weight_1", "bias_1")
+                }
+                h = [
+                    mp.tanh(sum(xi * row[j] for xi, row in zip(x, parts["weight_0"])) + b)
+                    for j, b in enumerate(parts["bias_0"])
+                ]
+                out = [
+                    sum(hi * row[j] for hi, row in zip(h, parts["weight_1"])) + b
+                    for j, b in enumerate(parts["bias_1"])
+                ]
+                return out[: len(out) // 2], [5 * mp.tanh(v / 5) for v in out[len(out) // 2 :]]
+
+            log_density = lambda u, m, ls: -(((u - m) / mp.exp(ls)) ** 2) / 2 - ls - mp.log(2 * mp.pi) / 2
             (m_q,), (s_q,) = net("q_", exact(w))
             u = m_q + mp.exp(s_q) * exact(layer.eps)[0]
             t, s = net("ts_", [u])
-            shift, log_scale = (exact(getattr(layer.transform.source, name)[0]) for name in ("shift", "log_scale"))
+            shift, log_scale = (
+                exact(getattr(layer.transform.source, name)[0]) for name in ("shift", "log_scale")
+            )
             g = lambda x: [a + mp.exp(b) * c for a, b, c in zip(shift, log_scale, x)]
-            if form == "after": at = [mp.exp(si) * gi + ti for si, gi, ti in zip(s, g(exact(w)), t)]
-            else: at = g([mp.exp(si) * (wi + ti) for si, wi, ti in zip(s, exact(w), t)])
+            if form == "after":
+                at = [mp.exp(si) * gi + ti for si, gi, ti in zip(s, g(exact(w)), t)]
+            else:
+                at = g([mp.exp(si) * (wi + ti) for si, wi, ti in zip(s, exact(w), t)])
             (m_r,), (s_r,) = net("r_", at)
             expected = sum(s) + sum(log_scale) - log_density(u, m_q, s_q) + log_density(u, m_r, s_r)
             assert near(bracket, expected) and near(z, at)
@@ -202,60 +297,92 @@ def test_against_extended_precision(form, scale):
 
 @many_draws
 @dtypes
-@pytest.mark.parametrize("scale, bound", [(1., None), (1., 5.), (10., 5.), (100., 5.)])
+@pytest.mark.parametrize("scale, bound", [(1.0, None), (1.0, 5.0), (10.0, 5.0), (100.0, 5.0)])
 @both_forms
 def test_many_parameter_draws_stay_finite(draws, dtype, scale, bound, form):
     "As one batch, in both directions. Without a bound the last layers are small enough for log-scales within +-5."
-    layer = ContinuouslyIndexed(Affine(3, max_log_scale=5.), index_dim=2, form=form, max_log_scale=bound).to(dtype)
-    small = 1. if bound else .4
-    tensors = {name: (small if "_2" in name else 1.) * tensor for name, tensor in tensors_of(layer, draws, scale, dtype).items()}
+    layer = ContinuouslyIndexed(Affine(3, max_log_scale=5.0), index_dim=2, form=form, max_log_scale=bound).to(
+        dtype
+    )
+    small = 1.0 if bound else 0.4
+    tensors = {
+        name: (small if "_2" in name else 1.0) * tensor
+        for name, tensor in tensors_of(layer, draws, scale, dtype).items()
+    }
     for name in ("forward", "inverse"):
         value, weight = over_draws(layer, tensors, torch.randn(draws, 3, dtype=dtype), name)
         assert value.isfinite().all() and weight.isfinite().all(), name
-    given = {f"layer.{name}": tensor for name, tensor in tensors.items()} | {"u": torch.randn(draws, 2, dtype=dtype)}
-    log_det = over_draws(layer.given(torch.zeros(2, dtype=dtype)), given, torch.randn(draws, 3, dtype=dtype))[1]
-    assert (log_det.abs() <= 30.1).all()                                                                    # three log-scales of the index and three of the inside: no sign to change
+    given = {f"layer.{name}": tensor for name, tensor in tensors.items()} | {
+        "u": torch.randn(draws, 2, dtype=dtype)
+    }
+    log_det = over_draws(layer.given(torch.zeros(2, dtype=dtype)), given, torch.randn(draws, 3, dtype=dtype))[
+        1
+    ]
+    assert (
+        log_det.abs() <= 30.1
+    ).all()  # three log-scales of the index and three of the inside: no sign to change
 
 
 # Drawing.
 
+
 def test_a_generator_repeats_it():
     q = Flow(Chain(*(ContinuouslyIndexed(Planar(2, 2), index_dim=2) for _ in range(3))))
     seeded = lambda seed: torch.Generator().manual_seed(seed)
-    (z, log_q), (again, log_q_again), (other, _) = (q.rsample_and_log_prob((50,), seeded(seed)) for seed in (1, 1, 2))
+    (z, log_q), (again, log_q_again), (other, _) = (
+        q.rsample_and_log_prob((50,), seeded(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(z, again) and torch.equal(log_q, log_q_again) and not torch.equal(z, other)
-    assert torch.equal(q.log_prob(z, seeded(3)), q.log_prob(z, seeded(3))) and not torch.equal(q.log_prob(z, seeded(3)), q.log_prob(z, seeded(4)))
+    assert torch.equal(q.log_prob(z, seeded(3)), q.log_prob(z, seeded(3))) and not torch.equal(
+        q.log_prob(z, seeded(3)), q.log_prob(z, seeded(4))
+    )
     nested, state = ContinuouslyIndexed(ContinuouslyIndexed(Affine(2)), form="before"), torch.get_rng_state()
-    for call in (lambda: q.rsample_and_log_prob((5,), seeded(1)), lambda: nested.forward(z, None, seeded(1)), lambda: nested.inverse(z, None, seeded(1))): assert torch.equal(call()[0], call()[0])
-    assert torch.equal(torch.get_rng_state(), state)                                                        # and leaves the global one alone
+    for call in (
+        lambda: q.rsample_and_log_prob((5,), seeded(1)),
+        lambda: nested.forward(z, None, seeded(1)),
+        lambda: nested.inverse(z, None, seeded(1)),
+    ):
+        assert torch.equal(call()[0], call()[0])
+    assert torch.equal(torch.get_rng_state(), state)  # and leaves the global one alone
 
 
 def test_draws_follow_q_of_u():
     "With z = w + t(u) and t = u, the difference z - w is the index: its mean and standard deviation are those of q(u|w)."
     layer = ContinuouslyIndexed(Affine(1), hidden=()).double()
     with torch.no_grad():
-        layer.source.ts_weight_0.copy_(torch.tensor([[[1., 0.]]])); layer.source.ts_bias_0.zero_()
-        layer.source.q_weight_0.copy_(torch.tensor([[[.5, .4]]]))
-    for at in (-1., 2.):
+        layer.source.ts_weight_0.copy_(torch.tensor([[[1.0, 0.0]]]))
+        layer.source.ts_bias_0.zero_()
+        layer.source.q_weight_0.copy_(torch.tensor([[[0.5, 0.4]]]))
+    for at in (-1.0, 2.0):
         w = torch.full((40_000, 1), at, dtype=torch.float64)
         u = layer.forward(w)[0] - w
         mean, log_std = layer.index(w[:1])
-        assert abs(u.mean() - mean) < 5 * log_std.exp() / 200 and abs(u.std().log() - log_std) < 5 / math.sqrt(2 * 40_000)
+        assert abs(u.mean() - mean) < 5 * log_std.exp() / 200 and abs(
+            u.std().log() - log_std
+        ) < 5 / math.sqrt(2 * 40_000)
         z = layer.auxiliary(w[:1])
-        u = w - layer.inverse(w)[0]                                                                         # and in the other direction r(u|z)
-        assert abs(u.mean() - z[0]) < 5 * z[1].exp() / 200 and abs(u.std().log() - z[1]) < 5 / math.sqrt(2 * 40_000)
+        u = w - layer.inverse(w)[0]  # and in the other direction r(u|z)
+        assert abs(u.mean() - z[0]) < 5 * z[1].exp() / 200 and abs(u.std().log() - z[1]) < 5 / math.sqrt(
+            2 * 40_000
+        )
 
 
 def test_gradients_in_every_parameter_are_those_of_differences():
     "For given noise, in both directions: the draw is reparameterised."
-    layer, w, step = drawn_layer(Frozen, "planar", "after", 2, None), torch.randn(20, 2, dtype=torch.float64), 1e-6
+    layer, w, step = (
+        drawn_layer(Frozen, "planar", "after", 2, None),
+        torch.randn(20, 2, dtype=torch.float64),
+        1e-6,
+    )
     for name in ("forward", "inverse"):
         module = Direction(layer, name)
         parameters = dict(module.named_parameters())
-        def total(changed=None, by=0.):
+
+        def total(changed=None, by=0.0):
             moved = {key: p + by * directions[key] if key == changed else p for key, p in parameters.items()}
             z, weight = functional_call(module, moved, (w,))
             return z.sin().sum() + weight.sum()
+
         directions = {key: torch.randn_like(p) for key, p in parameters.items()}
         slopes = torch.autograd.grad(total(), list(parameters.values()))
         for (key, p), slope in zip(parameters.items(), slopes):
@@ -266,21 +393,37 @@ def test_gradients_in_every_parameter_are_those_of_differences():
 @pytest.mark.parametrize("name", ["forward", "inverse"])
 def test_runs_are_one_more_axis(name):
     "Stacked parameters under `vmap`: each run draws for itself, also from one generator for all of them, which repeats them all."
-    runs, w = [drawn_layer(ContinuouslyIndexed, "planar", "after", 2, None) for _ in range(3)], torch.randn(7, 2, dtype=torch.float64)
+    runs, w = (
+        [drawn_layer(ContinuouslyIndexed, "planar", "after", 2, None) for _ in range(3)],
+        torch.randn(7, 2, dtype=torch.float64),
+    )
+
     def draw(runs, generator=None):
-        def call(p, b): return functional_call(Direction(runs[0], name), (p, b), (w,), {"generator": generator})
+        def call(p, b):
+            return functional_call(Direction(runs[0], name), (p, b), (w,), {"generator": generator})
+
         return vmap(call, randomness="different")(*stack_module_state([Direction(run, name) for run in runs]))
+
     seeded = lambda: torch.Generator().manual_seed(0)
     z, weight = draw(runs)
-    assert z.shape == (3, 7, 2) and weight.shape == (3, 7) and z.isfinite().all() and not torch.equal(z, draw(runs)[0])
+    assert (
+        z.shape == (3, 7, 2)
+        and weight.shape == (3, 7)
+        and z.isfinite().all()
+        and not torch.equal(z, draw(runs)[0])
+    )
     (z, weight), (again, _) = draw(runs, seeded()), draw(runs, seeded())
-    assert torch.equal(z, again)                                                                             # (frozen rows compare with the loop, value by value)
-    for same in (draw(runs[:1] * 2), draw(runs[:1] * 2, seeded())): assert not torch.allclose(same[0][0], same[0][1])
+    assert torch.equal(z, again)  # (frozen rows compare with the loop, value by value)
+    for same in (draw(runs[:1] * 2), draw(runs[:1] * 2, seeded())):
+        assert not torch.allclose(same[0][0], same[0][1])
 
 
 @both_sources
 def test_traces_to_one_graph_while_drawing(context_dim):
-    layer, context = drawn_layer(ContinuouslyIndexed, "affine", "after", 2, context_dim), None if context_dim is None else torch.randn(7, C, dtype=torch.float64)
+    layer, context = (
+        drawn_layer(ContinuouslyIndexed, "affine", "after", 2, context_dim),
+        None if context_dim is None else torch.randn(7, C, dtype=torch.float64),
+    )
     w = torch.randn(7, 2, dtype=torch.float64)
     for call in (layer.forward, layer.inverse):
         torch._dynamo.reset()
@@ -288,39 +431,66 @@ def test_traces_to_one_graph_while_drawing(context_dim):
         assert z.shape == (7, 2) and weight.shape == (7,) and z.isfinite().all()
 
 
-@pytest.mark.parametrize("parameters, values", [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.float32)])
+@pytest.mark.parametrize(
+    "parameters, values",
+    [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.float32)],
+)
 def test_precision_is_the_wider_one(parameters, values):
     layer = Frozen(Affine(2, context_dim=C), index_dim=3).to(parameters)
     w, context = torch.randn(5, 2, dtype=values), torch.randn(5, C)
-    for found in (layer.forward(w, context), layer.inverse(w, context), layer.given(torch.randn(3)).forward(w, context)):
+    for found in (
+        layer.forward(w, context),
+        layer.inverse(w, context),
+        layer.given(torch.randn(3)).forward(w, context),
+    ):
         assert all(part.dtype == torch.promote_types(parameters, values) for part in found)
     if values == torch.float64:
         wide = Frozen(Affine(2, context_dim=C), index_dim=3).double()
         wide.load_state_dict(layer.state_dict())
-        for found, expected in zip(layer.forward(w, context), wide.forward(w, context)): assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+        for found, expected in zip(layer.forward(w, context), wide.forward(w, context)):
+            assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 
 
 # The rest of the library uses them unchanged.
 
+
 def test_bound_on_a_gaussian_target():
     torch.manual_seed(3)
     q = Flow(Chain(*(ContinuouslyIndexed(Planar(2, 2), form=form) for form in FORMS))).double()
-    bound = elbo(lambda z: -.5 * (z * z).sum(-1), q(), samples=4000)
-    assert bound.value <= math.log(2 * math.pi) + 3 * bound.std_error and bound.value < math.log(2 * math.pi) - .01
+    bound = elbo(lambda z: -0.5 * (z * z).sum(-1), q(), samples=4000)
+    assert (
+        bound.value <= math.log(2 * math.pi) + 3 * bound.std_error
+        and bound.value < math.log(2 * math.pi) - 0.01
+    )
 
 
 def test_amortised_posterior_through_the_evaluator():
     "z ~ N(0, I), x | z ~ N(z, I): the importance-weighted estimate over (z, u) rises to log p(x), the bound stays below."
-    unit = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.)
-    log_joint = lambda x, z: {"log_prior": unit.log_prob(z).sum(-1), "log_likelihood": torch.distributions.Normal(z, 1.).log_prob(x).sum(-1)}
+    unit = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    log_joint = lambda x, z: {
+        "log_prior": unit.log_prob(z).sum(-1),
+        "log_likelihood": torch.distributions.Normal(z, 1.0).log_prob(x).sum(-1),
+    }
     affine = Affine(2, context_dim=2)
     with torch.no_grad():
-        affine.source.linear.weight.zero_(); affine.source.linear.weight[:2].copy_(.5 / affine.head_scale * torch.eye(2)); affine.source.linear.bias[2:].fill_(-.2 / affine.head_scale)
-    q = Flow(Chain(affine, ContinuouslyIndexed(Affine(2), context_dim=2), ContinuouslyIndexed(Planar(2, context_dim=2)))).double()
+        affine.source.linear.weight.zero_()
+        affine.source.linear.weight[:2].copy_(0.5 / affine.head_scale * torch.eye(2))
+        affine.source.linear.bias[2:].fill_(-0.2 / affine.head_scale)
+    q = Flow(
+        Chain(
+            affine,
+            ContinuouslyIndexed(Affine(2), context_dim=2),
+            ContinuouslyIndexed(Planar(2, context_dim=2)),
+        )
+    ).double()
     x = torch.randn(20, 2, dtype=torch.float64)
     truth = torch.distributions.Normal(torch.zeros_like(x), math.sqrt(2)).log_prob(x).sum(-1)
     few, many = (log_marginal(log_joint, q, x, samples=samples) for samples in (20, 5000))
-    assert (truth - many.log_p).abs().mean() < .05 and (truth - many.elbo > 0).all() and (truth - few.log_p).mean() > (truth - many.log_p).mean()
+    assert (
+        (truth - many.log_p).abs().mean() < 0.05
+        and (truth - many.elbo > 0).all()
+        and (truth - few.log_p).mean() > (truth - many.log_p).mean()
+    )
     q(x).rsample_and_log_prob((3,))[1].sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in q.parameters())
 
@@ -328,61 +498,111 @@ def test_amortised_posterior_through_the_evaluator():
 def test_annealed_objective_traces():
     q = Flow(Chain(ContinuouslyIndexed(Affine(2)), ContinuouslyIndexed(Affine(2))))
     torch._dynamo.reset()
-    loss = torch.compile(lambda beta: free_energy(lambda z: -.5 * (z * z).sum(-1), q(), samples=5, beta=beta).value, fullgraph=True, backend="eager")
-    assert loss(torch.tensor(.5)).isfinite()
+    loss = torch.compile(
+        lambda beta: free_energy(lambda z: -0.5 * (z * z).sum(-1), q(), samples=5, beta=beta).value,
+        fullgraph=True,
+        backend="eager",
+    )
+    assert loss(torch.tensor(0.5)).isfinite()
 
 
 def test_fit_closes_most_of_the_gap():
     "Two modes, and an inside that is affine: without an index the gap is at least ln 2 = 0.69."
-    modes = lambda z: torch.logsumexp(-.5 * ((z - torch.tensor([-1.5, 1.5])) / .3) ** 2, -1) - math.log(2 * .3) - .5 * math.log(2 * math.pi)
+    modes = lambda z: (
+        torch.logsumexp(-0.5 * ((z - torch.tensor([-1.5, 1.5])) / 0.3) ** 2, -1)
+        - math.log(2 * 0.3)
+        - 0.5 * math.log(2 * math.pi)
+    )
     torch.manual_seed(0)
     q = Flow(Chain(ContinuouslyIndexed(Affine(1)), ContinuouslyIndexed(Affine(1))))
     before = elbo(modes, q(), samples=2000)
-    result = fit(q, log_density=modes, steps=600, learning_rate=1e-2, draws=100, restarts=3)         # a start alone may end in one mode
-    assert before.value < -.7 and -.5 < result.elbo.value <= 3 * result.elbo.std_error, (before, result.elbo)
+    result = fit(
+        q, log_density=modes, steps=600, learning_rate=1e-2, draws=100, restarts=3
+    )  # a start alone may end in one mode
+    assert before.value < -0.7 and -0.5 < result.elbo.value <= 3 * result.elbo.std_error, (
+        before,
+        result.elbo,
+    )
 
 
 def test_fit_to_samples_uses_the_bound():
     torch.manual_seed(0)
-    x = torch.cat([torch.randn(500, 1) * .3 - 1, torch.randn(500, 1) * .3 + 1])
+    x = torch.cat([torch.randn(500, 1) * 0.3 - 1, torch.randn(500, 1) * 0.3 + 1])
     q = Flow(ContinuouslyIndexed(Affine(1)))
     before = q.log_prob(x).mean().item()
     result = fit(q, samples=x, steps=300, learning_rate=1e-2, draws=100)
-    assert result.log_likelihood.value > before + .1
+    assert result.log_likelihood.value > before + 0.1
 
 
 # What it says of itself.
 
+
 def test_options_show():
-    layer = ContinuouslyIndexed(Planar(3, 2), index_dim=2, hidden=(7,), form="before", max_log_scale=3.)
-    assert all(word in repr(layer) for word in ("dim=3", "index_dim=2", "hidden=(7,)", "activation='tanh'", "form='before'", "max_log_scale=3.0", "Planar"))
-    assert (layer.forward_kind, layer.inverse_kind, layer.length, layer.dim) == ("closed form", "iterative", 1, 3)
-    assert layer.given(torch.zeros(2)).inverse_kind == "iterative" and len({repr(ContinuouslyIndexed(Affine(2), form=form)) for form in FORMS}) == 2
+    layer = ContinuouslyIndexed(Planar(3, 2), index_dim=2, hidden=(7,), form="before", max_log_scale=3.0)
+    assert all(
+        word in repr(layer)
+        for word in (
+            "dim=3",
+            "index_dim=2",
+            "hidden=(7,)",
+            "activation='tanh'",
+            "form='before'",
+            "max_log_scale=3.0",
+            "Planar",
+        )
+    )
+    assert (layer.forward_kind, layer.inverse_kind, layer.length, layer.dim) == (
+        "closed form",
+        "iterative",
+        1,
+        3,
+    )
+    assert (
+        layer.given(torch.zeros(2)).inverse_kind == "iterative"
+        and len({repr(ContinuouslyIndexed(Affine(2), form=form)) for form in FORMS}) == 2
+    )
 
 
-@pytest.mark.parametrize("error, words, call", [
-    (TypeError, ("transform", "Linear"), lambda: ContinuouslyIndexed(torch.nn.Linear(2, 2))),
-    (ValueError, ("form", "after, before"), lambda: ContinuouslyIndexed(Affine(2), form="icml")),
-    (ValueError, ("index_dim",), lambda: ContinuouslyIndexed(Affine(2), index_dim=0)),
-    (ValueError, ("hidden",), lambda: ContinuouslyIndexed(Affine(2), hidden=(10, 0))),
-    (ValueError, ("activation", "tanh"), lambda: ContinuouslyIndexed(Affine(2), activation="sin")),
-    (ValueError, ("max_log_scale", "above 0"), lambda: ContinuouslyIndexed(Affine(2), max_log_scale=-1)),
-    (ValueError, ("context_dim",), lambda: ContinuouslyIndexed(Affine(2), context_dim=0)),
-    (ValueError, ("context_dim=3", "context_dim=4"), lambda: ContinuouslyIndexed(Affine(2, context_dim=4), context_dim=3)),
-    (ValueError, ("u", "index_dim=2"), lambda: ContinuouslyIndexed(Affine(2), index_dim=2).given(torch.zeros(3))),
-    (ValueError, ("context",), lambda: ContinuouslyIndexed(Affine(2), context_dim=3).forward(torch.zeros(5, 2))),
-    (ValueError, ("dim=2",), lambda: ContinuouslyIndexed(Affine(2)).forward(torch.zeros(5, 3))),
-])
+@pytest.mark.parametrize(
+    "error, words, call",
+    [
+        (TypeError, ("transform", "Linear"), lambda: ContinuouslyIndexed(torch.nn.Linear(2, 2))),
+        (ValueError, ("form", "after, before"), lambda: ContinuouslyIndexed(Affine(2), form="icml")),
+        (ValueError, ("index_dim",), lambda: ContinuouslyIndexed(Affine(2), index_dim=0)),
+        (ValueError, ("hidden",), lambda: ContinuouslyIndexed(Affine(2), hidden=(10, 0))),
+        (ValueError, ("activation", "tanh"), lambda: ContinuouslyIndexed(Affine(2), activation="sin")),
+        (ValueError, ("max_log_scale", "above 0"), lambda: ContinuouslyIndexed(Affine(2), max_log_scale=-1)),
+        (ValueError, ("context_dim",), lambda: ContinuouslyIndexed(Affine(2), context_dim=0)),
+        (
+            ValueError,
+            ("context_dim=3", "context_dim=4"),
+            lambda: ContinuouslyIndexed(Affine(2, context_dim=4), context_dim=3),
+        ),
+        (
+            ValueError,
+            ("u", "index_dim=2"),
+            lambda: ContinuouslyIndexed(Affine(2), index_dim=2).given(torch.zeros(3)),
+        ),
+        (
+            ValueError,
+            ("context",),
+            lambda: ContinuouslyIndexed(Affine(2), context_dim=3).forward(torch.zeros(5, 2)),
+        ),
+        (ValueError, ("dim=2",), lambda: ContinuouslyIndexed(Affine(2)).forward(torch.zeros(5, 3))),
+    ],
+)
 def test_wrong_arguments_are_named(error, words, call):
-    with pytest.raises(error) as raised: call()
+    with pytest.raises(error) as raised:
+        call()
     assert all(word in str(raised.value) for word in words), raised.value
 
 
 # Planted bugs of which the kit knows nothing; those which it catches are in tests/test_planted_bugs.py.
 
+
 def check_integrals():
     for form in FORMS:
-        found = masses(drawn_layer(Frozen, "affine", form, 1, None), 1, 200, 12.)
+        found = masses(drawn_layer(Frozen, "affine", form, 1, None), 1, 200, 12.0)
         assert all(abs(mass - 1) < 1e-3 for mass in found.values()), found
 
 
@@ -392,10 +612,20 @@ BUGS = {
     "sign of log q": (FORWARD, "log_det - log_q", "log_det + log_q", check_integrals),
     "sign of log r, inverse": (INVERSE, "log_det - log_r", "log_det + log_r", check_integrals),
     "sign of log q, inverse": (INVERSE, "log_r + log_normal_at", "log_r - log_normal_at", check_integrals),
-    "u from q, weighed by r": (FORWARD, "- log_q", "- log_normal_at(u, *self.read(\"r_\", w, tensors))", check_integrals),
-    "r at w": (FORWARD, "self.read(\"r_\", z,", "self.read(\"r_\", w,", check_integrals),
+    "u from q, weighed by r": (
+        FORWARD,
+        "- log_q",
+        '- log_normal_at(u, *self.read("r_", w, tensors))',
+        check_integrals,
+    ),
+    "r at w": (FORWARD, 'self.read("r_", z,', 'self.read("r_", w,', check_integrals),
     "variance for deviation": ("log_normal_at", "(-log_std).exp()", "(-2 * log_std).exp()", check_integrals),
-    "r without the context": ("IndexNetworks.initial", "self.index_dim, self.context_dim)", "self.index_dim, None)", test_the_context_reaches_r_and_the_inside),
+    "r without the context": (
+        "IndexNetworks.initial",
+        "self.index_dim, self.context_dim)",
+        "self.index_dim, None)",
+        test_the_context_reaches_r_and_the_inside,
+    ),
 }
 
 

@@ -1,4 +1,5 @@
 """Coupling layers beyond the walked contract: masks, structure, extended precision, many draws."""
+
 import itertools
 import math
 
@@ -13,23 +14,41 @@ from normflow_vi.transforms.coupling import AdditiveCoupling, AffineCoupling, Co
 from normflow_vi.transforms.laws import Gate, ScaleShift, Shift
 
 EYE = {n: torch.eye(n, dtype=torch.float64) for n in range(1, 25)}
-MASKS = [("half", 2, None), ("half", 5, None), ("checkerboard", 6, None), ("checkerboard", 7, None), ("checkerboard", 12, (3, 4)), ("checkerboard", 18, (2, 3, 3)),
-         ("channel", 24, (4, 2, 3)), ("channel", 12, (3, 2, 2)), (torch.tensor([0, 1, 0, 0, 1]).bool(), 5, None), (torch.zeros(3).bool(), 3, None)]
+MASKS = [
+    ("half", 2, None),
+    ("half", 5, None),
+    ("checkerboard", 6, None),
+    ("checkerboard", 7, None),
+    ("checkerboard", 12, (3, 4)),
+    ("checkerboard", 18, (2, 3, 3)),
+    ("channel", 24, (4, 2, 3)),
+    ("channel", 12, (3, 2, 2)),
+    (torch.tensor([0, 1, 0, 0, 1]).bool(), 5, None),
+    (torch.zeros(3).bool(), 3, None),
+]
 each_mask = pytest.mark.parametrize("mask, dim, shape", MASKS, ids=str)
 
 
-def jacobian(transform, z): return jacrev(lambda z: transform.forward(z)[0])(z).detach()
+def jacobian(transform, z):
+    return jacrev(lambda z: transform.forward(z)[0])(z).detach()
 
 
 # Masks and orders
+
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (6,), (3, 4), (1, 3, 3), (4, 2, 3)])
 def test_masks_are_what_they_say(shape):
     entries, size = list(itertools.product(*map(range, shape))), math.prod(shape)
     assert conditioning("half", size, shape).tolist() == [i < size // 2 for i in range(size)]
-    assert conditioning("checkerboard", size, shape).tolist() == [sum(entry[-2:]) % 2 == 1 for entry in entries]
-    if len(shape) == 1 or shape[0] > 1: assert conditioning("channel", size, shape).tolist() == [entry[0] < shape[0] // 2 for entry in entries]
-    for name in ("half", "checkerboard"): assert conditioning(name, size, shape, length=2).sum() <= size // 2
+    assert conditioning("checkerboard", size, shape).tolist() == [
+        sum(entry[-2:]) % 2 == 1 for entry in entries
+    ]
+    if len(shape) == 1 or shape[0] > 1:
+        assert conditioning("channel", size, shape).tolist() == [
+            entry[0] < shape[0] // 2 for entry in entries
+        ]
+    for name in ("half", "checkerboard"):
+        assert conditioning(name, size, shape, length=2).sum() <= size // 2
 
 
 @each_mask
@@ -38,11 +57,14 @@ def test_layers_alternate(mask, dim, shape):
     order, back = transform.order, transform.back
     chosen = conditioning(mask, dim, shape)
     kept = int(chosen.sum())
-    assert torch.equal(order.gather(1, back), torch.arange(dim).expand(5, -1)) and torch.equal(back.gather(1, order), torch.arange(dim).expand(5, -1))
+    assert torch.equal(order.gather(1, back), torch.arange(dim).expand(5, -1)) and torch.equal(
+        back.gather(1, order), torch.arange(dim).expand(5, -1)
+    )
     for k in range(5):
         assert torch.equal(order[k], order[k % 2]) and torch.equal(order[k].flip(0), order[1 - k % 2])
     assert set(order[0, :kept].tolist()) == set(chosen.nonzero().flatten().tolist())
-    if 2 * kept == dim: assert set(order[1, :kept].tolist()) == set((~chosen).nonzero().flatten().tolist())
+    if 2 * kept == dim:
+        assert set(order[1, :kept].tolist()) == set((~chosen).nonzero().flatten().tolist())
 
 
 @each_mask
@@ -50,11 +72,14 @@ def test_layers_alternate(mask, dim, shape):
 def test_jacobian_has_exact_zeros_where_the_mask_says_so(mask, dim, shape, law):
     z, chosen = torch.randn(dim, dtype=torch.float64), conditioning(mask, dim, shape)
     matrix = jacobian(moved(Coupling(dim, law, mask=mask, shape=shape, hidden=(7,), activation="tanh")), z)
-    assert torch.equal(matrix[chosen], EYE[dim][chosen])                         # kept entries
+    assert torch.equal(matrix[chosen], EYE[dim][chosen])  # kept entries
     others = matrix[~chosen]
-    assert torch.equal(others[:, ~chosen], others[:, ~chosen].diagonal().diag())   # others entries do not see each other
-    assert (others[:, chosen] != 0).all()                                         # and all see all kept ones
-    if isinstance(law, Shift): assert (matrix.diagonal() == 1).all()
+    assert torch.equal(
+        others[:, ~chosen], others[:, ~chosen].diagonal().diag()
+    )  # others entries do not see each other
+    assert (others[:, chosen] != 0).all()  # and all see all kept ones
+    if isinstance(law, Shift):
+        assert (matrix.diagonal() == 1).all()
 
 
 @each_mask
@@ -64,9 +89,10 @@ def test_second_layer_keeps_the_other_end(mask, dim, shape):
     matrix, kept = jacobian(transform, torch.randn(dim, dtype=torch.float64)), transform.kept
     conditions = set(transform.order[:, :kept].flatten().tolist())
     for i in range(dim):
-        others = torch.cat([matrix[:i, i], matrix[i + 1:, i]])
+        others = torch.cat([matrix[:i, i], matrix[i + 1 :, i]])
         assert (others != 0).any() if i in conditions else (others == 0).all()
-    if kept: assert len(conditions) == 2 * kept and (matrix.diagonal() != 1).any()
+    if kept:
+        assert len(conditions) == 2 * kept and (matrix.diagonal() != 1).any()
 
 
 @pytest.mark.parametrize("hidden", [(), (3,), (4, 6)])
@@ -76,15 +102,19 @@ def test_no_weight_is_dead(hidden):
     widths = [2, *hidden, 6]
     expected = sum((m + 1) * n for m, n in zip(widths, widths[1:])) + sum(C * n for n in hidden or (6,))
     assert sum(p.numel() for p in transform.parameters()) == 3 * expected
-    y, log_det = transform.forward(torch.randn(50, 5, dtype=torch.float64), torch.randn(50, C, dtype=torch.float64))
+    y, log_det = transform.forward(
+        torch.randn(50, 5, dtype=torch.float64), torch.randn(50, C, dtype=torch.float64)
+    )
     (y.square().sum() + log_det.sum()).backward()
     assert all((p.grad != 0).all() for p in transform.parameters())
 
 
 def test_what_is_refused():
     def message(*words, **options):
-        with pytest.raises(ValueError) as raised: AffineCoupling(**options)
+        with pytest.raises(ValueError) as raised:
+            AffineCoupling(**options)
         assert all(word in str(raised.value) for word in words), raised.value
+
     message("mask", "half, checkerboard, channel", dim=4, mask="halves")
     message("shape=(2, 3)", "dim=4", dim=4, shape=(2, 3))
     message("shape=0", dim=4, shape=(0, 3))
@@ -97,18 +127,19 @@ def test_what_is_refused():
     message("max_log_scale", dim=4, max_log_scale=0)
     message("hidden", dim=4, hidden=8)
     message("activation", "tanh", dim=4, activation="sine")
-    AffineCoupling(4, mask=torch.tensor([1, 1, 1, 0]).bool())                    # a single layer may
+    AffineCoupling(4, mask=torch.tensor([1, 1, 1, 0]).bool())  # a single layer may
 
 
 # Values
 
+
 def test_laws_start_where_they_say():
     bias = Coupling(6, Gate(), 2, hidden=(32,)).source.bias_1.view(2, 3, 2)
-    assert (bias[..., 1] - 1.5).abs().max() < .1 > bias[..., 0].abs().max() and bias[..., 0].any()
+    assert (bias[..., 1] - 1.5).abs().max() < 0.1 > bias[..., 0].abs().max() and bias[..., 0].any()
 
 
 def test_additive_coupling_preserves_volume():
-    transform, z = moved(AdditiveCoupling(5, 4), 10.), torch.randn(20, 5, dtype=torch.float64)
+    transform, z = moved(AdditiveCoupling(5, 4), 10.0), torch.randn(20, 5, dtype=torch.float64)
     assert transform.forward(z)[1].count_nonzero() == 0 == transform.inverse(z)[1].count_nonzero()
 
 
@@ -116,42 +147,62 @@ def test_additive_coupling_preserves_volume():
 def test_conditioned_on_what_is_kept_and_on_the_context(dim, context_dim):
     "Values may lack the batch axis that a context has."
     transform = moved(AffineCoupling(dim, 3, context_dim, hidden=(8,)))
-    z, context = torch.randn(dim, dtype=torch.float64), None if context_dim is None else torch.randn(6, C, dtype=torch.float64)
+    z, context = (
+        torch.randn(dim, dtype=torch.float64),
+        None if context_dim is None else torch.randn(6, C, dtype=torch.float64),
+    )
     y, log_det = transform.forward(z, context)
     assert y.shape == ((dim,) if context_dim is None else (6, dim)) and log_det.shape == y.shape[:-1]
     if context_dim is not None:
-        assert torch.allclose(y, transform.forward(z.expand(6, -1), context)[0]) and len(set(log_det.tolist())) == 6
-        assert torch.allclose(transform.inverse(z, context)[0], transform.inverse(z.expand(6, -1), context)[0])
+        assert (
+            torch.allclose(y, transform.forward(z.expand(6, -1), context)[0])
+            and len(set(log_det.tolist())) == 6
+        )
+        assert torch.allclose(
+            transform.inverse(z, context)[0], transform.inverse(z.expand(6, -1), context)[0]
+        )
 
 
 def in_extended_precision(transform, z, context):
     "Value and log-det of one affine coupling layer with 50 digits, from the weights and the formulas."
     with mpmath.workdps(50):
-        def read(name, i): return mpmath.matrix(exact(getattr(transform.source, f"{name}_{i}")[0]))
+
+        def read(name, i):
+            return mpmath.matrix(exact(getattr(transform.source, f"{name}_{i}")[0]))
+
         order, kept, last = transform.order[0].tolist(), transform.kept, len(transform.hidden)
         z = exact(z[order])
         act = {"relu": lambda v: max(v, mpmath.mpf(0)), "tanh": mpmath.tanh}[transform.activation]
         h = mpmath.matrix(z[:kept])
         for i in range(last + 1):
             h = (h if i == 0 else h.apply(act)).T * read("weight", i) + read("bias", i).T
-            if i < last: h += mpmath.matrix(exact(context)).T * read("context", i)
+            if i < last:
+                h += mpmath.matrix(exact(context)).T * read("context", i)
             h = h.T
         limit = transform.law.max_log_scale
-        scales = [s if limit is None else limit * mpmath.tanh(s / limit) for s in (h[i] for i in range(1, len(h), 2))]
+        scales = [
+            s if limit is None else limit * mpmath.tanh(s / limit)
+            for s in (h[i] for i in range(1, len(h), 2))
+        ]
         values = z[:kept] + [h[2 * i] + mpmath.exp(s) * z[kept + i] for i, s in enumerate(scales)]
         return [values[order.index(i)] for i in range(len(order))], mpmath.fsum(scales)
 
 
 @scales
-@pytest.mark.parametrize("options", [{"activation": "relu"}, {"activation": "tanh"}, {"max_log_scale": 3.}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"activation": "relu"}, {"activation": "tanh"}, {"max_log_scale": 3.0}], ids=str
+)
 def test_against_extended_precision(scale, options):
     for draw in range(15):
-        transform = moved(AffineCoupling(5, 1, C, hidden=(6, 6), mask=("half", "checkerboard")[draw % 2], **options), scale)
+        transform = moved(
+            AffineCoupling(5, 1, C, hidden=(6, 6), mask=("half", "checkerboard")[draw % 2], **options), scale
+        )
         z, context = torch.randn(5, dtype=torch.float64) / scale, torch.randn(C, dtype=torch.float64) / scale
         y, log_det = transform.forward(z, context)
         values, expected = in_extended_precision(transform, z, context)
         assert near(log_det, expected)
-        if scale == 1 or "max_log_scale" in options: assert near(y, values)
+        if scale == 1 or "max_log_scale" in options:
+            assert near(y, values)
 
 
 @many_draws
@@ -159,14 +210,18 @@ def test_against_extended_precision(scale, options):
 @scales
 def test_many_draws(draws, dtype, scale):
     "Every draw is a stack of layers of its own: finite values, and a log-det within what `max_log_scale` allows; for free log-scales within +-5 as well."
-    bounded = AffineCoupling(5, 3, hidden=(8, 8), max_log_scale=5.).to(dtype)
+    bounded = AffineCoupling(5, 3, hidden=(8, 8), max_log_scale=5.0).to(dtype)
     free = AffineCoupling(5, 3, hidden=(8, 8), activation="tanh").to(dtype)
     z = torch.randn(draws, 5, dtype=dtype)
     drawn = tensors_of(bounded, draws, scale, dtype)
     for transform, parameters in ((bounded, drawn), (free, within_five(drawn))):
         y, log_det = over_draws(transform, parameters, z)
-        assert y.isfinite().all() and log_det.isfinite().all() and (log_det.abs() <= 3 * 3 * 5 * (1 + 1e-5)).all()
-        assert log_det.std() > 1                                                 # and the draws are spread over it
+        assert (
+            y.isfinite().all()
+            and log_det.isfinite().all()
+            and (log_det.abs() <= 3 * 3 * 5 * (1 + 1e-5)).all()
+        )
+        assert log_det.std() > 1  # and the draws are spread over it
 
 
 def within_five(drawn):
@@ -179,26 +234,44 @@ def within_five(drawn):
 
 def test_layers_that_never_alternate_are_caught(monkeypatch):
     "A correct bijection, so not a matter of the kit: the test of the order sees it."
-    caught(monkeypatch, lambda: test_layers_alternate("half", 5, None), "coupling.alternating", "order.flip(-1) if k % 2 else order", "order")
+    caught(
+        monkeypatch,
+        lambda: test_layers_alternate("half", 5, None),
+        "coupling.alternating",
+        "order.flip(-1) if k % 2 else order",
+        "order",
+    )
 
 
 @pytest.mark.parametrize("dim", [2, 5])
 @pytest.mark.parametrize("mix", ["perm", "ortho"])
 def test_a_mixed_stack_is_the_chain_of_mixes_and_couplings(mix, dim):
     from normflow_vi.transforms import Chain, Orthogonal, Permutation
+
     stack = AdditiveCoupling(dim, 4, mix=mix, hidden=(8,)).double()
     parts = []
     for k in range(4):
-        fixed, layer = {"perm": Permutation, "ortho": Orthogonal}[mix](dim).double(), AdditiveCoupling(dim, hidden=(8,)).double()
+        fixed, layer = (
+            {"perm": Permutation, "ortho": Orthogonal}[mix](dim).double(),
+            AdditiveCoupling(dim, hidden=(8,)).double(),
+        )
         with torch.no_grad():
-            if mix == "ortho": fixed.q.copy_(stack.matrix[k:k + 1])
-            else: fixed.order.copy_(stack.matrix[k:k + 1].argmax(-1))
-            for name, tensor in stack.source().items(): layer.source()[name].copy_(tensor[k:k + 1])
+            if mix == "ortho":
+                fixed.q.copy_(stack.matrix[k : k + 1])
+            else:
+                fixed.order.copy_(stack.matrix[k : k + 1].argmax(-1))
+            for name, tensor in stack.source().items():
+                layer.source()[name].copy_(tensor[k : k + 1])
         parts += [fixed, layer]
     z = torch.randn(50, dim, dtype=torch.float64)
     y, log_det = stack.forward(z)
-    assert torch.allclose(y, Chain(*parts).forward(z)[0]) and not log_det.any() and torch.allclose(stack.inverse(y)[0], z)
+    assert (
+        torch.allclose(y, Chain(*parts).forward(z)[0])
+        and not log_det.any()
+        and torch.allclose(stack.inverse(y)[0], z)
+    )
 
 
 def test_what_is_no_mix():
-    with pytest.raises(ValueError, match="mix='plu': allowed are perm, ortho or None"): AdditiveCoupling(2, mix="plu")
+    with pytest.raises(ValueError, match="mix='plu': allowed are perm, ortho or None"):
+        AdditiveCoupling(2, mix="plu")

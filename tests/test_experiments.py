@@ -1,4 +1,5 @@
 """Every experiment's notebook under papermill with the smoke profile; the same without data and network."""
+
 import json
 import os
 import shutil
@@ -18,8 +19,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     "The project's sources in a folder of their own, with no records, so that nothing here depends on or changes the real ones."
-    for name in ("nbs", "data", "site"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    shutil.copy(ROOT/"settings.ini", tmp_path/"settings.ini")
+    for name in ("nbs", "data", "site"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", tmp_path / "settings.ini")
     monkeypatch.setenv("NORMFLOW_VI_ROOT", str(tmp_path))
     return tmp_path
 
@@ -28,7 +30,10 @@ def text_of(notebook):
     "All that an executed notebook shows as text."
     cells = json.loads(notebook.read_text())["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    return "".join("".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/html", [])) for output in outputs)
+    return "".join(
+        "".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/html", []))
+        for output in outputs
+    )
 
 
 @pytest.mark.parametrize("name", [experiment.name for experiment in experiments.all()])
@@ -38,50 +43,87 @@ def test_notebook_with_the_smoke_profile(checkout, name):
     manifest = report.draw(experiment, "smoke")
     assert manifest.good, manifest.cause
     assert set(manifest.products) == set(experiment.products)
-    assert not (checkout/"figures").exists() and not (checkout/"results").exists(), "smoke publishes nothing"
+    assert not (checkout / "figures").exists() and not (checkout / "results").exists(), (
+        "smoke publishes nothing"
+    )
 
 
 @pytest.fixture
 def bare(checkout, monkeypatch):
     "Neither data nor a network."
-    shutil.rmtree(checkout/"data"); shutil.copytree(ROOT/"data", checkout/"data", ignore=lambda folder, names: [n for n in names if not n.endswith((".csv", ".md"))])
+    shutil.rmtree(checkout / "data")
+    shutil.copytree(
+        ROOT / "data",
+        checkout / "data",
+        ignore=lambda folder, names: [n for n in names if not n.endswith((".csv", ".md"))],
+    )
     monkeypatch.delenv("NORMFLOW_VI_DATA", raising=False)
     monkeypatch.setenv("NORMFLOW_VI_OFFLINE", "1")
     return checkout
 
 
 def test_without_data_the_digits_stand_in_and_nothing_of_theirs_passes_for_mnist(bare):
-    published = bare/"figures"/"table2.png"
-    published.parent.mkdir(); published.write_bytes(b"from MNIST")
-    settings = bare/"settings.ini"
-    settings.write_text(settings.read_text().replace("[vae_mnist.quick]", "[vae_mnist.once]").replace("[vae_mnist.smoke]", "[vae_mnist.quick]"))   # quick, at the price of smoke
+    published = bare / "figures" / "table2.png"
+    published.parent.mkdir()
+    published.write_bytes(b"from MNIST")
+    settings = bare / "settings.ini"
+    settings.write_text(
+        settings.read_text()
+        .replace("[vae_mnist.quick]", "[vae_mnist.once]")
+        .replace("[vae_mnist.smoke]", "[vae_mnist.quick]")
+    )  # quick, at the price of smoke
     experiment = experiments.get("vae_mnist")
     runs = experiment.plan("quick", "auto")
     assert {run.data for run in runs} == {"digits-static"}
     complete(runs, "cpu", progress=False)
     manifest = report.draw(experiment, "quick", "auto")
     assert manifest.good, manifest.cause
-    shown = text_of(place(experiment.notebook, "quick")/"notebook.ipynb")
-    assert "data: statically binarised 8x8 digits (MNIST not available)" in shown and "No row of the paper is measured" in shown
-    assert experiment.rows(Store([records_root("quick")])) == [], "digits are no measurement of a published number"
-    assert published.read_bytes() == b"from MNIST" and (bare/report.STAND_IN_FIGURES/"table2.png").exists()
+    shown = text_of(place(experiment.notebook, "quick") / "notebook.ipynb")
+    assert (
+        "data: statically binarised 8x8 digits (MNIST not available)" in shown
+        and "No row of the paper is measured" in shown
+    )
+    assert experiment.rows(Store([records_root("quick")])) == [], (
+        "digits are no measurement of a published number"
+    )
+    assert (
+        published.read_bytes() == b"from MNIST" and (bare / report.STAND_IN_FIGURES / "table2.png").exists()
+    )
     assert report.standing_in("quick") == [experiment.notebook]
 
 
 def test_asking_for_mnist_without_having_it_is_one_error(bare):
-    done = subprocess.run([sys.executable, "-m", "normflow_vi.cli", "reproduce", "--profile", "smoke", "--data", "mnist"], capture_output=True, text=True,
-                          env=os.environ, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "normflow_vi.cli", "reproduce", "--profile", "smoke", "--data", "mnist"],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        timeout=60,
+    )
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 1 and len(lines) == 1 and "MNIST was not found" in lines[0], done.stderr
-    assert not (bare/"runs"/"smoke").exists()
+    assert not (bare / "runs" / "smoke").exists()
 
 
 def test_committed_records_belong_to_current_plans():
     "A record that no plan asks for any more would feed figures that nobody can regenerate."
+
     def plans(experiment):
         "Also those of its further parameters, such as the published optimiser settings."
-        choices = [{}] + [{name: value} for name, allowed in experiment.parameters.items() for value in allowed]
-        return [run for profile in ("quick", "paper") for choice in choices for run in experiment.plan(profile, "mnist", **choice)]
+        choices = [{}] + [
+            {name: value} for name, allowed in experiment.parameters.items() for value in allowed
+        ]
+        return [
+            run
+            for profile in ("quick", "paper")
+            for choice in choices
+            for run in experiment.plan(profile, "mnist", **choice)
+        ]
+
     planned = {run.key for experiment in experiments.all() for run in plans(experiment)}
-    kept = [record.run for experiment in experiments.all() for record in Store([ROOT/"results"]).all(experiment.name)]
+    kept = [
+        record.run
+        for experiment in experiments.all()
+        for record in Store([ROOT / "results"]).all(experiment.name)
+    ]
     assert kept and not [run.slug for run in kept if run.key not in planned]

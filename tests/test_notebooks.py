@@ -1,4 +1,5 @@
 """The notebooks are the source: clean, of one kind each, in step with the package, and they run."""
+
 import json
 import os
 import re
@@ -10,16 +11,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted(path for path in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT/"nbs")))
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
 MAX_EXPORT_LINES = 25
 
 
-def cells(path): return json.loads(path.read_text())["cells"]
-def source(cell): return "".join(cell["source"])
-def tags(cell): return cell["metadata"].get("tags", [])
-def is_export(cell): return cell["cell_type"] == "code" and re.search(r"^#\|\s*export", source(cell), re.M)
-def is_experiment(path): return any("parameters" in tags(cell) for cell in cells(path))
+def cells(path):
+    return json.loads(path.read_text())["cells"]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def tags(cell):
+    return cell["metadata"].get("tags", [])
+
+
+def is_export(cell):
+    return cell["cell_type"] == "code" and re.search(r"^#\|\s*export", source(cell), re.M)
+
+
+def is_experiment(path):
+    return any("parameters" in tags(cell) for cell in cells(path))
+
 
 LIBRARY = [path for path in NOTEBOOKS if any(map(is_export, cells(path)))]
 
@@ -31,8 +46,11 @@ def test_is_clean(path):
     assert all(ids) and len(set(ids)) == len(ids), "every cell has an id of its own"
     for cell in book["cells"]:
         assert set(cell["metadata"]) <= {"tags"}, "cells carry no metadata but tags"
-        if cell["cell_type"] == "code": assert not cell["outputs"] and cell["execution_count"] is None, "no outputs in the source"
-    assert path.read_text() == json.dumps(book, sort_keys=True, indent=1, ensure_ascii=False) + "\n", "as nbdev writes it"
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"] and cell["execution_count"] is None, "no outputs in the source"
+    assert path.read_text() == json.dumps(book, sort_keys=True, indent=1, ensure_ascii=False) + "\n", (
+        "as nbdev writes it"
+    )
 
 
 @each
@@ -42,17 +60,24 @@ def test_is_of_one_kind(path):
     exports = [cell for cell in code if is_export(cell)]
     parameters = [cell for cell in code if "parameters" in tags(cell)]
     default_exp = [cell for cell in code if re.search(r"^#\|\s*default_exp", source(cell), re.M)]
-    if path.name == "index.ipynb": assert not exports and not parameters
-    elif parameters: assert len(parameters) == 1 and not exports and not default_exp
-    else: assert exports and len(default_exp) == 1
+    if path.name == "index.ipynb":
+        assert not exports and not parameters
+    elif parameters:
+        assert len(parameters) == 1 and not exports and not default_exp
+    else:
+        assert exports and len(default_exp) == 1
 
 
 @each
 def test_is_written_to_be_read(path):
     exports = [len(source(cell).splitlines()) for cell in cells(path) if is_export(cell)]
     assert max(exports, default=0) <= MAX_EXPORT_LINES, f"export cells of {exports} lines"
-    asserting = sum(bool(re.search(r"\bassert\b|expect_fail", source(cell))) for cell in cells(path) if cell["cell_type"] == "code")
-    assert asserting >= .5 * len(exports), f"{len(exports)} export cells, {asserting} cells that assert"
+    asserting = sum(
+        bool(re.search(r"\bassert\b|expect_fail", source(cell)))
+        for cell in cells(path)
+        if cell["cell_type"] == "code"
+    )
+    assert asserting >= 0.5 * len(exports), f"{len(exports)} export cells, {asserting} cells that assert"
     first = cells(path)[0]
     assert first["cell_type"] == "markdown" and source(first).startswith("# "), "begins with a title"
 
@@ -60,7 +85,7 @@ def test_is_written_to_be_read(path):
 DRAWS = r"torch\.(rand|randn|randperm|randint|bernoulli)\b|\b(Flow|Trainer|VAE|MLP|Planar)\("
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT/"nbs")))
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
 def test_draws_the_same_numbers_at_every_run(path):
     """Torch starts with a seed of its own in every process; a page that draws begins by setting it, so that what it asserts does not depend on luck."""
     shown = [source(cell) for cell in cells(path) if cell["cell_type"] == "code" and not is_export(cell)]
@@ -71,71 +96,105 @@ def test_draws_the_same_numbers_at_every_run(path):
 
 @each
 def test_names_no_machine(path):
-    assert not re.search(r"(?<![\w.])/(home|root|work|Users)/", path.read_text()), "a path of somebody's machine"
+    assert not re.search(r"(?<![\w.])/(home|root|work|Users)/", path.read_text()), (
+        "a path of somebody's machine"
+    )
 
 
 @each
 def test_a_cell_that_must_not_run_runs_nowhere(path):
     for cell in cells(path):
-        if re.search(r"^#\|\s*eval:\s*false", source(cell), re.M): assert "skip-execution" in tags(cell), "papermill would run it"
+        if re.search(r"^#\|\s*eval:\s*false", source(cell), re.M):
+            assert "skip-execution" in tags(cell), "papermill would run it"
 
 
 def export_into(folder):
     """The package as the committed notebooks export it."""
-    for name in ("nbs", "normflow_vi"): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("pyproject.toml", "settings.ini", "README.md"): shutil.copy(ROOT/name, folder/name)
-    environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}            # nbdev exports nothing where it is set
-    command = Path(sys.executable).parent/"nbdev-export"
+    for name in ("nbs", "normflow_vi"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
+    for name in ("pyproject.toml", "settings.ini", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    environment = {
+        key: value for key, value in os.environ.items() if key != "IN_TEST"
+    }  # nbdev exports nothing where it is set
+    command = Path(sys.executable).parent / "nbdev-export"
     subprocess.run([command], cwd=folder, env=environment, check=True, capture_output=True, timeout=120)
 
 
 def test_the_package_is_what_the_notebooks_export(tmp_path):
     export_into(tmp_path)
-    exported, committed = ({path.relative_to(root): path.read_text() for path in (root/"normflow_vi").rglob("*.py")} for root in (tmp_path, ROOT))
+    exported, committed = (
+        {path.relative_to(root): path.read_text() for path in (root / "normflow_vi").rglob("*.py")}
+        for root in (tmp_path, ROOT)
+    )
     assert exported.keys() == committed.keys()
-    assert not [str(name) for name in exported if exported[name] != committed[name]], "edit notebooks, then run nbdev-export"
+    assert not [str(name) for name in exported if exported[name] != committed[name]], (
+        "edit notebooks, then run nbdev-export"
+    )
 
 
 def test_an_edited_module_is_noticed(tmp_path, monkeypatch):
     """The check above can fail."""
-    shutil.copytree(ROOT/"nbs", tmp_path/"nbs"); shutil.copytree(ROOT/"normflow_vi", tmp_path/"normflow_vi")
-    for name in ("pyproject.toml", "settings.ini", "README.md"): shutil.copy(ROOT/name, tmp_path/name)
-    module = tmp_path/"normflow_vi"/"networks.py"
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
+    shutil.copytree(ROOT / "normflow_vi", tmp_path / "normflow_vi")
+    for name in ("pyproject.toml", "settings.ini", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    module = tmp_path / "normflow_vi" / "networks.py"
     module.write_text(module.read_text() + "\nx = 1\n")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    with pytest.raises(AssertionError): test_the_package_is_what_the_notebooks_export(tmp_path/"again")
+    with pytest.raises(AssertionError):
+        test_the_package_is_what_the_notebooks_export(tmp_path / "again")
 
 
 # Pages of the engine change folders, signals and environments: each in a process of its own. Of the others six share one, and import torch once.
 ENGINE = [path for path in LIBRARY if path.parent.name == "90_engine"]
 OTHERS = [path for path in LIBRARY if path not in ENGINE]
-GROUPS = [[path] for path in ENGINE] + [OTHERS[i:i + 6] for i in range(0, len(OTHERS), 6)]
+GROUPS = [[path] for path in ENGINE] + [OTHERS[i : i + 6] for i in range(0, len(OTHERS), 6)]
 RUN = "import sys; from nbdev.test import test_nb; sys.exit(' '.join(path for path in sys.argv[1:] if not test_nb(path)[0]) or 0)"
 
 
-@pytest.mark.parametrize("paths", GROUPS, ids=lambda paths: f"{paths[0].relative_to(ROOT/'nbs')}, {len(paths)}")
+@pytest.mark.parametrize(
+    "paths", GROUPS, ids=lambda paths: f"{paths[0].relative_to(ROOT / 'nbs')}, {len(paths)}"
+)
 def test_library_notebooks_run(paths):
     """As nbdev-test runs them; the names of those that fail come last."""
-    done = subprocess.run([sys.executable, "-c", RUN, *map(str, paths)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *map(str, paths)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def test_a_page_that_fails_is_named(tmp_path):
     """The check above can fail."""
     good = OTHERS[0]
-    bad = tmp_path/"bad.ipynb"
+    bad = tmp_path / "bad.ipynb"
     book = json.loads(good.read_text())
-    next(cell for cell in book["cells"] if cell["cell_type"] == "code" and not is_export(cell))["source"] = ["assert False"]
+    next(cell for cell in book["cells"] if cell["cell_type"] == "code" and not is_export(cell))["source"] = [
+        "assert False"
+    ]
     bad.write_text(json.dumps(book))
-    done = subprocess.run([sys.executable, "-c", RUN, str(bad), str(good)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(bad), str(good)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode and done.stderr.strip().endswith(str(bad))
 
 
 def test_settings_of_notebook_tools():
     import tomllib
-    settings = tomllib.loads((ROOT/"pyproject.toml").read_text())
-    assert settings["tool"]["nbdev"]["allowed_cell_metadata_keys"] == ["tags"], "nbdev-clean would delete the parameters tags"
-    assert any(re.fullmatch(r"nbdev==[\d.]+", need) for need in settings["project"]["optional-dependencies"]["dev"]), "nbdev is pinned exactly"
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["tool"]["nbdev"]["allowed_cell_metadata_keys"] == ["tags"], (
+        "nbdev-clean would delete the parameters tags"
+    )
+    assert any(
+        re.fullmatch(r"nbdev==[\d.]+", need) for need in settings["project"]["optional-dependencies"]["dev"]
+    ), "nbdev is pinned exactly"
 
 
 def without_outputs(text):
@@ -145,6 +204,7 @@ def without_outputs(text):
 
 def test_readme_is_that_of_the_index():
     from normflow_vi.readme import readme
-    committed = (ROOT/"README.md").read_text()
+
+    committed = (ROOT / "README.md").read_text()
     assert without_outputs(readme()).split() == without_outputs(committed).split(), "run make readme"
     assert "make test" in committed and "smoke |" not in committed

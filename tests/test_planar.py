@@ -1,4 +1,5 @@
 """Planar layers beyond their contract: extended precision, many draws, second derivatives."""
+
 import mpmath
 import pytest
 import torch
@@ -11,10 +12,18 @@ from normflow_vi.transforms.planar import CONSTRAINTS, constrain, solve_slope
 
 def test_inverse_has_second_derivatives():
     planar = moved(Planar(3, 2))
-    def log_det(y): return planar.inverse(y)[1]
+
+    def log_det(y):
+        return planar.inverse(y)[1]
+
     y, step = torch.randn(3, dtype=torch.float64), 1e-4
     hessian = jacrev(grad(log_det))(y)
-    numeric = torch.stack([(grad(log_det)(y + step * e) - grad(log_det)(y - step * e)) / (2 * step) for e in torch.eye(3, dtype=torch.float64)])
+    numeric = torch.stack(
+        [
+            (grad(log_det)(y + step * e) - grad(log_det)(y - step * e)) / (2 * step)
+            for e in torch.eye(3, dtype=torch.float64)
+        ]
+    )
     assert torch.allclose(hessian, numeric, atol=1e-6)
 
 
@@ -58,23 +67,35 @@ def test_determinant_never_changes_sign(draws, dtype, scale):
 def test_a_vanishing_w_is_a_shift(constraint):
     "And `u = 0` is the identity under the constraint of that name alone."
     planar, z = Planar(3, 4, constraint=constraint).double(), torch.randn(10, 3, dtype=torch.float64)
-    with torch.no_grad(): planar.source.w.zero_()
+    with torch.no_grad():
+        planar.source.w.zero_()
     y, log_det = planar.forward(z)
-    assert torch.allclose(y, z + (planar.source.u * planar.source.b.tanh()[:, None]).sum(0)) and not log_det.any()
+    assert (
+        torch.allclose(y, z + (planar.source.u * planar.source.b.tanh()[:, None]).sum(0))
+        and not log_det.any()
+    )
     (y.sum() + log_det.sum()).backward()
     assert all(p.grad.isfinite().all() for p in planar.parameters())
     planar = moved(Planar(3, constraint=constraint))
-    with torch.no_grad(): planar.source.u.zero_()
+    with torch.no_grad():
+        planar.source.u.zero_()
     assert torch.allclose(planar.forward(z)[0], z, atol=1e-12) == (constraint == "identity")
 
 
-def test_a_slope_that_underflowed_has_a_root(): assert solve_slope(torch.zeros(3), torch.zeros(3)).tolist() == [0, 0, 0]
+def test_a_slope_that_underflowed_has_a_root():
+    assert solve_slope(torch.zeros(3), torch.zeros(3)).tolist() == [0, 0, 0]
 
 
-def test_heads_of_long_stacks_are_slow(): assert [round(Planar(2, length).head_scale, 6) for length in (1, 10, 1000)] == [.316228, .1, .01]
+def test_heads_of_long_stacks_are_slow():
+    assert [round(Planar(2, length).head_scale, 6) for length in (1, 10, 1000)] == [0.316228, 0.1, 0.01]
 
 
 def test_slopes_have_all_their_digits():
     "Also where a softplus goes over to its asymptote."
     u = torch.linspace(-60, 60, 1000, dtype=torch.float64)[:, None]
-    assert torch.allclose(constrain(u, torch.ones(1, 1, dtype=torch.float64), 0.)[1], torch.logaddexp(u[:, 0], torch.zeros(1000, dtype=torch.float64)), rtol=1e-14, atol=0)
+    assert torch.allclose(
+        constrain(u, torch.ones(1, 1, dtype=torch.float64), 0.0)[1],
+        torch.logaddexp(u[:, 0], torch.zeros(1000, dtype=torch.float64)),
+        rtol=1e-14,
+        atol=0,
+    )

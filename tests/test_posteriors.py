@@ -1,4 +1,5 @@
 """Posterior families against closed forms, in a fit, in long stacks, and in what they refuse."""
+
 import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
@@ -10,14 +11,21 @@ C = 6
 families = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "diagonal"])
 
 
-def emitted(part, context): return {name: t[:, 0] for name, t in part.source(context, torch.float64).items()}
+def emitted(part, context):
+    return {name: t[:, 0] for name, t in part.source(context, torch.float64).items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_layers_every_family_is_the_diagonal_gaussian(family):
-    q, context, z = posterior(family, 5, 0, C).double(), torch.randn(9, C, dtype=torch.float64), torch.randn(3, 9, 5, dtype=torch.float64)
+    q, context, z = (
+        posterior(family, 5, 0, C).double(),
+        torch.randn(9, C, dtype=torch.float64),
+        torch.randn(3, 9, 5, dtype=torch.float64),
+    )
     first = emitted(q.transform, context)
-    assert torch.allclose(q(context).log_prob(z), Normal(first["shift"], first["log_scale"].exp()).log_prob(z).sum(-1))
+    assert torch.allclose(
+        q(context).log_prob(z), Normal(first["shift"], first["log_scale"].exp()).log_prob(z).sum(-1)
+    )
 
 
 @pytest.mark.parametrize("family", ["full", "circulant"])
@@ -27,12 +35,19 @@ def test_linear_families_are_gaussians(family):
     first, second = (emitted(part, context) for part in q.transform.transforms)
     if family == "full":
         L, shift = torch.eye(5, dtype=torch.float64).repeat(9, 1, 1), second["shift"]
-        for at, (i, j) in enumerate((i, j) for i in range(5) for j in range(i)): L[:, i, j] = second["below"][:, at]
-    else: L, shift = torch.stack([filtered(unit.expand(9, 5), **second) for unit in torch.eye(5, dtype=torch.float64)], -1), 0.
+        for at, (i, j) in enumerate((i, j) for i in range(5) for j in range(i)):
+            L[:, i, j] = second["below"][:, at]
+    else:
+        L, shift = (
+            torch.stack(
+                [filtered(unit.expand(9, 5), **second) for unit in torch.eye(5, dtype=torch.float64)], -1
+            ),
+            0.0,
+        )
     scaled = L * first["log_scale"].exp()[:, None]
     exact = MultivariateNormal((L @ first["shift"][..., None])[..., 0] + shift, scaled @ scaled.mT)
     z, log_q = q(context).rsample_and_log_prob((4,))
-    assert torch.allclose(log_q, exact.log_prob(z)) and (L - torch.eye(5)).abs().max() > .05
+    assert torch.allclose(log_q, exact.log_prob(z)) and (L - torch.eye(5)).abs().max() > 0.05
 
 
 @families
@@ -45,21 +60,29 @@ def test_draws_and_densities_agree(family):
 def divergence(family, length, exact, steps=300):
     "KL(q || exact) in nats of a posterior fitted for one context."
     q, context = posterior(family, 2, length, C), torch.ones(1, C)
-    optimizer = torch.optim.Adam(q.parameters(), lr=.02)
+    optimizer = torch.optim.Adam(q.parameters(), lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         z, log_q = q(context).rsample_and_log_prob((128,))
-        optimizer.zero_grad(); (log_q - exact.log_prob(z)).mean().backward(); optimizer.step(); schedule.step()
-    with torch.no_grad(): z, log_q = q(context).rsample_and_log_prob((20_000,))
+        optimizer.zero_grad()
+        (log_q - exact.log_prob(z)).mean().backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        z, log_q = q(context).rsample_and_log_prob((20_000,))
     return (log_q - exact.log_prob(z)).mean()
 
 
 def test_a_full_covariance_reaches_a_correlated_posterior():
     "A diagonal Gaussian stops at a known gap, half the log of the product of the precision's diagonal over its determinant; a full one closes it."
     precision = torch.tensor([[3.5, 2.4], [2.4, 3.5]])
-    exact = MultivariateNormal(torch.tensor([1., -2.]), precision_matrix=precision)
-    gap = .5 * (precision.diagonal().log().sum() - torch.logdet(precision))
-    assert gap > .3 and abs(divergence("diagonal", 0, exact) - gap) < .03 and abs(divergence("full", 1, exact)) < .01
+    exact = MultivariateNormal(torch.tensor([1.0, -2.0]), precision_matrix=precision)
+    gap = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
+    assert (
+        gap > 0.3
+        and abs(divergence("diagonal", 0, exact) - gap) < 0.03
+        and abs(divergence("full", 1, exact)) < 0.01
+    )
 
 
 @pytest.mark.parametrize("family", ["planar", "nice-perm", "nice-ortho"])
@@ -67,7 +90,11 @@ def test_eighty_layers_in_single_precision(family):
     q, context = posterior(family, 40, 80, 50), torch.randn(30, 50).relu().mul_(3).requires_grad_()
     z, log_q = q(context).rsample_and_log_prob((2,))
     (log_q + z.square().sum(-1)).mean().backward()
-    assert z.isfinite().all() and log_q.isfinite().all() and all(p.grad.isfinite().all() and p.grad.any() for p in [*q.parameters(), context])
+    assert (
+        z.isfinite().all()
+        and log_q.isfinite().all()
+        and all(p.grad.isfinite().all() and p.grad.any() for p in [*q.parameters(), context])
+    )
 
 
 @families
@@ -80,10 +107,21 @@ def test_the_context_reaches_the_layers(family):
 
 def test_options():
     assert posterior("iaf", 6, 2, C, hidden=(7,)).transform.transforms[1].hidden == (7,)
-    assert posterior("conf", 6, 2, C, activation="relu").transform.transforms[1].activation == "relu" and posterior("nice-ortho", 6, 2, C).transform.transforms[1].mix == "ortho"
+    assert (
+        posterior("conf", 6, 2, C, activation="relu").transform.transforms[1].activation == "relu"
+        and posterior("nice-ortho", 6, 2, C).transform.transforms[1].mix == "ortho"
+    )
     assert all("context_dim" not in options_of(family) for family in FAMILIES)
-    for words, arguments, options in [(("family", "diagonal, full"), ("planars", 6, 2, C), {}), (("hidden", "constraint"), ("planar", 6, 2, C), {"hidden": (8,)}), (("mix", "none"), ("nice-perm", 6, 2, C), {"mix": "ortho"}),
-                                      (("length", "at least 0"), ("planar", 6, -1, C), {}), (("length", "at least 0"), ("diagonal", 6, None, C), {}), (("length", "expected 0"), ("diagonal", 6, 1, C), {}),
-                                      (("dim", "at least 1"), ("planar", 0, 2, C), {}), (("context_dim", "at least 1"), ("planar", 6, 2, None), {})]:
-        with pytest.raises(ValueError) as raised: posterior(*arguments, **options)
+    for words, arguments, options in [
+        (("family", "diagonal, full"), ("planars", 6, 2, C), {}),
+        (("hidden", "constraint"), ("planar", 6, 2, C), {"hidden": (8,)}),
+        (("mix", "none"), ("nice-perm", 6, 2, C), {"mix": "ortho"}),
+        (("length", "at least 0"), ("planar", 6, -1, C), {}),
+        (("length", "at least 0"), ("diagonal", 6, None, C), {}),
+        (("length", "expected 0"), ("diagonal", 6, 1, C), {}),
+        (("dim", "at least 1"), ("planar", 0, 2, C), {}),
+        (("context_dim", "at least 1"), ("planar", 6, 2, None), {}),
+    ]:
+        with pytest.raises(ValueError) as raised:
+            posterior(*arguments, **options)
         assert all(word in str(raised.value) for word in words), raised.value

@@ -1,4 +1,5 @@
 """Records: what is written is what is read; what is damaged is refused; the best wins; verdicts follow their definition."""
+
 import io
 import json
 import os
@@ -14,54 +15,119 @@ import numpy as np
 import pytest
 
 from normflow_vi.files import sha256
-from normflow_vi.records import (ARRAYS_LIMIT, VERDICTS, DamagedRecord, Record, Run, Store, code_sha256, code_sources, halved, lower_is_better,
-                                 measured, note_failure, records_root, verdict)
+from normflow_vi.records import (
+    ARRAYS_LIMIT,
+    VERDICTS,
+    DamagedRecord,
+    Record,
+    Run,
+    Store,
+    code_sha256,
+    code_sources,
+    halved,
+    lower_is_better,
+    measured,
+    note_failure,
+    records_root,
+    verdict,
+)
 
 
 def run(seed=0, profile="quick", **more):
-    fields = dict(experiment="trial", recipe=1, model="DLGM", data="mnist-static", data_sha256="ab" * 32, flow="planar", length=10, seed=seed,
-                  profile=profile, budget={"updates": 100, "widths": [400, 400], "rate": 1e-3})
+    fields = dict(
+        experiment="trial",
+        recipe=1,
+        model="DLGM",
+        data="mnist-static",
+        data_sha256="ab" * 32,
+        flow="planar",
+        length=10,
+        seed=seed,
+        profile=profile,
+        budget={"updates": 100, "widths": [400, 400], "rate": 1e-3},
+    )
     return Run(**(fields | more))
 
 
-def record(F=90., **more):
-    return Record(run(**more), {"F": {"value": F, "std_error": 0.2}}, {"loss": np.arange(50.), "image": np.zeros((4, 4), np.uint8)}, {"device": "cpu"})
+def record(F=90.0, **more):
+    return Record(
+        run(**more),
+        {"F": {"value": F, "std_error": 0.2}},
+        {"loss": np.arange(50.0), "image": np.zeros((4, 4), np.uint8)},
+        {"device": "cpu"},
+    )
 
 
 def test_round_trip(tmp_path):
     before = record()
     after = Record.load(before.save(tmp_path))
     assert (after.run, after.values, after.info) == (before.run, before.values, before.info)
-    assert all((after.arrays[k] == v).all() and after.arrays[k].dtype == v.dtype for k, v in before.arrays.items())
+    assert all(
+        (after.arrays[k] == v).all() and after.arrays[k].dtype == v.dtype for k, v in before.arrays.items()
+    )
     assert Run.from_json(run().to_json()) == run() and Run.from_json(run().to_json()).key == run().key
 
 
-@pytest.mark.parametrize("change", [dict(recipe=2), dict(model="x"), dict(data="digits"), dict(data_sha256="cd" * 32), dict(flow="nice"), dict(length=11),
-                                    dict(seed=1), dict(profile="paper"), dict(experiment="other"), dict(budget={"updates": 101})])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(recipe=2),
+        dict(model="x"),
+        dict(data="digits"),
+        dict(data_sha256="cd" * 32),
+        dict(flow="nice"),
+        dict(length=11),
+        dict(seed=1),
+        dict(profile="paper"),
+        dict(experiment="other"),
+        dict(budget={"updates": 101}),
+    ],
+)
 def test_every_field_makes_another_run(change):
-    assert run(**change).key != run().key and (run(**change).shape == run().shape) == (list(change) == ["seed"])
+    assert run(**change).key != run().key and (run(**change).shape == run().shape) == (
+        list(change) == ["seed"]
+    )
 
 
-WRONG = [dict(seed=v) for v in (-1, 1.0, True, "0", None)] + [dict(length=v) for v in (-1, 2.5, "8")] + [dict(recipe=v) for v in (0, -1, "1")] + \
-        [dict(flow=v) for v in ("", "../x", "a b", "a/b", "-a", "x" * 65, 3)] + [dict(experiment=v) for v in ("", "..", "a/b")] + \
-        [dict(profile=v) for v in ("huge", "", None, 3)] + [dict(data_sha256=v) for v in ("xyz", "AB" * 32, None)] + \
-        [dict(budget={"rate": v}) for v in (float("nan"), float("inf"), b"x", [1, float("nan")], {"a": 1})] + [dict(model=v) for v in ("", "a\nb", "x" * 201, 3)]
+WRONG = (
+    [dict(seed=v) for v in (-1, 1.0, True, "0", None)]
+    + [dict(length=v) for v in (-1, 2.5, "8")]
+    + [dict(recipe=v) for v in (0, -1, "1")]
+    + [dict(flow=v) for v in ("", "../x", "a b", "a/b", "-a", "x" * 65, 3)]
+    + [dict(experiment=v) for v in ("", "..", "a/b")]
+    + [dict(profile=v) for v in ("huge", "", None, 3)]
+    + [dict(data_sha256=v) for v in ("xyz", "AB" * 32, None)]
+    + [dict(budget={"rate": v}) for v in (float("nan"), float("inf"), b"x", [1, float("nan")], {"a": 1})]
+    + [dict(model=v) for v in ("", "a\nb", "x" * 201, 3)]
+)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_bad_run_is_refused_by_name(wrong):
-    with pytest.raises((ValueError, TypeError), match=list(wrong)[0]): run(**wrong)
+    with pytest.raises((ValueError, TypeError), match=list(wrong)[0]):
+        run(**wrong)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "null", '{"experiment": "a"}', '{"a": 1' + "0" * 10 + "}"])
 def test_a_run_with_other_fields_is_refused(text):
-    with pytest.raises(ValueError): Run.from_json(text)
+    with pytest.raises(ValueError):
+        Run.from_json(text)
 
 
-@pytest.mark.parametrize("values, arrays", [({"F": float("nan")}, {}), ({"F": float("inf")}, {}), ({"F": {"value": 1., "std_error": -1.}}, {}),
-                                            ({"F": {"value": 1., "sd": 1.}}, {}), ({}, {"a": np.array([{}])}), ({}, {"a": np.random.rand(300, 300)})])
+@pytest.mark.parametrize(
+    "values, arrays",
+    [
+        ({"F": float("nan")}, {}),
+        ({"F": float("inf")}, {}),
+        ({"F": {"value": 1.0, "std_error": -1.0}}, {}),
+        ({"F": {"value": 1.0, "sd": 1.0}}, {}),
+        ({}, {"a": np.array([{}])}),
+        ({}, {"a": np.random.rand(300, 300)}),
+    ],
+)
 def test_bad_content_is_refused(tmp_path, values, arrays):
-    with pytest.raises(ValueError): Record(run(), values, arrays).save(tmp_path)
+    with pytest.raises(ValueError):
+        Record(run(), values, arrays).save(tmp_path)
     assert not list(tmp_path.rglob("record.json"))
 
 
@@ -69,152 +135,218 @@ def test_bad_content_is_refused(tmp_path, values, arrays):
 def test_damage_is_refused_naming_the_file(tmp_path, name):
     """Flipped bits, truncations and zeroed blocks at 120 random places: never another content, always the file's name."""
     folder = record().save(tmp_path)
-    good, chance, silent = (folder/name).read_bytes(), random.Random(0), 0
+    good, chance, silent = (folder / name).read_bytes(), random.Random(0), 0
     for trial in range(120):
         at, bad = chance.randrange(len(good)), bytearray(good)
-        if trial % 3 == 0: bad[at] ^= 1 << chance.randrange(8)
-        elif trial % 3 == 1: bad = bad[:at]
-        else: bad[at:at + 64] = bytes(len(bad[at:at + 64]))
-        (folder/name).write_bytes(bad)
+        if trial % 3 == 0:
+            bad[at] ^= 1 << chance.randrange(8)
+        elif trial % 3 == 1:
+            bad = bad[:at]
+        else:
+            bad[at : at + 64] = bytes(len(bad[at : at + 64]))
+        (folder / name).write_bytes(bad)
         try:
-            again = Record.load(folder)                                  # only damage without meaning (a space in the JSON) may pass
-            assert again.values == record().values and again.run == run() and (again.arrays["loss"] == np.arange(50.)).all()
+            again = Record.load(folder)  # only damage without meaning (a space in the JSON) may pass
+            assert (
+                again.values == record().values
+                and again.run == run()
+                and (again.arrays["loss"] == np.arange(50.0)).all()
+            )
             silent += 1
-        except DamagedRecord as error: assert name in str(error)
+        except DamagedRecord as error:
+            assert name in str(error)
     assert silent <= 12
 
 
 def weighted(**more):
     import torch
-    weights = {"w": torch.arange(6.).view(2, 3).half(), "b": torch.tensor([1, 2]), "shared": torch.zeros(4, 4).t()}
-    return Record(run(**more), {"F": 1.}, {"loss": np.arange(5.)}, weights=weights)
+
+    weights = {
+        "w": torch.arange(6.0).view(2, 3).half(),
+        "b": torch.tensor([1, 2]),
+        "shared": torch.zeros(4, 4).t(),
+    }
+    return Record(run(**more), {"F": 1.0}, {"loss": np.arange(5.0)}, weights=weights)
 
 
 def test_weights_round_trip(tmp_path):
     """As they were given, in their own precision, through saving, loading and saving elsewhere; records without them have none on the disk."""
     import torch
-    folder = weighted().save(tmp_path/"a")
-    for found in (Record.load(folder), Record.load(Record.load(folder).save(tmp_path/"b"))):
-        assert found.has_weights and {k: v.dtype for k, v in found.weights().items()} == {k: v.dtype for k, v in weighted().weights().items()}
+
+    folder = weighted().save(tmp_path / "a")
+    for found in (Record.load(folder), Record.load(Record.load(folder).save(tmp_path / "b"))):
+        assert found.has_weights and {k: v.dtype for k, v in found.weights().items()} == {
+            k: v.dtype for k, v in weighted().weights().items()
+        }
         assert all(torch.equal(v, weighted().weights()[k]) for k, v in found.weights().items())
-    plain = record(seed=1).save(tmp_path/"a")
-    assert sorted(p.name for p in plain.iterdir()) == ["arrays.npz", "record.json"] and "weights" not in (plain/"record.json").read_text()
+    plain = record(seed=1).save(tmp_path / "a")
+    assert (
+        sorted(p.name for p in plain.iterdir()) == ["arrays.npz", "record.json"]
+        and "weights" not in (plain / "record.json").read_text()
+    )
     assert not Record.load(plain).has_weights
-    with pytest.raises(ValueError, match="no weights"): Record.load(plain).weights()
+    with pytest.raises(ValueError, match="no weights"):
+        Record.load(plain).weights()
     assert replace(Record.load(folder), info={"a": 1}).weights().keys() == weighted().weights().keys()
     assert pickle.loads(pickle.dumps(weighted())).weights().keys() == weighted().weights().keys()
 
 
 def test_record_on_disk_is_what_it_was(tmp_path):
     """The hash of a record without weights, as it was written before records could keep any."""
-    text = json.loads((record().save(tmp_path)/"record.json").read_text())
-    stated, d = text.pop("sha256"), {"run": run().to_dict(), "values": record().values, "info": {"device": "cpu"}, "arrays_sha256": text["arrays_sha256"]}
+    text = json.loads((record().save(tmp_path) / "record.json").read_text())
+    stated, d = (
+        text.pop("sha256"),
+        {
+            "run": run().to_dict(),
+            "values": record().values,
+            "info": {"device": "cpu"},
+            "arrays_sha256": text["arrays_sha256"],
+        },
+    )
     assert stated == sha256(json.dumps(d, sort_keys=True).encode())
 
 
 def test_damaged_weights_are_refused_when_asked_for(tmp_path):
     folder = weighted().save(tmp_path)
-    path = folder/"weights.safetensors"
+    path = folder / "weights.safetensors"
     good = path.read_bytes()
-    for bad in (b"", good[:-1], good + b"x", good[:40] + b"\x00" + good[41:], good[:-3] + b"\x01" + good[-2:]):
+    for bad in (
+        b"",
+        good[:-1],
+        good + b"x",
+        good[:40] + b"\x00" + good[41:],
+        good[:-3] + b"\x01" + good[-2:],
+    ):
         path.write_bytes(bad)
-        kept = Record.load(folder)                                       # lazily: values can be read without
+        kept = Record.load(folder)  # lazily: values can be read without
         assert kept.value("F") == 1 and Store([tmp_path]).best("trial")[0].has_weights
-        with pytest.raises(DamagedRecord, match=r"weights\.safetensors.*delete .*--retrain$"): kept.weights()
+        with pytest.raises(DamagedRecord, match=r"weights\.safetensors.*delete .*--retrain$"):
+            kept.weights()
     path.unlink()
-    with pytest.raises(DamagedRecord, match=r"weights\.safetensors is missing"): kept.weights()
+    with pytest.raises(DamagedRecord, match=r"weights\.safetensors is missing"):
+        kept.weights()
     path.write_bytes(b"not a tensor")
-    text = json.loads((folder/"record.json").read_text()) | {"weights_sha256": sha256(b"not a tensor")}
+    text = json.loads((folder / "record.json").read_text()) | {"weights_sha256": sha256(b"not a tensor")}
     text.pop("sha256")
-    (folder/"record.json").write_text(json.dumps(text | {"sha256": sha256(json.dumps(text, sort_keys=True).encode())}))
-    with pytest.raises(DamagedRecord, match=r"weights\.safetensors"): Record.load(folder).weights()
+    (folder / "record.json").write_text(
+        json.dumps(text | {"sha256": sha256(json.dumps(text, sort_keys=True).encode())})
+    )
+    with pytest.raises(DamagedRecord, match=r"weights\.safetensors"):
+        Record.load(folder).weights()
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), "text", "large"])
 def test_weights_that_cannot_be_kept(tmp_path, monkeypatch, wrong):
     import torch
-    if wrong == "large": monkeypatch.setattr("normflow_vi.records.WEIGHTS_LIMIT", 1000)
+
+    if wrong == "large":
+        monkeypatch.setattr("normflow_vi.records.WEIGHTS_LIMIT", 1000)
     given = wrong if wrong == "text" else torch.zeros(300) if wrong == "large" else torch.tensor([wrong])
-    with pytest.raises(ValueError, match="weights"): Record(run(), {}, weights={"w": given}).save(tmp_path)
+    with pytest.raises(ValueError, match="weights"):
+        Record(run(), {}, weights={"w": given}).save(tmp_path)
     assert not list(tmp_path.rglob("record.json"))
-    with pytest.raises(ValueError, match="half precision"): halved({"w": torch.tensor([1e5])})
+    with pytest.raises(ValueError, match="half precision"):
+        halved({"w": torch.tensor([1e5])})
 
 
 def forged(folder, data, **more):
     """A record whose hashes are right and whose arrays are `data`."""
-    d = json.loads((folder/"record.json").read_text()) | {"arrays_sha256": sha256(data)} | more
+    d = json.loads((folder / "record.json").read_text()) | {"arrays_sha256": sha256(data)} | more
     d.pop("sha256")
-    (folder/"arrays.npz").write_bytes(data)
-    (folder/"record.json").write_text(json.dumps(d | {"sha256": sha256(json.dumps(d, sort_keys=True).encode())}))
+    (folder / "arrays.npz").write_bytes(data)
+    (folder / "record.json").write_text(
+        json.dumps(d | {"sha256": sha256(json.dumps(d, sort_keys=True).encode())})
+    )
 
 
 def test_hostile_arrays_are_refused(tmp_path):
     class Payload:
-        def __reduce__(self): return os.system, (f"touch {tmp_path}/executed",)
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
     folder = record().save(tmp_path)
     pickled, bomb = io.BytesIO(), io.BytesIO()
     np.savez(pickled, a=np.array([Payload()], dtype=object))
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("a.npy", bytes(200_000_000))
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a.npy", bytes(200_000_000))
     assert len(bomb.getvalue()) < ARRAYS_LIMIT
     for data in (pickled.getvalue(), bomb.getvalue(), b"<html>not found</html>"):
         forged(folder, data)
         start = time.monotonic()
-        with pytest.raises(DamagedRecord, match="arrays.npz"): Record.load(folder)
+        with pytest.raises(DamagedRecord, match="arrays.npz"):
+            Record.load(folder)
         assert time.monotonic() - start < 2
-    assert not (tmp_path/"executed").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_record_under_another_runs_name_is_refused(tmp_path):
     folder = record().save(tmp_path)
     folder.rename(folder.with_name(run(seed=1).slug))
-    with pytest.raises(DamagedRecord, match="record.json"): Store([tmp_path]).find(run(seed=1))
+    with pytest.raises(DamagedRecord, match="record.json"):
+        Store([tmp_path]).find(run(seed=1))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a folder is replaced by two renames")
 def test_killed_while_saving(tmp_path):
     """30 processes are killed while they replace a record: it is there, whole, every time."""
-    record(0.).save(tmp_path)
+    record(0.0).save(tmp_path)
     chance, values = random.Random(1), set()
     for trial in range(30):
         child = os.fork()
         if child == 0:
             rename = os.rename
-            os.rename = lambda a, b: (time.sleep(0.02), rename(a, b))        # a gap between two renames would be hit
+            os.rename = lambda a, b: (
+                time.sleep(0.02),
+                rename(a, b),
+            )  # a gap between two renames would be hit
             try:
-                while True: record(float(trial)).save(tmp_path)
-            finally: os._exit(1)
+                while True:
+                    record(float(trial)).save(tmp_path)
+            finally:
+                os._exit(1)
         time.sleep(chance.uniform(0.01, 0.12))
-        os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         values.add(Store([tmp_path]).find(run()).value("F"))
         assert len(Store([tmp_path]).best("trial")) == 1
-    assert len(values) > 5                                               # records were really being replaced
+    assert len(values) > 5  # records were really being replaced
 
 
 def test_best_record_wins(tmp_path):
-    store = Store([tmp_path/"a", tmp_path/"b"])
+    store = Store([tmp_path / "a", tmp_path / "b"])
     assert store.best("trial") == [] and store.find(run()) is None
-    def best(**match): return [(r.run.profile, r.run.seed) for r in store.best("trial", **match)]
-    for seed in (0, 1, 2): record(seed=seed, profile="smoke").save(tmp_path/"b")
+
+    def best(**match):
+        return [(r.run.profile, r.run.seed) for r in store.best("trial", **match)]
+
+    for seed in (0, 1, 2):
+        record(seed=seed, profile="smoke").save(tmp_path / "b")
     assert best() == [("smoke", 0), ("smoke", 1), ("smoke", 2)]
-    for seed in (1, 0): record(seed=seed, profile="quick").save(tmp_path/"a")
+    for seed in (1, 0):
+        record(seed=seed, profile="quick").save(tmp_path / "a")
     assert best() == [("quick", 0), ("quick", 1)]
-    record(seed=7, profile="paper").save(tmp_path/"a")
+    record(seed=7, profile="paper").save(tmp_path / "a")
     assert best() == [("paper", 7)] and best(profile="quick") == [("quick", 0), ("quick", 1)]
-    record(seed=8, profile="paper", budget={"updates": 50}).save(tmp_path/"a")
-    assert best() == [("paper", 7)]                                      # budgets are not mixed; more updates win
-    for seed in (0, 1): record(seed=seed, profile="paper", data="digits-static").save(tmp_path/"a")
+    record(seed=8, profile="paper", budget={"updates": 50}).save(tmp_path / "a")
+    assert best() == [("paper", 7)]  # budgets are not mixed; more updates win
+    for seed in (0, 1):
+        record(seed=seed, profile="paper", data="digits-static").save(tmp_path / "a")
     assert best() == [("paper", 7)] and best(data="digits-static") == [("paper", 0), ("paper", 1)]
-    record(seed=3, profile="smoke", recipe=2).save(tmp_path/"b")
-    assert best() == [("smoke", 3)]                                      # an older recipe describes another experiment
+    record(seed=3, profile="smoke", recipe=2).save(tmp_path / "b")
+    assert best() == [("smoke", 3)]  # an older recipe describes another experiment
     assert best(length=80) == [] and best(updates=50) == [("paper", 8)]
 
 
 def test_smoke_records_are_seen_only_on_request(tmp_path, monkeypatch):
     monkeypatch.setenv("NORMFLOW_VI_ROOT", str(tmp_path))
-    (tmp_path/"settings.ini").write_text("")
-    assert Store().roots == [tmp_path/"results"]
+    (tmp_path / "settings.ini").write_text("")
+    assert Store().roots == [tmp_path / "results"]
     record(profile="smoke").save(records_root("smoke"))
-    assert Store().best("trial") == [] and Store().find(run(profile="smoke")) is None and len(Store([records_root("smoke")]).best("trial")) == 1
+    assert (
+        Store().best("trial") == []
+        and Store().find(run(profile="smoke")) is None
+        and len(Store([records_root("smoke")]).best("trial")) == 1
+    )
 
 
 @pytest.mark.parametrize("newer", [0, 1])
@@ -223,69 +355,119 @@ def test_the_newest_of_equal_groups_wins(tmp_path, newer):
     for i, rate in enumerate((1e-3, 2e-3)):
         made = record(float(i), budget={"updates": 100, "rate": rate})
         for seed, day in ((0, 1), (1, 3 if i == newer else 2)):
-            Record(Run(**(made.run.to_dict() | {"seed": seed})), made.values, {}, {"finished": f"2026-01-0{day}T00:00:00+00:00"}).save(tmp_path)
+            Record(
+                Run(**(made.run.to_dict() | {"seed": seed})),
+                made.values,
+                {},
+                {"finished": f"2026-01-0{day}T00:00:00+00:00"},
+            ).save(tmp_path)
     assert [r.value("F") for r in Store([tmp_path]).best("trial")] == [newer, newer]
 
 
 def test_best_over_needs_every_value(tmp_path):
     store = Store([tmp_path])
-    def best(values, **match): return [(r.run.profile, r.run.length, r.run.seed) for r in store.best_over("trial", "length", values, **match)]
+
+    def best(values, **match):
+        return [
+            (r.run.profile, r.run.length, r.run.seed)
+            for r in store.best_over("trial", "length", values, **match)
+        ]
+
     assert best((0, 10)) == []
-    for length in (0, 10, 20): record(length=length).save(tmp_path)
+    for length in (0, 10, 20):
+        record(length=length).save(tmp_path)
     record(length=0, profile="paper").save(tmp_path)
     quick = [("quick", 0, 0), ("quick", 10, 0), ("quick", 20, 0)]
-    assert best((0, 10)) == quick and best(()) == best([0]) == [("paper", 0, 0)] and best((0, 80)) == best((0,), profile="smoke") == []
+    assert (
+        best((0, 10)) == quick
+        and best(()) == best([0]) == [("paper", 0, 0)]
+        and best((0, 80)) == best((0,), profile="smoke") == []
+    )
     record(length=10, profile="paper", budget={"updates": 99}).save(tmp_path)
-    assert best((0, 10)) == quick                                        # two paper groups do not make a complete one
+    assert best((0, 10)) == quick  # two paper groups do not make a complete one
     record(length=10, profile="paper").save(tmp_path)
     assert best((0, 10)) == [("paper", 0, 0), ("paper", 10, 0)] and best((0, 10), profile="quick") == quick
-    with pytest.raises(ValueError, match="lenght.*length"): store.best_over("trial", "lenght", (0,))
+    with pytest.raises(ValueError, match="lenght.*length"):
+        store.best_over("trial", "lenght", (0,))
 
 
 def test_damaged_record_is_not_passed_over(tmp_path):
     folder = record().save(tmp_path)
-    (folder/"record.json").write_text("{")
-    with pytest.raises(DamagedRecord, match="delete .*merge .*--retrain$"): Store([tmp_path]).best("trial")
-    with pytest.raises(DamagedRecord): Store([tmp_path]).find(run())
+    (folder / "record.json").write_text("{")
+    with pytest.raises(DamagedRecord, match="delete .*merge .*--retrain$"):
+        Store([tmp_path]).best("trial")
+    with pytest.raises(DamagedRecord):
+        Store([tmp_path]).find(run())
 
 
 @pytest.mark.parametrize("name", ["record.json", "arrays.npz"])
 def test_a_store_can_list_what_is_damaged(tmp_path, name):
     """Asked to, a store leaves out a damaged record only, and says once which one it is."""
-    for seed in (0, 1): record(seed=seed).save(tmp_path)
+    for seed in (0, 1):
+        record(seed=seed).save(tmp_path)
     folder, damaged = record(seed=2, profile="paper").save(tmp_path), []
-    (folder/name).write_bytes(b"")
+    (folder / name).write_bytes(b"")
     store = Store([tmp_path], damaged)
-    assert [r.run.seed for r in store.best("trial")] == [r.run.seed for r in store.all("trial")] == [0, 1] and store.find(run(seed=2, profile="paper")) is None
+    assert [r.run.seed for r in store.best("trial")] == [r.run.seed for r in store.all("trial")] == [
+        0,
+        1,
+    ] and store.find(run(seed=2, profile="paper")) is None
     assert len(damaged) == 1 and name in damaged[0]
 
 
 def test_measured(tmp_path):
     store, row = Store([tmp_path]), dict(source="a paper", item="Table 1", row="a model")
     assert measured(store, [], "F", **row) is None
-    for seed, F in enumerate((90., 92., 94.)): record(F, seed=seed).save(tmp_path)
+    for seed, F in enumerate((90.0, 92.0, 94.0)):
+        record(F, seed=seed).save(tmp_path)
     note_failure(tmp_path, run(seed=3), "not finite")
     note_failure(tmp_path, run(seed=3, length=20), "not finite")
     m = measured(store, store.best("trial"), "F", shortened=False, **row)
-    assert (m.value, m.seeds, m.failed, m.updates, m.profile, m.device, m.codes) == (92, (0, 1, 2), 1, 100, "quick", "cpu", (None,) * 3)
-    assert m.se == pytest.approx(2 / 3**.5)
-    assert measured(store, store.best("trial", seed=0), "F", **row).se == 0.2      # one seed: the evaluation's own error
-    with pytest.raises(ValueError, match="shapes"): measured(store, [record(), record(length=20)], "F", **row)
+    assert (m.value, m.seeds, m.failed, m.updates, m.profile, m.device, m.codes) == (
+        92,
+        (0, 1, 2),
+        1,
+        100,
+        "quick",
+        "cpu",
+        (None,) * 3,
+    )
+    assert m.se == pytest.approx(2 / 3**0.5)
+    assert (
+        measured(store, store.best("trial", seed=0), "F", **row).se == 0.2
+    )  # one seed: the evaluation's own error
+    with pytest.raises(ValueError, match="shapes"):
+        measured(store, [record(), record(length=20)], "F", **row)
 
 
 NLL, LOGP, BITS = "-ln p(x) (nats)", "log p(x) (nats)", "bits/dim"
 TABLE = [
     # metric, published, its error, ours, our error, more, verdict
-    (NLL, 87.5, 0.3, 88.2, 0.2, {}, "reproduced"), (NLL, 87.5, 0.3, 88.3, 0.2, {}, "worse"), (NLL, 87.5, 0.3, 86.7, 0.2, {}, "better"),
-    (NLL, 87.5, None, 88.0, 0.01, {}, "reproduced"), (NLL, 87.5, None, 88.01, 9., {}, "worse"), (NLL, 87.5, None, 86.99, 9., {}, "better"),
-    (LOGP, -81.1, 0.1, -80.0, 0.1, {}, "better"), (LOGP, -81.1, 0.1, -82.0, 0.1, {}, "worse"), (LOGP, -81.1, 0.1, -81.2, None, {}, "reproduced"),
-    ("VLB (nats)", -84.1, 0.1, -83, 0.1, {}, "better"), ("ELBO (nats)", -85.6, .5, -87, .1, {}, "worse"), ("negative ELBO (nats)", 86.5, .1, 85, .1, {}, "better"),
-    ("KL(q||p(z|x)) (nats)", 6.84, .33, 5., .1, {}, "better"), ("F(x) = -ELBO (nats)", 96.8, None, 97.5, .1, {}, "worse"),
-    (BITS, 3.11, None, 3.114, 0.001, {}, "reproduced"), (BITS, 3.11, None, 3.12, 0.001, {}, "worse"), (BITS, 3.11, None, 3.10, 0.006, {}, "reproduced"),
-    (NLL, 87.5, 0.3, 80., 0.2, dict(shortened=True), "shortened"), (NLL, 87.5, 0.3, 87.5, 0.2, dict(shortened=True, confirmed=False), "shortened"),
-    (NLL, 87.5, 0.3, 80., 0.2, dict(confirmed=False), "unconfirmed source"), (NLL, None, None, 80., 0.2, {}, "no published number"),
-    (NLL, 87.5, 0.3, 87.5, 0.2, dict(comparable=False), "not comparable"), (NLL, 87.5, 0.3, 87.5, 0.2, dict(comparable=False, shortened=True), "not comparable"),
-    (NLL, 87.5, 0.3, None, None, {}, "published only"), (NLL, 87.5, 0.3, None, None, dict(affordable=False), "out of budget"),
+    (NLL, 87.5, 0.3, 88.2, 0.2, {}, "reproduced"),
+    (NLL, 87.5, 0.3, 88.3, 0.2, {}, "worse"),
+    (NLL, 87.5, 0.3, 86.7, 0.2, {}, "better"),
+    (NLL, 87.5, None, 88.0, 0.01, {}, "reproduced"),
+    (NLL, 87.5, None, 88.01, 9.0, {}, "worse"),
+    (NLL, 87.5, None, 86.99, 9.0, {}, "better"),
+    (LOGP, -81.1, 0.1, -80.0, 0.1, {}, "better"),
+    (LOGP, -81.1, 0.1, -82.0, 0.1, {}, "worse"),
+    (LOGP, -81.1, 0.1, -81.2, None, {}, "reproduced"),
+    ("VLB (nats)", -84.1, 0.1, -83, 0.1, {}, "better"),
+    ("ELBO (nats)", -85.6, 0.5, -87, 0.1, {}, "worse"),
+    ("negative ELBO (nats)", 86.5, 0.1, 85, 0.1, {}, "better"),
+    ("KL(q||p(z|x)) (nats)", 6.84, 0.33, 5.0, 0.1, {}, "better"),
+    ("F(x) = -ELBO (nats)", 96.8, None, 97.5, 0.1, {}, "worse"),
+    (BITS, 3.11, None, 3.114, 0.001, {}, "reproduced"),
+    (BITS, 3.11, None, 3.12, 0.001, {}, "worse"),
+    (BITS, 3.11, None, 3.10, 0.006, {}, "reproduced"),
+    (NLL, 87.5, 0.3, 80.0, 0.2, dict(shortened=True), "shortened"),
+    (NLL, 87.5, 0.3, 87.5, 0.2, dict(shortened=True, confirmed=False), "shortened"),
+    (NLL, 87.5, 0.3, 80.0, 0.2, dict(confirmed=False), "unconfirmed source"),
+    (NLL, None, None, 80.0, 0.2, {}, "no published number"),
+    (NLL, 87.5, 0.3, 87.5, 0.2, dict(comparable=False), "not comparable"),
+    (NLL, 87.5, 0.3, 87.5, 0.2, dict(comparable=False, shortened=True), "not comparable"),
+    (NLL, 87.5, 0.3, None, None, {}, "published only"),
+    (NLL, 87.5, 0.3, None, None, dict(affordable=False), "out of budget"),
 ]
 
 
@@ -294,26 +476,44 @@ def test_verdict(metric, published, published_se, ours, se, more, expected):
     assert verdict(metric, published, published_se, ours, se, **more) == expected
 
 
-def test_verdicts_are_complete(): assert {row[-1] for row in TABLE} == set(VERDICTS)
+def test_verdicts_are_complete():
+    assert {row[-1] for row in TABLE} == set(VERDICTS)
 
 
 def test_every_published_metric_has_a_direction():
     from normflow_vi.status import published
+
     metrics = {n["metric"] for n in published() if n["value"] is not None}
     assert len(metrics) > 20 and all(lower_is_better(m) in (True, False) for m in metrics)
-    assert {m for m in metrics if not lower_is_better(m)} == {m for m in metrics if m.startswith(("log p", "VLB", "ELBO", "marginal"))}
-    with pytest.raises(ValueError, match="happiness"): lower_is_better("happiness")
+    assert {m for m in metrics if not lower_is_better(m)} == {
+        m for m in metrics if m.startswith(("log p", "VLB", "ELBO", "marginal"))
+    }
+    with pytest.raises(ValueError, match="happiness"):
+        lower_is_better("happiness")
 
 
 def test_code_hash_follows_the_imports(tmp_path, monkeypatch):
     """A change of meaning in what is imported changes the hash; comments, empty lines and other modules do not."""
     import normflow_vi.records as records
-    top = tmp_path/"normflow_vi"
+
+    top = tmp_path / "normflow_vi"
     top.mkdir()
+
     def write(**files):
-        for name, text in files.items(): (top/f"{name}.py").write_text(text)
-    write(__init__="", a="from .b import f\n", b="def f(): return 1\n", c="x = 1\n", runner="", d="import normflow_vi.a\nfrom . import runner\n")
-    monkeypatch.setattr(records, "find_spec", lambda name: type("Spec", (), {"origin": str(top/"__init__.py")}))
+        for name, text in files.items():
+            (top / f"{name}.py").write_text(text)
+
+    write(
+        __init__="",
+        a="from .b import f\n",
+        b="def f(): return 1\n",
+        c="x = 1\n",
+        runner="",
+        d="import normflow_vi.a\nfrom . import runner\n",
+    )
+    monkeypatch.setattr(
+        records, "find_spec", lambda name: type("Spec", (), {"origin": str(top / "__init__.py")})
+    )
     assert set(code_sources("normflow_vi.d")) == {"normflow_vi.a", "normflow_vi.b", "normflow_vi.d"}
     before = code_sha256("normflow_vi.d")
     write(c="x = 2\n", runner="y = 1\n", b="# %% a comment\n\ndef f(): return 1\n")

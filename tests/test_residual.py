@@ -1,4 +1,5 @@
 """Radial and Sylvester layers: closed forms in extended precision, many parameter draws, the centre of a radial layer."""
+
 import math
 
 import mpmath
@@ -13,10 +14,18 @@ from normflow_vi.transforms.sylvester import Sylvester, orthonormal
 
 FAMILIES = {
     "radial": lambda dim, length=1, context_dim=None: Radial(dim, length, context_dim),
-    "radial-paper": lambda dim, length=1, context_dim=None: Radial(dim, length, context_dim, constraint="paper"),
-    "sylvester": lambda dim, length=1, context_dim=None: Sylvester(dim, length, context_dim, bottleneck=min(dim, 3)),
-    "sylvester-paper": lambda dim, length=1, context_dim=None: Sylvester(dim, length, context_dim, bottleneck=min(dim, 3), constraint="paper"),
-    "householder": lambda dim, length=1, context_dim=None: Sylvester(dim, length, context_dim, kind="householder", reflections=2),
+    "radial-paper": lambda dim, length=1, context_dim=None: Radial(
+        dim, length, context_dim, constraint="paper"
+    ),
+    "sylvester": lambda dim, length=1, context_dim=None: Sylvester(
+        dim, length, context_dim, bottleneck=min(dim, 3)
+    ),
+    "sylvester-paper": lambda dim, length=1, context_dim=None: Sylvester(
+        dim, length, context_dim, bottleneck=min(dim, 3), constraint="paper"
+    ),
+    "householder": lambda dim, length=1, context_dim=None: Sylvester(
+        dim, length, context_dim, kind="householder", reflections=2
+    ),
 }
 every = pytest.mark.parametrize("name", FAMILIES)
 
@@ -28,8 +37,11 @@ def many(name, dim, draws, scale, dtype):
 
 # Closed forms, with 60 digits
 
-FLOOR = 1e-12                                                # the shortest length that the package documents
-def softplus(x): return mpmath.log1p(mpmath.exp(x))
+FLOOR = 1e-12  # the shortest length that the package documents
+
+
+def softplus(x):
+    return mpmath.log1p(mpmath.exp(x))
 
 
 def radial_in_extended_precision(z, z0, a, b, constraint):
@@ -47,9 +59,9 @@ def radial_in_extended_precision(z, z0, a, b, constraint):
 @scales
 @pytest.mark.parametrize("constraint", ["identity", "paper"])
 def test_radial_against_extended_precision(constraint, scale, dim):
-    for radius in (1e-3, 1., 30.):
+    for radius in (1e-3, 1.0, 30.0):
         for _ in range(15):
-            transform = moved(Radial(dim, constraint=constraint), scale, jitter=1.)
+            transform = moved(Radial(dim, constraint=constraint), scale, jitter=1.0)
             z0, a, b = (p.detach()[0] for p in transform.parameters())
             z = z0 + radius * torch.randn(dim, dtype=torch.float64)
             assert near(transform.forward(z)[1], radial_in_extended_precision(z, z0, a, b, constraint))
@@ -60,30 +72,46 @@ def sylvester_in_extended_precision(z, v, square, diagonal, b, constraint):
     with mpmath.workdps(60):
         dim, units = len(z), len(b)
         q = mpmath.eye(dim)
-        for x in map(mpmath.matrix, exact(v)): q = (mpmath.eye(dim) - 2 * x * x.T / (x.T * x)[0]) * q
+        for x in map(mpmath.matrix, exact(v)):
+            q = (mpmath.eye(dim) - 2 * x * x.T / (x.T * x)[0]) * q
         q, square, diagonal = q[:, :units], mpmath.matrix(exact(square)), exact(diagonal)
         r, r_tilde = mpmath.zeros(units), mpmath.zeros(units)
         for i in range(units):
-            for j in range(i + 1, units): r[i, j], r_tilde[i, j] = square[i, j], square[j, i]
+            for j in range(i + 1, units):
+                r[i, j], r_tilde[i, j] = square[i, j], square[j, i]
             free, other = square[i, i], diagonal[i]
-            r[i, i] = mpmath.tanh(free) if constraint == "paper" else free / (1 + mpmath.exp(-mpmath.asinh(free * other / 2)))
+            r[i, i] = (
+                mpmath.tanh(free)
+                if constraint == "paper"
+                else free / (1 + mpmath.exp(-mpmath.asinh(free * other / 2)))
+            )
             r_tilde[i, i] = mpmath.tanh(other) if constraint == "paper" else other
-        slopes = mpmath.diag([mpmath.sech(x) ** 2 for x in r_tilde * q.T * mpmath.matrix(exact(z)) + mpmath.matrix(exact(b))])
+        slopes = mpmath.diag(
+            [mpmath.sech(x) ** 2 for x in r_tilde * q.T * mpmath.matrix(exact(z)) + mpmath.matrix(exact(b))]
+        )
         return mpmath.log(mpmath.det(mpmath.eye(dim) + q * r * slopes * r_tilde * q.T))
 
 
 @scales
-@pytest.mark.parametrize("options", [{"bottleneck": 3}, {"bottleneck": 3, "constraint": "paper"}, {"kind": "householder", "reflections": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"bottleneck": 3}, {"bottleneck": 3, "constraint": "paper"}, {"kind": "householder", "reflections": 2}],
+    ids=str,
+)
 def test_sylvester_against_extended_precision(options, scale):
     for _ in range(15):
         transform = moved(Sylvester(4, **options), scale)
         v, square, diagonal, b = (p.detach()[0] for p in transform.parameters())
-        b /= scale                                           # inputs of hidden units of size 1, where determinants are furthest from 1
+        b /= scale  # inputs of hidden units of size 1, where determinants are furthest from 1
         z = torch.randn(4, dtype=torch.float64) / scale
-        assert near(transform.forward(z)[1], sylvester_in_extended_precision(z, v, square, diagonal, b, transform.constraint))
+        assert near(
+            transform.forward(z)[1],
+            sylvester_in_extended_precision(z, v, square, diagonal, b, transform.constraint),
+        )
 
 
 # Many draws
+
 
 @every
 @many_draws
@@ -95,18 +123,24 @@ def test_determinant_never_changes_sign(name, draws, dtype, scale):
     tensors = transform.prepare(**transform.source(context, dtype))
     for factor in ("alpha", "m") if "radial" in name else ("slope",):
         assert tensors[factor].isfinite().all() and (tensors[factor] >= 0).all()
-        assert (tensors[factor] > 0).all() or name == "sylvester-paper" and scale == 100     # there 1 + tanh(300) tanh(-300) underflows
-    points = [torch.randn(draws, 5, dtype=dtype), 1e4 * torch.randn(draws, 5, dtype=dtype)] + ([tensors["z0"][:, 0]] if "radial" in name else [])
+        assert (
+            (tensors[factor] > 0).all() or name == "sylvester-paper" and scale == 100
+        )  # there 1 + tanh(300) tanh(-300) underflows
+    points = [torch.randn(draws, 5, dtype=dtype), 1e4 * torch.randn(draws, 5, dtype=dtype)] + (
+        [tensors["z0"][:, 0]] if "radial" in name else []
+    )
     for z in points:
         y, log_det = transform.forward(z, context)
         assert y.isfinite().all() and log_det.isfinite().all()
 
 
 @every
-@pytest.mark.parametrize("scale", [1., 10.])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_the_jacobian_has_a_positive_determinant(name, scale):
     transform, context = many(name, 5, 2000, scale, torch.float64)
-    jacobian = vmap(jacrev(lambda z, c: transform.forward(z, c)[0]))(torch.randn(2000, 5, dtype=torch.float64), context)
+    jacobian = vmap(jacrev(lambda z, c: transform.forward(z, c)[0]))(
+        torch.randn(2000, 5, dtype=torch.float64), context
+    )
     assert (torch.linalg.slogdet(jacobian).sign == 1).all()
 
 
@@ -118,30 +152,47 @@ def test_inverse_is_as_good_as_the_digits_of_z(name, scale):
     y = 3 * torch.randn(500, 5, dtype=torch.float64)
     z, minus = transform.inverse(y, context)
     again = transform.forward(z, context)[0]
-    tensors = {key: tensor[:, 0] for key, tensor in transform.prepare(**transform.source(context, torch.float64)).items()}
-    def size(key): return tensors[key].flatten(1).norm(dim=-1)
-    if "radial" in name: last_digit, steep = z.norm(dim=-1) + size("z0"), 1 + tensors["m"] / tensors["alpha"]
-    else: last_digit, steep = z.norm(dim=-1) + size("r") + size("b"), 1 + size("r") * size("r_tilde")
+    tensors = {
+        key: tensor[:, 0]
+        for key, tensor in transform.prepare(**transform.source(context, torch.float64)).items()
+    }
+
+    def size(key):
+        return tensors[key].flatten(1).norm(dim=-1)
+
+    if "radial" in name:
+        last_digit, steep = z.norm(dim=-1) + size("z0"), 1 + tensors["m"] / tensors["alpha"]
+    else:
+        last_digit, steep = z.norm(dim=-1) + size("r") + size("b"), 1 + size("r") * size("r_tilde")
     allowed = 1e-10 * (1 + y.norm(dim=-1)) + 1e-15 * last_digit * steep
     assert z.isfinite().all() and minus.isfinite().all() and ((again - y).norm(dim=-1) <= allowed).all()
 
 
 # The centre of a radial layer
 
+
 @pytest.mark.parametrize("dim", [1, 2, 5])
 @dtypes
 def test_radial_at_its_centre(dim, dtype):
     "The Jacobian is m / alpha times the identity; first and second derivatives are finite in both directions, in values and parameters."
-    transform, context = many("radial", dim, 50, 2., dtype)
+    transform, context = many("radial", dim, 50, 2.0, dtype)
     tensors = transform.prepare(**transform.source(context, dtype))
     centre, ratio = tensors["z0"][:, 0].detach(), (tensors["m"] / tensors["alpha"])[:, 0].detach()
     jacobian = vmap(jacrev(lambda z, c: transform.forward(z, c)[0]))(centre, context)
     torch.testing.assert_close(jacobian, ratio[:, None, None] * torch.eye(dim, dtype=dtype))
     torch.testing.assert_close(transform.forward(centre, context)[1], dim * ratio.log())
     for direction in (transform.forward, transform.inverse):
-        def total(z, c): y, log_det = direction(z, c); return log_det + y.sin().sum()
+
+        def total(z, c):
+            y, log_det = direction(z, c)
+            return log_det + y.sin().sum()
+
         assert torch.equal(direction(centre, context)[0], centre)
-        for slopes in (vmap(grad(total))(centre, context), vmap(grad(total, argnums=1))(centre, context), vmap(jacrev(grad(total)))(centre, context)):
+        for slopes in (
+            vmap(grad(total))(centre, context),
+            vmap(grad(total, argnums=1))(centre, context),
+            vmap(jacrev(grad(total)))(centre, context),
+        ):
             assert slopes.isfinite().all()
 
 
@@ -155,12 +206,17 @@ def test_radial_gradients_are_finite_close_to_the_centre():
 def test_lengths_have_all_their_digits():
     "Also where a softplus goes over to its asymptote."
     a = torch.linspace(-60, 60, 1000, dtype=torch.float64)
-    assert torch.allclose(lengths(a, a, "paper")[1], torch.logaddexp(a, torch.zeros(1000, dtype=torch.float64)) + FLOOR, rtol=1e-14, atol=0)
+    assert torch.allclose(
+        lengths(a, a, "paper")[1],
+        torch.logaddexp(a, torch.zeros(1000, dtype=torch.float64)) + FLOOR,
+        rtol=1e-14,
+        atol=0,
+    )
 
 
 def test_the_radius_has_all_its_digits_and_slopes():
     "Where `m` is far larger than `t`, and at `t = m`, where the two forms of the root meet."
-    alpha, m, t = (torch.tensor(v, dtype=torch.float64) for v in (1., [1e4, 1e8, 1e12], [1e-3, 1., 10.]))
+    alpha, m, t = (torch.tensor(v, dtype=torch.float64) for v in (1.0, [1e4, 1e8, 1e12], [1e-3, 1.0, 10.0]))
     r = solve_radius(t, alpha, m)
     assert torch.allclose(r * (r + m) / (r + alpha), t, rtol=1e-14)
     at, slope = torch.ones((), dtype=torch.float64), lambda t: solve_radius(t, 2 * alpha, alpha)
@@ -168,28 +224,41 @@ def test_the_radius_has_all_its_digits_and_slopes():
 
 
 def test_layers_start_at_the_size_that_they_document():
-    assert abs(Radial(400, 50).source.z0.std() * 20 - 1) < .05 and (lengths(*(Radial(2).source()[n] for n in "ab"), "identity")[0] - 1).abs() < 1e-6
-    for tensor, size in ((Planar(8, 50).source.u, .5), (Planar(8, 50).source.w, .5), (Sylvester(8, 50).source.square, .5), (Sylvester(20, 50, bottleneck=2).source.b, 1.)):
-        assert .9 * size < tensor.abs().max() <= size
+    assert (
+        abs(Radial(400, 50).source.z0.std() * 20 - 1) < 0.05
+        and (lengths(*(Radial(2).source()[n] for n in "ab"), "identity")[0] - 1).abs() < 1e-6
+    )
+    for tensor, size in (
+        (Planar(8, 50).source.u, 0.5),
+        (Planar(8, 50).source.w, 0.5),
+        (Sylvester(8, 50).source.square, 0.5),
+        (Sylvester(20, 50, bottleneck=2).source.b, 1.0),
+    ):
+        assert 0.9 * size < tensor.abs().max() <= size
 
 
 def test_radial_far_away_moves_by_beta():
     transform = Radial(3, constraint="paper").double()
-    with torch.no_grad(): transform.source.b.fill_(2.)
+    with torch.no_grad():
+        transform.source.b.fill_(2.0)
     beta = math.log1p(math.exp(2)) - 1
     z = transform.source.z0.detach() + 1e9 * torch.eye(3, dtype=torch.float64)
     y, log_det = transform.forward(z)
-    assert torch.allclose((y - z).norm(dim=-1), torch.full((3,), beta, dtype=torch.float64), atol=1e-6) and log_det.abs().max() < 1e-7
+    assert (
+        torch.allclose((y - z).norm(dim=-1), torch.full((3,), beta, dtype=torch.float64), atol=1e-6)
+        and log_det.abs().max() < 1e-7
+    )
 
 
 # Sylvester
 
-@pytest.mark.parametrize("scale", [1e-4, 1., 100.])
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
 @pytest.mark.parametrize("shape", [(500, 1, 1, 1), (500, 8, 8, 8), (500, 3, 5, 5), (500, 8, 40, 8)], ids=str)
 def test_columns_are_orthonormal(shape, scale):
     "Draws of every shape, and close to dependent ones."
     draws, n, dim, columns = shape
-    for noise in (1., 1e-3, 1e-9):
+    for noise in (1.0, 1e-3, 1e-9):
         v = scale * (1 + noise * torch.randn(draws, n, dim, dtype=torch.float64))
         for dtype, error in ((torch.float64, 1e-14), (torch.float32, 1e-5)):
             q = orthonormal(v.to(dtype), columns)
@@ -197,15 +266,26 @@ def test_columns_are_orthonormal(shape, scale):
 
 
 def test_how_many_units_there_are_unless_told():
-    assert [Sylvester(dim).bottleneck for dim in (3, 20)] == [3, 8] and [Sylvester(dim, kind="householder").reflections for dim in (3, 20)] == [3, 8]
+    assert [Sylvester(dim).bottleneck for dim in (3, 20)] == [3, 8] and [
+        Sylvester(dim, kind="householder").reflections for dim in (3, 20)
+    ] == [3, 8]
 
 
 def test_one_unit_is_a_planar_layer():
     transform = Sylvester(3, 2, bottleneck=1).double()
     z, tensors = torch.randn(20, 3, dtype=torch.float64), transform.prepare(**transform.source())
-    layers = [{"u_hat": A[:, 0], "w": B[0], "b": b[0]} for A, B, b in zip(tensors["A"], tensors["B"], tensors["b"])]
-    for found, expected in zip(transform.forward(z), planar_stack(z, layers, tensors["slope"][:, 0])): torch.testing.assert_close(found, expected)
+    layers = [
+        {"u_hat": A[:, 0], "w": B[0], "b": b[0]} for A, B, b in zip(tensors["A"], tensors["B"], tensors["b"])
+    ]
+    for found, expected in zip(transform.forward(z), planar_stack(z, layers, tensors["slope"][:, 0])):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_plain_norm_is_caught_at_the_centre(monkeypatch):
-    caught(monkeypatch, lambda: test_radial_at_its_centre(2, torch.float64), "radial.distance", "torch.where(zero, 0., torch.where(zero, 1., square).sqrt())", "square.sqrt()")
+    caught(
+        monkeypatch,
+        lambda: test_radial_at_its_centre(2, torch.float64),
+        "radial.distance",
+        "torch.where(zero, 0., torch.where(zero, 1., square).sqrt())",
+        "square.sqrt()",
+    )

@@ -1,4 +1,5 @@
 """The runner: bad parameters are refused before anything runs; workers and notebooks fail in every way, and earlier results stay."""
+
 import json
 import os
 import platform
@@ -15,10 +16,26 @@ import pytest
 from normflow_vi import experiments
 from normflow_vi.files import Busy, exclusive
 from normflow_vi.records import Record, Run, Store
-from normflow_vi.runner import (Job, Manifest, ParameterError, RunsFailed, check_notebook, check_parameter, check_parameters, complete, execute, place,
-                                run_jobs, slots, units, work, work_folder, write_unit)
+from normflow_vi.runner import (
+    Job,
+    Manifest,
+    ParameterError,
+    RunsFailed,
+    check_notebook,
+    check_parameter,
+    check_parameters,
+    complete,
+    execute,
+    place,
+    run_jobs,
+    slots,
+    units,
+    work,
+    work_folder,
+    write_unit,
+)
 
-EXPERIMENT = '''
+EXPERIMENT = """
 import os, time
 from pathlib import Path
 from normflow_vi.experiments import Experiment
@@ -35,16 +52,20 @@ def train(runs, folder, device, progress):
         if any(run.seed == 13 for run in runs) and step == 7: raise ArithmeticError("loss is not finite at step 7")
     return [Record(run, {"F": float(run.seed), "began": start}, {}, {"threads_asked": os.environ.get("OMP_NUM_THREADS", "")}) for run in runs]
 experiment = Experiment("trial", "99_trial", "nbs/99_trial/10_trial.ipynb", ("table.json", "figure.txt"), plan, train, lambda store: [], engine="processes")
-'''
+"""
 
-SETUP = '''import json, os, signal, sys, time
+SETUP = """import json, os, signal, sys, time
 from pathlib import Path
 fault = Path("fault.txt").read_text()
-Path(output, "figure.txt").write_text("a figure"); Path(output, "table.json").write_text(json.dumps([profile, time.time()]))'''
+Path(output, "figure.txt").write_text("a figure"); Path(output, "table.json").write_text(json.dumps([profile, time.time()]))"""
 
 FAULTS = {
-    "killed": "os.kill(os.getpid(), 9)", "leaves": "sys.exit(0)", "raises": "raise ArithmeticError('it went wrong')", "hangs": "time.sleep(100)",
-    "forgets": "Path(output, 'figure.txt').unlink()", "wait": "Path('waiting').write_text(str(os.getpid())); time.sleep(100)",
+    "killed": "os.kill(os.getpid(), 9)",
+    "leaves": "sys.exit(0)",
+    "raises": "raise ArithmeticError('it went wrong')",
+    "hangs": "time.sleep(100)",
+    "forgets": "Path(output, 'figure.txt').unlink()",
+    "wait": "Path('waiting').write_text(str(os.getpid())); time.sleep(100)",
 }
 
 
@@ -52,24 +73,40 @@ def make_project(root):
     """A small project: settings, an experiment, its notebook, an empty list of published numbers."""
     import nbformat
     from nbformat import v4
-    for folder in ("nbs/99_trial", "data"): (root/folder).mkdir(parents=True)
-    (root/"settings.ini").write_text("[limits]\ntimeout = 60\n[trial.smoke]\n[trial.quick]\n[trial.paper]\n")
-    (root/"trial_experiment.py").write_text(EXPERIMENT)
-    (root/"data/published.csv").write_text("paper,table_or_figure,dataset,model,metric,value,error,notes,confirmed\n")
-    (root/"data/figures.csv").write_text("source,item,shows,notebook,product\n")
-    (root/"fault.txt").write_text("none")
-    cells = [v4.new_code_cell('profile: str = "smoke"\ndata: str = "auto"\ndevice: str = "auto"\noutput: str = ""', metadata={"tags": ["parameters"]}),
-             v4.new_markdown_cell("# A trial\nwith $x^2$"), v4.new_code_cell(SETUP),
-             *(v4.new_code_cell(f"if fault == {name!r}: {code}") for name, code in FAULTS.items()), v4.new_code_cell("print('the end')")]
+
+    for folder in ("nbs/99_trial", "data"):
+        (root / folder).mkdir(parents=True)
+    (root / "settings.ini").write_text(
+        "[limits]\ntimeout = 60\n[trial.smoke]\n[trial.quick]\n[trial.paper]\n"
+    )
+    (root / "trial_experiment.py").write_text(EXPERIMENT)
+    (root / "data/published.csv").write_text(
+        "paper,table_or_figure,dataset,model,metric,value,error,notes,confirmed\n"
+    )
+    (root / "data/figures.csv").write_text("source,item,shows,notebook,product\n")
+    (root / "fault.txt").write_text("none")
+    cells = [
+        v4.new_code_cell(
+            'profile: str = "smoke"\ndata: str = "auto"\ndevice: str = "auto"\noutput: str = ""',
+            metadata={"tags": ["parameters"]},
+        ),
+        v4.new_markdown_cell("# A trial\nwith $x^2$"),
+        v4.new_code_cell(SETUP),
+        *(v4.new_code_cell(f"if fault == {name!r}: {code}") for name, code in FAULTS.items()),
+        v4.new_code_cell("print('the end')"),
+    ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), root/"nbs/99_trial/10_trial.ipynb")
+    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), root / "nbs/99_trial/10_trial.ipynb")
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     make_project(tmp_path)
-    for name, value in {"ROOT": tmp_path, "EXPERIMENTS": "trial_experiment"}.items(): monkeypatch.setenv(f"NORMFLOW_VI_{name}", str(value))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path)); monkeypatch.syspath_prepend(str(tmp_path)); monkeypatch.chdir(tmp_path)
+    for name, value in {"ROOT": tmp_path, "EXPERIMENTS": "trial_experiment"}.items():
+        monkeypatch.setenv(f"NORMFLOW_VI_{name}", str(value))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NORMFLOW_VI_PARENT", raising=False)
     sys.modules.pop("trial_experiment", None)
     yield tmp_path
@@ -79,12 +116,24 @@ def project(tmp_path, monkeypatch):
 NOTEBOOK, PRODUCTS = "nbs/99_trial/10_trial.ipynb", ("table.json", "figure.txt")
 
 
-def trial(seed, profile="quick"): return Run("trial", 1, "none", "none", "", "planar", 2, seed, profile, {"updates": 20})
-def start(code, **more): return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
-def gone(pid): return not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+def trial(seed, profile="quick"):
+    return Run("trial", 1, "none", "none", "", "planar", 2, seed, profile, {"updates": 20})
 
 
-def until(condition, seconds=20.):
+def start(code, **more):
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more
+    )
+
+
+def gone(pid):
+    return (
+        not Path(f"/proc/{pid}").exists()
+        or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    )
+
+
+def until(condition, seconds=20.0):
     """Wait for a condition; its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -93,16 +142,65 @@ def until(condition, seconds=20.):
     return value
 
 
-def read(path): return path.read_text() if path.exists() else ""
+def read(path):
+    return path.read_text() if path.exists() else ""
 
 
 # Parameters
 
 GOOD = {"profile": "smoke", "data": "digits", "device": "cpu", "output": "runs/x"}
-CODE = ["x=1; import os; os.system('touch executed')", "profile\nopen('executed','w')", "__import__('os').system('touch executed')", "a b", "x=", "1x", "", "é", "profile "]
-BAD = [{name: value} for name in GOOD for value in (float("nan"), float("inf"), -1, 0, 10**400, 1e-3, True, None, "true", "1e-3", "nan", "ünïcode", "../x", ["smoke"], {"a": 1}, b"x", "x" * 10_000)] \
-    + [{"output": v} for v in ("/tmp/x", "figures", "results/x", "runs/../x", "runs/a b", "runs", "reports/x/../../y", "runs/x\n", "~/x", "runs//x")] \
+CODE = [
+    "x=1; import os; os.system('touch executed')",
+    "profile\nopen('executed','w')",
+    "__import__('os').system('touch executed')",
+    "a b",
+    "x=",
+    "1x",
+    "",
+    "é",
+    "profile ",
+]
+BAD = (
+    [
+        {name: value}
+        for name in GOOD
+        for value in (
+            float("nan"),
+            float("inf"),
+            -1,
+            0,
+            10**400,
+            1e-3,
+            True,
+            None,
+            "true",
+            "1e-3",
+            "nan",
+            "ünïcode",
+            "../x",
+            ["smoke"],
+            {"a": 1},
+            b"x",
+            "x" * 10_000,
+        )
+    ]
+    + [
+        {"output": v}
+        for v in (
+            "/tmp/x",
+            "figures",
+            "results/x",
+            "runs/../x",
+            "runs/a b",
+            "runs",
+            "reports/x/../../y",
+            "runs/x\n",
+            "~/x",
+            "runs//x",
+        )
+    ]
     + [{name: "smoke"} for name in ("profle", "Profile", "seed", "nn", "self", "experiment_", *CODE)]
+)
 
 
 def test_bad_parameters_are_refused(project):
@@ -111,107 +209,172 @@ def test_bad_parameters_are_refused(project):
     assert len(BAD) > 90
     for bad in BAD:
         name, value = next(iter(bad.items()))
-        with pytest.raises(ParameterError) as refused: execute(NOTEBOOK, GOOD | bad, PRODUCTS, profile="smoke")
-        assert repr(name[:60]) in str(refused.value) and "allowed" in str(refused.value) and len(str(refused.value)) < 400
+        with pytest.raises(ParameterError) as refused:
+            execute(NOTEBOOK, GOOD | bad, PRODUCTS, profile="smoke")
+        assert (
+            repr(name[:60]) in str(refused.value)
+            and "allowed" in str(refused.value)
+            and len(str(refused.value)) < 400
+        )
         if name.isidentifier():
-            with pytest.raises(ParameterError, match=name): check_parameters(**(GOOD | bad))
+            with pytest.raises(ParameterError, match=name):
+                check_parameters(**(GOOD | bad))
     assert time.monotonic() - begin < 5
-    assert not list(project.rglob("executed*")) and not (project/"reports").exists() and not (project/"runs").exists()
+    assert (
+        not list(project.rglob("executed*"))
+        and not (project / "reports").exists()
+        and not (project / "runs").exists()
+    )
 
 
 def test_random_parameters_are_refused():
-    chance, rules = random.Random(0), {"n": (int, 1, 1000), "rate": (float, 0., 1.), "kind": ("a", "b")}
-    makers = [lambda: chance.uniform(-1e9, -1e-9), lambda: -chance.randrange(1, 10**6), lambda: chance.randrange(1001, 10**12), lambda: float("nan"), lambda: float("-inf"),
-              lambda: "".join(chance.choices(string.printable, k=chance.randrange(2, 40))), lambda: chance.choice([None, True, False, [], {}, (1,), b"a", 1j, object()]),
-              lambda: chance.choice(["true", "1e-3", "1", "nan", "../x", "A", "a "])]
+    chance, rules = random.Random(0), {"n": (int, 1, 1000), "rate": (float, 0.0, 1.0), "kind": ("a", "b")}
+    makers = [
+        lambda: chance.uniform(-1e9, -1e-9),
+        lambda: -chance.randrange(1, 10**6),
+        lambda: chance.randrange(1001, 10**12),
+        lambda: float("nan"),
+        lambda: float("-inf"),
+        lambda: "".join(chance.choices(string.printable, k=chance.randrange(2, 40))),
+        lambda: chance.choice([None, True, False, [], {}, (1,), b"a", 1j, object()]),
+        lambda: chance.choice(["true", "1e-3", "1", "nan", "../x", "A", "a "]),
+    ]
     for _ in range(500):
         name, value = chance.choice(list(rules)), chance.choice(makers)()
-        with pytest.raises(ParameterError, match=name): check_parameter(name, value, rules[name])
-    for name, value in [("n", 1), ("n", 1000), ("rate", 0), ("rate", 1e-3), ("kind", "b")]: check_parameter(name, value, rules[name])
+        with pytest.raises(ParameterError, match=name):
+            check_parameter(name, value, rules[name])
+    for name, value in [("n", 1), ("n", 1000), ("rate", 0), ("rate", 1e-3), ("kind", "b")]:
+        check_parameter(name, value, rules[name])
 
 
 def test_the_notebooks_own_parameters_are_respected(project):
     rules = {"profile": ("smoke",), "steps": (int, 1, 10)}
-    with pytest.raises(ParameterError, match="steps.*no such parameter.*profile"): check_notebook(project/NOTEBOOK, {"steps": 3}, rules)
-    book = json.loads((project/NOTEBOOK).read_text())
+    with pytest.raises(ParameterError, match="steps.*no such parameter.*profile"):
+        check_notebook(project / NOTEBOOK, {"steps": 3}, rules)
+    book = json.loads((project / NOTEBOOK).read_text())
     book["cells"][0]["source"] = 'profile: str = "smoke"\nsteps: float = 1.0'
-    (project/NOTEBOOK).write_text(json.dumps(book))
-    with pytest.raises(ParameterError, match="steps.*declares it as float"): check_notebook(project/NOTEBOOK, {"steps": 3}, rules)
+    (project / NOTEBOOK).write_text(json.dumps(book))
+    with pytest.raises(ParameterError, match="steps.*declares it as float"):
+        check_notebook(project / NOTEBOOK, {"steps": 3}, rules)
 
 
 def test_parameters_give_a_context(project):
     context = check_parameters("trial", **GOOD)
-    assert (context.profile, context.device, context.output) == ("smoke", "cpu", project/"runs/x") and context.path("a.png") == project/"runs/x/a.png"
-    assert context.output.is_dir() and context.store.roots == [project/"runs/smoke/results"]
-    assert check_parameters(profile="quick").store.roots == [project/"results"]
+    assert (context.profile, context.device, context.output) == (
+        "smoke",
+        "cpu",
+        project / "runs/x",
+    ) and context.path("a.png") == project / "runs/x/a.png"
+    assert context.output.is_dir() and context.store.roots == [project / "runs/smoke/results"]
+    assert check_parameters(profile="quick").store.roots == [project / "results"]
 
 
 def test_absent_gpu_is_refused():
     import torch
-    if torch.cuda.is_available(): pytest.skip("there is one")
-    with pytest.raises(ParameterError, match="device.*cuda.*allowed"): check_parameters(device="cuda")
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ParameterError, match="device.*cuda.*allowed"):
+        check_parameters(device="cuda")
 
 
 # Training
 
+
 def test_complete_trains_what_lacks_a_record(project):
     """One run has a record, one fails, one is trained; the failure is named, noted and counted, and the others are kept."""
-    Record(trial(0), {"F": -5.}).save(project/"results")
-    (work_folder([trial(1)])/"checkpoints").mkdir(parents=True)
-    (work_folder([trial(1)])/"checkpoints/place").write_text("12")                     # a checkpoint of unknown code: not resumed
-    with pytest.raises(RunsFailed, match="seed13.*loss is not finite at step 7.*log.txt") as failed: complete([trial(0), trial(13), trial(1)], "cpu", progress=False)
+    Record(trial(0), {"F": -5.0}).save(project / "results")
+    (work_folder([trial(1)]) / "checkpoints").mkdir(parents=True)
+    (work_folder([trial(1)]) / "checkpoints/place").write_text(
+        "12"
+    )  # a checkpoint of unknown code: not resumed
+    with pytest.raises(RunsFailed, match="seed13.*loss is not finite at step 7.*log.txt") as failed:
+        complete([trial(0), trial(13), trial(1)], "cpu", progress=False)
     assert "seed1-" not in str(failed.value)
     found = [r.value("F") for r in complete([trial(0), trial(1)], "cpu", progress=False)]
     assert found == [-5, 1]
     record = Store().find(trial(1))
-    assert record.value("began") == 0 and record.info["threads"] == 1 and record.info["threads_asked"] == "1" and len(record.info["code_sha256"]) == 64
-    assert [r.seed for r in Store().failed("trial")] == [13] and not (work_folder([trial(1)])/"checkpoints").exists()
-    assert json.loads((work_folder([trial(1)])/"progress.json").read_text())["step"] == 20
+    assert (
+        record.value("began") == 0
+        and record.info["threads"] == 1
+        and record.info["threads_asked"] == "1"
+        and len(record.info["code_sha256"]) == 64
+    )
+    assert [r.seed for r in Store().failed("trial")] == [13] and not (
+        work_folder([trial(1)]) / "checkpoints"
+    ).exists()
+    assert json.loads((work_folder([trial(1)]) / "progress.json").read_text())["step"] == 20
 
 
 def test_a_log_starts_afresh_and_a_signal_is_named(project, monkeypatch):
     """A failure message quotes this run's log only; a process that was killed is said to be."""
-    job = Job("kills itself", [], project/"runs/job")
-    job.folder.mkdir(parents=True); job.log.write_text("ValueError: an earlier run\n")
+    job = Job("kills itself", [], project / "runs/job")
+    job.folder.mkdir(parents=True)
+    job.log.write_text("ValueError: an earlier run\n")
     real = subprocess.Popen
     for number, words in ((9, "killed by signal 9, perhaps out of memory;"), (10, "killed by signal 10;")):
-        monkeypatch.setattr(subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"], **more))
+        monkeypatch.setattr(
+            subprocess,
+            "Popen",
+            lambda command, **more: real(
+                [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"], **more
+            ),
+        )
         why = run_jobs([job], quiet=True)["kills itself"]
         assert why.startswith(f"no output ({words}") and str(job.log) in why
 
 
 def test_records_name_one_device(project):
     """What an experiment notes about its device does not make a second name for it."""
-    module = project/"trial_experiment.py"
-    module.write_text(module.read_text().replace('{"threads_asked"', '{"device": "cpu (old)", "hardware": "?", "threads_asked"'))
+    module = project / "trial_experiment.py"
+    module.write_text(
+        module.read_text().replace(
+            '{"threads_asked"', '{"device": "cpu (old)", "hardware": "?", "threads_asked"'
+        )
+    )
     info = work(write_unit([trial(0)], "cpu")) and Store().find(trial(0)).info
     assert info["device"] == "cpu" and info["hardware"] == platform.machine()
 
 
 def test_retrain_repeats(project, capsys):
     """A record of earlier code stays until somebody asks for more; a unit is resumed only with the code it was begun with."""
-    Record(trial(0), {"F": -5.}, {}, {"code_sha256": "old"}).save(project/"results")
+    Record(trial(0), {"F": -5.0}, {}, {"code_sha256": "old"}).save(project / "results")
     assert complete([trial(0)], "cpu", progress=False)[0].value("F") == -5
     write_unit([trial(0)], "cpu", retrain=True)
-    assert work(work_folder([trial(0)])/"runs.json")[0].value("F") == 0
+    assert work(work_folder([trial(0)]) / "runs.json")[0].value("F") == 0
     assert Store().find(trial(0)).value("F") == 0
+
     def resumed():
-        (work_folder([trial(0)])/"checkpoints").mkdir(parents=True, exist_ok=True)
-        (work_folder([trial(0)])/"checkpoints/place").write_text("12")
+        (work_folder([trial(0)]) / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (work_folder([trial(0)]) / "checkpoints/place").write_text("12")
         return work(write_unit([trial(0)], "cpu"))[0].value("began")
+
     assert resumed() == 12
-    sources = project/"trial_experiment.py"
+    sources = project / "trial_experiment.py"
     sources.write_text(sources.read_text() + "more = 1\n")
-    aside = work_folder([trial(0)])/"checkpoints-earlier-code/place"
-    assert not aside.exists() and resumed() == 0 and aside.read_text() == "12" and "begun with other code" in capsys.readouterr().out
+    aside = work_folder([trial(0)]) / "checkpoints-earlier-code/place"
+    assert (
+        not aside.exists()
+        and resumed() == 0
+        and aside.read_text() == "12"
+        and "begun with other code" in capsys.readouterr().out
+    )
 
 
 def test_units_follow_the_experiments_engine(project, monkeypatch):
     runs = [trial(0), trial(1), Run(**(trial(0).to_dict() | {"length": 8}))]
     assert [len(u) for u in units(runs, "cpu")] == [1, 1, 1] and units(runs, "cpu")[0][0].length == 8
     module = sys.modules[experiments.module_of("trial")]
-    for engine, device, sizes in (("batched", "cpu", [1, 2]), ("auto", "cpu", [1, 1, 1]), ("auto", "cuda", [1, 2])):
-        monkeypatch.setattr(module, "experiment", experiments.Experiment(**{**vars(experiments.get("trial")), "engine": engine}))
+    for engine, device, sizes in (
+        ("batched", "cpu", [1, 2]),
+        ("auto", "cpu", [1, 1, 1]),
+        ("auto", "cuda", [1, 2]),
+    ):
+        monkeypatch.setattr(
+            module,
+            "experiment",
+            experiments.Experiment(**{**vars(experiments.get("trial")), "engine": engine}),
+        )
         assert [len(u) for u in units(runs, device)] == sizes
     assert work_folder(runs[:2]) != work_folder(runs[:1])
 
@@ -219,11 +382,23 @@ def test_units_follow_the_experiments_engine(project, monkeypatch):
 def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkeypatch):
     "With a `trainer` the choice is measured; runs that were begun in one way are not begun again in the other."
     from normflow_vi import training
+
     runs, module, asked = [trial(0), trial(1)], sys.modules[experiments.module_of("trial")], []
-    monkeypatch.setattr(module, "experiment", experiments.Experiment(**{**vars(experiments.get("trial")), "engine": "auto", "trainer": lambda runs, device: runs}))
+    monkeypatch.setattr(
+        module,
+        "experiment",
+        experiments.Experiment(
+            **{**vars(experiments.get("trial")), "engine": "auto", "trainer": lambda runs, device: runs}
+        ),
+    )
+
     def measured(name):
-        def choose(make, seeds, processes): asked.append((make(seeds[:1]), list(seeds), processes)); return training.Engine(name, 1., 1.)
+        def choose(make, seeds, processes):
+            asked.append((make(seeds[:1]), list(seeds), processes))
+            return training.Engine(name, 1.0, 1.0)
+
         monkeypatch.setattr(training, "choose_engine", choose)
+
     for name, sizes in (("batched", [2]), ("processes", [1, 1])):
         measured(name)
         assert [len(unit) for unit in units(runs, "cpu")] == sizes
@@ -233,14 +408,18 @@ def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkey
     assert [len(unit) for unit in units(runs, "cpu")] == [1, 1] and len(asked) == 2
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"runs": []}', '{"runs": [{"experiment": "trial"}], "device": "cpu"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"runs": []}', '{"runs": [{"experiment": "trial"}], "device": "cpu"}']
+)
 def test_a_bad_file_of_runs_is_refused(project, text):
-    (project/"runs.json").write_text(text)
-    with pytest.raises(ValueError, match="runs.json"): work(project/"runs.json")
+    (project / "runs.json").write_text(text)
+    with pytest.raises(ValueError, match="runs.json"):
+        work(project / "runs.json")
 
 
 def test_one_process_a_unit(project):
-    with exclusive(work_folder([trial(0)])), pytest.raises(Busy): work(write_unit([trial(0)], "cpu"))
+    with exclusive(work_folder([trial(0)])), pytest.raises(Busy):
+        work(write_unit([trial(0)], "cpu"))
     assert Store().find(trial(0)) is None
 
 
@@ -253,77 +432,140 @@ def test_workers_end_with_their_parent(project):
     """Kill -9, SIGTERM and Ctrl-C of the waiting process: each time its worker ends, and its checkpoint stays."""
     signals = {101: signal.SIGKILL, 102: signal.SIGTERM, 103: signal.SIGINT}
     parents = {seed: start(COMPLETE.format(seed=seed)) for seed in signals}
-    places = {seed: work_folder([trial(seed)])/"checkpoints/place" for seed in signals}
-    def children(pid): return [int(p) for p in read(Path(f"/proc/{pid}/task/{pid}/children")).split()]
-    for seed, place in places.items(): until(place.exists, 40)
+    places = {seed: work_folder([trial(seed)]) / "checkpoints/place" for seed in signals}
+
+    def children(pid):
+        return [int(p) for p in read(Path(f"/proc/{pid}/task/{pid}/children")).split()]
+
+    for seed, place in places.items():
+        until(place.exists, 40)
     for seed, parent in parents.items():
         begin, workers = time.monotonic(), children(parent.pid)
         assert workers
-        parent.send_signal(signals[seed]); parent.communicate(timeout=20)
+        parent.send_signal(signals[seed])
+        parent.communicate(timeout=20)
         until(lambda: all(map(gone, workers)), 5)
-        assert parent.returncode not in (0, None) and time.monotonic() - begin < 6 and places[seed].exists() and Store().find(trial(seed)) is None
+        assert (
+            parent.returncode not in (0, None)
+            and time.monotonic() - begin < 6
+            and places[seed].exists()
+            and Store().find(trial(seed)) is None
+        )
 
 
 # Notebooks
 
+
 def snapshot(root):
     """The bytes of everything that an execution publishes or draws from."""
-    return {p.relative_to(root): p.read_bytes() for top in ("figures", "reports/executed", "results") for p in sorted((root/top).rglob("*"))
-            if p.is_file() and not p.name.endswith(".failed.json")}
+    return {
+        p.relative_to(root): p.read_bytes()
+        for top in ("figures", "reports/executed", "results")
+        for p in sorted((root / top).rglob("*"))
+        if p.is_file() and not p.name.endswith(".failed.json")
+    }
 
 
 def test_every_way_to_fail_leaves_the_earlier_result(project):
     """A good execution; then a killed kernel, exit(0), an exception, a time-out, a missing product, SIGINT and SIGTERM to the runner: all reported as failed."""
-    Record(trial(0), {"F": 1.}).save(project/"results"); Record(trial(1), {"F": 1.}).save(project/"results")
-    def go(timeout=60): return execute(NOTEBOOK, {"profile": "quick"}, PRODUCTS, profile="quick", timeout=timeout)
+    Record(trial(0), {"F": 1.0}).save(project / "results")
+    Record(trial(1), {"F": 1.0}).save(project / "results")
+
+    def go(timeout=60):
+        return execute(NOTEBOOK, {"profile": "quick"}, PRODUCTS, profile="quick", timeout=timeout)
+
     good = go()
-    assert good.good and good.products.keys() == set(PRODUCTS) and Manifest.load(place(NOTEBOOK, "quick")/"manifest.json") == good
-    assert (project/"figures/figure.txt").read_text() == "a figure" and Manifest.load(project/"figures/manifests/99_trial-10_trial.json") == good
+    assert (
+        good.good
+        and good.products.keys() == set(PRODUCTS)
+        and Manifest.load(place(NOTEBOOK, "quick") / "manifest.json") == good
+    )
+    assert (project / "figures/figure.txt").read_text() == "a figure" and Manifest.load(
+        project / "figures/manifests/99_trial-10_trial.json"
+    ) == good
     before, note = snapshot(project), place(NOTEBOOK, "quick").with_name("10_trial.failed.json")
-    causes = {"killed": "kernel was killed", "leaves": "left early", "raises": "ArithmeticError: it went wrong", "hangs": "longer than 2 s", "forgets": "figure.txt is missing"}
+    causes = {
+        "killed": "kernel was killed",
+        "leaves": "left early",
+        "raises": "ArithmeticError: it went wrong",
+        "hangs": "longer than 2 s",
+        "forgets": "figure.txt is missing",
+    }
     for fault, cause in causes.items():
-        (project/"fault.txt").write_text(fault)
+        (project / "fault.txt").write_text(fault)
         failed = go(timeout=2 if fault == "hangs" else 60)
-        assert not failed.good and cause in failed.cause and snapshot(project) == before, (fault, failed.cause)
+        assert not failed.good and cause in failed.cause and snapshot(project) == before, (
+            fault,
+            failed.cause,
+        )
         assert Manifest.load(note).cause == failed.cause
-    (project/"fault.txt").write_text("wait")
+    (project / "fault.txt").write_text("wait")
     for number in (signal.SIGINT, signal.SIGTERM):
-        runner = subprocess.Popen([sys.executable, "-m", "normflow_vi.cli", "reproduce", "--only", "trial"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        kernel = int(until(lambda: read(project/"waiting"), 40))
-        time.sleep(0.2); runner.send_signal(number)
+        runner = subprocess.Popen(
+            [sys.executable, "-m", "normflow_vi.cli", "reproduce", "--only", "trial"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        kernel = int(until(lambda: read(project / "waiting"), 40))
+        time.sleep(0.2)
+        runner.send_signal(number)
         out, err = runner.communicate(timeout=20)
-        assert runner.returncode == 128 + number and err.splitlines()[-1].startswith("normflow-vi: "), (runner.returncode, err)
+        assert runner.returncode == 128 + number and err.splitlines()[-1].startswith("normflow-vi: "), (
+            runner.returncode,
+            err,
+        )
         assert snapshot(project) == before and Manifest.load(note).cause == "interrupted"
-        until(lambda: gone(kernel), 5); (project/"waiting").unlink()
-    assert not [p for p in (project/"reports/.work").iterdir()]
-    (project/"fault.txt").write_text("none")
+        until(lambda: gone(kernel), 5)
+        (project / "waiting").unlink()
+    assert not [p for p in (project / "reports/.work").iterdir()]
+    (project / "fault.txt").write_text("none")
     again = go()
-    assert again.good and not note.exists() and snapshot(project) != before and snapshot(project).keys() == before.keys()
+    assert (
+        again.good
+        and not note.exists()
+        and snapshot(project) != before
+        and snapshot(project).keys() == before.keys()
+    )
 
 
 def test_smoke_publishes_nothing(project):
     manifest = execute(NOTEBOOK, {"profile": "smoke"}, PRODUCTS, profile="smoke")
-    assert manifest.good and (project/"runs/smoke/figures/figure.txt").exists() and not (project/"figures").exists() and not (project/"reports").exists()
+    assert (
+        manifest.good
+        and (project / "runs/smoke/figures/figure.txt").exists()
+        and not (project / "figures").exists()
+        and not (project / "reports").exists()
+    )
 
 
 def test_the_same_notebook_is_not_executed_twice_at_once(project):
-    with exclusive(project/"runs/locks/reports-99_trial-10_trial"), pytest.raises(Busy): execute(NOTEBOOK, {"profile": "quick"}, PRODUCTS)
+    with exclusive(project / "runs/locks/reports-99_trial-10_trial"), pytest.raises(Busy):
+        execute(NOTEBOOK, {"profile": "quick"}, PRODUCTS)
 
 
 def test_a_kernel_that_dies_before_its_first_cell_gets_a_second_try(project, monkeypatch):
     import papermill
+
     real, calls = papermill.execute_notebook, []
+
     def flaky(*args, **more):
         calls.append(1)
-        if len(calls) == 1: raise RuntimeError("Kernel died before replying to kernel_info")
+        if len(calls) == 1:
+            raise RuntimeError("Kernel died before replying to kernel_info")
         return real(*args, **more)
+
     monkeypatch.setattr(papermill, "execute_notebook", flaky)
     assert execute(NOTEBOOK, {"profile": "smoke"}, PRODUCTS, profile="smoke").good and len(calls) == 2
 
 
 def test_ray_is_optional(project):
-    try: import ray
-    except ImportError: ray = None
-    if ray: pytest.skip("Ray is installed")
-    with pytest.raises(RuntimeError, match="pip install"): complete([trial(0)], "cpu", engine="ray")
+    try:
+        import ray
+    except ImportError:
+        ray = None
+    if ray:
+        pytest.skip("Ray is installed")
+    with pytest.raises(RuntimeError, match="pip install"):
+        complete([trial(0)], "cpu", engine="ray")
     assert run_jobs([]) == {}

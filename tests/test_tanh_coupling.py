@@ -1,4 +1,5 @@
 """Couplings with one tanh unit beyond their contract: other code for the equation, the mixes, digits of single precision, planted bugs."""
+
 import numpy as np
 import pytest
 import torch
@@ -30,38 +31,51 @@ def test_against_numpy(mix, dim):
         expected = expected @ Q.T
         expected[:, half:] += np.tanh(expected[:, :half] @ w + b)[:, None] * u
     y, log_det = layers.forward(z)
-    assert np.allclose(y.detach().numpy(), expected, atol=1e-10) and torch.allclose(layers.inverse(y)[0], z, atol=1e-11)
+    assert np.allclose(y.detach().numpy(), expected, atol=1e-10) and torch.allclose(
+        layers.inverse(y)[0], z, atol=1e-11
+    )
     assert torch.equal(log_det, torch.zeros(20, dtype=torch.float64))
 
 
 def test_mixes_are_permutations_other_than_the_identity():
     for Q in each(turns("perm", 50, 3)):
-        assert np.isin(Q, (0, 1)).all() and (Q.sum(0) == 1).all() and (Q.sum(1) == 1).all() and not np.array_equal(Q, np.eye(3))
+        assert (
+            np.isin(Q, (0, 1)).all()
+            and (Q.sum(0) == 1).all()
+            and (Q.sum(1) == 1).all()
+            and not np.array_equal(Q, np.eye(3))
+        )
 
 
 def test_rotations_are_uniform():
     "Of `Q_k`, not only of their products: both signs of the determinant, and `E Q_11^4 = 3 / (D (D + 2))`."
     Q = np.stack(each(turns("ortho", 4000, 3)))
     fourth = Q[:, 0, 0] ** 4
-    assert abs((np.linalg.det(Q) > 0).mean() - .5) < 4 * .5 / 4000 ** .5 and abs(fourth.mean() - 3 / 15) < 4 * fourth.std() / 4000 ** .5
+    assert (
+        abs((np.linalg.det(Q) > 0).mean() - 0.5) < 4 * 0.5 / 4000**0.5
+        and abs(fourth.mean() - 3 / 15) < 4 * fourth.std() / 4000**0.5
+    )
 
 
 @mixes
-@pytest.mark.parametrize("size", [1e-3, 1., 30.])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
 def test_single_precision(mix, size):
     "A stack of eighty layers and its gradients: the constraint of the planar kernel, which divides by |w|^2, costs no more than rounding over |w|."
     wide = TanhCoupling(40, 80, mix=mix).double()
-    with torch.no_grad(): wide.source.w.mul_(size)
+    with torch.no_grad():
+        wide.source.w.mul_(size)
     narrow = TanhCoupling(40, 80, mix=mix)
-    narrow.load_state_dict(wide.state_dict()); wide.load_state_dict(narrow.state_dict())
+    narrow.load_state_dict(wide.state_dict())
+    wide.load_state_dict(narrow.state_dict())
     z = torch.randn(200, 40)
     found, expected = [], []
     for layers, points, into in ((narrow, z, found), (wide, z.double(), expected)):
         y, log_det = layers.forward(points)
         assert not log_det.any()
         into += [y, *torch.autograd.grad(y.sin().mean(0).sum(), list(layers.parameters()))]
-    blurred = 1e-5 * max(1., size, .01 / size)               # a steep unit magnifies rounding, and so does a small w
-    for f, e in zip(found, expected): assert (f - e).norm() < blurred * e.norm()
+    blurred = 1e-5 * max(1.0, size, 0.01 / size)  # a steep unit magnifies rounding, and so does a small w
+    for f, e in zip(found, expected):
+        assert (f - e).norm() < blurred * e.norm()
 
 
 def test_the_mix_comes_back_with_the_model():
@@ -69,24 +83,44 @@ def test_the_mix_comes_back_with_the_model():
     assert not torch.equal(one.turn, other.turn)
     other.load_state_dict(one.state_dict())
     z = torch.randn(5, 30)
-    assert torch.equal(one.forward(z)[0], other.forward(z)[0]) and [name for name, _ in one.named_parameters()] == ["source.u", "source.w", "source.b"]
+    assert torch.equal(one.forward(z)[0], other.forward(z)[0]) and [
+        name for name, _ in one.named_parameters()
+    ] == ["source.u", "source.w", "source.b"]
 
 
-@pytest.mark.parametrize("place, found, wrong", [
-    ("unmixed", "A, B = turn", "B, A = turn.flip(-2)"), ("unmixed", "turn.tensor_split", "turn.mT.tensor_split"), ("TanhCoupling.push_stack", "end.mT", "end"),
-    ("TanhCoupling.pull_stack", "-u.flip", "u.flip"), ("TanhCoupling.pull_stack", "b.flip(-1)", "b"), ("TanhCoupling.pull_stack", "y @ end", "y @ end.mT"),
-    ("orthogonal_layers", "y.new_zeros(y.shape[:-1])", "y.new_full(y.shape[:-1], 1e-16)")])
+@pytest.mark.parametrize(
+    "place, found, wrong",
+    [
+        ("unmixed", "A, B = turn", "B, A = turn.flip(-2)"),
+        ("unmixed", "turn.tensor_split", "turn.mT.tensor_split"),
+        ("TanhCoupling.push_stack", "end.mT", "end"),
+        ("TanhCoupling.pull_stack", "-u.flip", "u.flip"),
+        ("TanhCoupling.pull_stack", "b.flip(-1)", "b"),
+        ("TanhCoupling.pull_stack", "y @ end", "y @ end.mT"),
+        ("orthogonal_layers", "y.new_zeros(y.shape[:-1])", "y.new_full(y.shape[:-1], 1e-16)"),
+    ],
+)
 def test_planted_bugs(monkeypatch, place, found, wrong):
     def check():
-        for mix in ("perm", "ortho"): test_against_numpy(mix, 6)
+        for mix in ("perm", "ortho"):
+            test_against_numpy(mix, 6)
+
     caught(monkeypatch, check, f"tanh_coupling.{place}", found, wrong)
 
 
 def test_a_rotation_that_stays_in_single_precision_is_noticed(monkeypatch):
-    caught(monkeypatch, lambda: walk(CASE["tanh-coupling-ortho"], ("double",)), "tanh_coupling.TanhCoupling.prepare", "turn = polished(turn)", "pass")
+    caught(
+        monkeypatch,
+        lambda: walk(CASE["tanh-coupling-ortho"], ("double",)),
+        "tanh_coupling.TanhCoupling.prepare",
+        "turn = polished(turn)",
+        "pass",
+    )
 
 
 def test_options_and_decay():
     "The text shows the options, by which models of one shape are told apart; no tensor of the stack is a network's weight."
     assert repr(TanhCoupling(4, 2, mix="ortho")) != repr(TanhCoupling(4, 2)) != repr(TanhCoupling(4, 3))
-    assert TanhCoupling(4, 2).source.weight_decayed == () == TanhCoupling(4, 2, 3).source.linear.weight_decayed
+    assert (
+        TanhCoupling(4, 2).source.weight_decayed == () == TanhCoupling(4, 2, 3).source.linear.weight_decayed
+    )

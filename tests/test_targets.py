@@ -1,4 +1,5 @@
 """Targets: their formulas, normalisers, samplers and errors, each against something computed another way."""
+
 import math
 
 import numpy as np
@@ -8,18 +9,34 @@ import torch
 from normflow_vi.targets import ENERGIES, U1, lattice, log_mass, pinwheel, rings, two_circles, u1, u2, u3, u4
 
 seeded = lambda seed=0: torch.Generator().manual_seed(seed)
-NORMALISED = {"lattice(1)": lattice(1), "lattice(9)": lattice(9), "lattice(16)": lattice(16), "wide lattice": lattice(4, sd=.6), "rings": rings(),
-              "circles": rings((.8, .4), .04), "disc": rings((.01,), 1.)}
+NORMALISED = {
+    "lattice(1)": lattice(1),
+    "lattice(9)": lattice(9),
+    "lattice(16)": lattice(16),
+    "wide lattice": lattice(4, sd=0.6),
+    "rings": rings(),
+    "circles": rings((0.8, 0.4), 0.04),
+    "disc": rings((0.01,), 1.0),
+}
 each_normalised = pytest.mark.parametrize("target", NORMALISED.values(), ids=NORMALISED)
 
 
 def naive(name, x, y):
     """Table 1 of Rezende and Mohamed as printed: exponentials, sums, logarithms."""
-    w1, w2, w3 = np.sin(2 * np.pi * x / 4), 3 * np.exp(-.5 * ((x - 1) / .6) ** 2), 3 / (1 + np.exp(-(x - 1) / .3))
-    if name == "U1": return .5 * ((np.sqrt(x * x + y * y) - 2) / .4) ** 2 - np.log(np.exp(-.5 * ((x - 2) / .6) ** 2) + np.exp(-.5 * ((x + 2) / .6) ** 2))
-    if name == "U2": return .5 * ((y - w1) / .4) ** 2
-    if name == "U3": return -np.log(np.exp(-.5 * ((y - w1) / .35) ** 2) + np.exp(-.5 * ((y - w1 + w2) / .35) ** 2))
-    return -np.log(np.exp(-.5 * ((y - w1) / .4) ** 2) + np.exp(-.5 * ((y - w1 + w3) / .35) ** 2))
+    w1, w2, w3 = (
+        np.sin(2 * np.pi * x / 4),
+        3 * np.exp(-0.5 * ((x - 1) / 0.6) ** 2),
+        3 / (1 + np.exp(-(x - 1) / 0.3)),
+    )
+    if name == "U1":
+        return 0.5 * ((np.sqrt(x * x + y * y) - 2) / 0.4) ** 2 - np.log(
+            np.exp(-0.5 * ((x - 2) / 0.6) ** 2) + np.exp(-0.5 * ((x + 2) / 0.6) ** 2)
+        )
+    if name == "U2":
+        return 0.5 * ((y - w1) / 0.4) ** 2
+    if name == "U3":
+        return -np.log(np.exp(-0.5 * ((y - w1) / 0.35) ** 2) + np.exp(-0.5 * ((y - w1 + w2) / 0.35) ** 2))
+    return -np.log(np.exp(-0.5 * ((y - w1) / 0.4) ** 2) + np.exp(-0.5 * ((y - w1 + w3) / 0.35) ** 2))
 
 
 @pytest.mark.parametrize("name, energy", [("U1", u1), ("U2", u2), ("U3", u3), ("U4", u4)])
@@ -31,36 +48,59 @@ def test_energies_are_those_of_the_table(name, energy):
 
 def test_supports():
     """The wall is nothing inside and B(z) beyond; the box is the energy inside and nothing beyond."""
-    inside, beyond = torch.tensor([[3.9, -4.], [0., 1.]], dtype=torch.float64), torch.tensor([[4.2, -4.1], [-5., 0.]], dtype=torch.float64)
+    inside, beyond = (
+        torch.tensor([[3.9, -4.0], [0.0, 1.0]], dtype=torch.float64),
+        torch.tensor([[4.2, -4.1], [-5.0, 0.0]], dtype=torch.float64),
+    )
     for name, energy in (("U2", u2), ("U3", u3), ("U4", u4)):
-        assert torch.equal(ENERGIES[name].log_density(inside), -energy(inside)) and torch.equal(ENERGIES[f"{name}_box"].log_density(inside), -energy(inside))
-        assert torch.allclose(-energy(beyond) - ENERGIES[name].log_density(beyond), torch.tensor([.5 * (4 + 1), .5 * 100], dtype=torch.float64), atol=1e-9)
+        assert torch.equal(ENERGIES[name].log_density(inside), -energy(inside)) and torch.equal(
+            ENERGIES[f"{name}_box"].log_density(inside), -energy(inside)
+        )
+        assert torch.allclose(
+            -energy(beyond) - ENERGIES[name].log_density(beyond),
+            torch.tensor([0.5 * (4 + 1), 0.5 * 100], dtype=torch.float64),
+            atol=1e-9,
+        )
         assert (ENERGIES[f"{name}_box"].log_density(beyond) == -math.inf).all()
 
 
 def midpoint(target, half, points):
     """The logarithm of the integral by the midpoint rule, for comparison with Gauss-Legendre."""
     step = 2 * half / points
-    axis = -half + step * (torch.arange(points, dtype=torch.float64) + .5)
-    return torch.logsumexp(target.log_density(torch.cartesian_prod(axis, axis)), 0).item() + 2 * math.log(step)
+    axis = -half + step * (torch.arange(points, dtype=torch.float64) + 0.5)
+    return torch.logsumexp(target.log_density(torch.cartesian_prod(axis, axis)), 0).item() + 2 * math.log(
+        step
+    )
 
 
 @pytest.mark.parametrize("name", ENERGIES)
 def test_normalisers(name):
     """By another rule of integration, at two resolutions: the finer one is closer, and close."""
     target = ENERGIES[name]
-    half = 4. if "box" in name else 6.
+    half = 4.0 if "box" in name else 6.0
     errors = [abs(midpoint(target, half, points) - target.log_z) for points in (600, 1200)]
     assert errors[1] < 2e-5 and (errors[1] < errors[0] or errors[0] < 1e-7), errors
 
 
-@pytest.mark.parametrize("name, published", [("U1", -1.8775), ("U2", -2.1129), ("U3", -2.6726), ("U4", -2.7247), ("U2_box", -2.0821), ("U3_box", -2.6417), ("U4_box", -2.6846)])
-def test_normalisers_to_four_digits(name, published): assert abs(-ENERGIES[name].log_z - published) < 6e-5
+@pytest.mark.parametrize(
+    "name, published",
+    [
+        ("U1", -1.8775),
+        ("U2", -2.1129),
+        ("U3", -2.6726),
+        ("U4", -2.7247),
+        ("U2_box", -2.0821),
+        ("U3_box", -2.6417),
+        ("U4_box", -2.6846),
+    ],
+)
+def test_normalisers_to_four_digits(name, published):
+    assert abs(-ENERGIES[name].log_z - published) < 6e-5
 
 
 def test_a_narrow_window_misses_the_foot_of_the_wall():
     """Why the integral has to reach beyond 4.8: the check on the constants would notice."""
-    assert log_mass(ENERGIES["U2"].log_density, (-4., 4.)) < ENERGIES["U2"].log_z - .02
+    assert log_mass(ENERGIES["U2"].log_density, (-4.0, 4.0)) < ENERGIES["U2"].log_z - 0.02
 
 
 @each_normalised
@@ -74,11 +114,17 @@ def test_samplers_follow_the_density(target):
     n, half = 60_000, target.window + 3
     draws = target.sample(n, seeded()).double()
     points = 1200
-    axis = -half + 2 * half / points * (torch.arange(points, dtype=torch.float64) + .5)
+    axis = -half + 2 * half / points * (torch.arange(points, dtype=torch.float64) + 0.5)
     z = torch.cartesian_prod(axis, axis)
     log_p = target.log_density(z)
     weights = log_p.exp() * (2 * half / points) ** 2
-    for function in (lambda z: target.log_density(z), lambda z: z[:, 0], lambda z: z[:, 1] ** 2, lambda z: z[:, 0] * z[:, 1], lambda z: z.norm(dim=-1).cos()):
+    for function in (
+        lambda z: target.log_density(z),
+        lambda z: z[:, 0],
+        lambda z: z[:, 1] ** 2,
+        lambda z: z[:, 0] * z[:, 1],
+        lambda z: z.norm(dim=-1).cos(),
+    ):
         values, exact = function(draws), (weights * function(z)).sum()
         assert abs(values.mean() - exact) < 5 * values.std() / math.sqrt(n), (values.mean(), exact)
 
@@ -88,73 +134,117 @@ def test_samplers_reach_every_mode():
     counts = ((draws.clamp(-3.9, 3.9) + 4) / 2).floor().long() @ torch.tensor([4, 1])
     assert (counts.bincount(minlength=16) - 1000).abs().max() < 5 * 31
     r = rings().sample(30_000, seeded()).norm(dim=-1)
-    assert (torch.histc(r, 3, .5, 3.5) - 10_000).abs().max() < 5 * 82 + 30
+    assert (torch.histc(r, 3, 0.5, 3.5) - 10_000).abs().max() < 5 * 82 + 30
 
 
 @pytest.mark.parametrize("target", [*ENERGIES.values(), *NORMALISED.values()], ids=lambda target: target.name)
 def test_values_and_gradients_are_finite_far_away(target):
     """Also under `vmap(grad)`, where flows are trained in batches, and in single precision."""
-    directions = torch.tensor([[1., 0.], [0., -1.], [.6, .8], [-.8, .6], [1e-12, 1.]])
+    directions = torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.6, 0.8], [-0.8, 0.6], [1e-12, 1.0]])
     for dtype in (torch.float32, torch.float64):
         z = torch.cat([1e3 * directions, directions, torch.zeros(1, 2)]).to(dtype).requires_grad_()
         values = target.log_density(z)
-        gradient, = torch.autograd.grad(values.sum(), z)
+        (gradient,) = torch.autograd.grad(values.sum(), z)
         assert gradient.isfinite().all() and (values.isfinite().all() or "box" in target.name)
-        assert torch.allclose(torch.func.vmap(torch.func.grad(target.log_density))(z.detach()), gradient, rtol=1e-5)
-        if "box" not in target.name and "rings" not in target.name: assert (gradient[:5] * z[:5]).sum(-1).lt(0).all(), "the way back is downhill"
+        assert torch.allclose(
+            torch.func.vmap(torch.func.grad(target.log_density))(z.detach()), gradient, rtol=1e-5
+        )
+        if "box" not in target.name and "rings" not in target.name:
+            assert (gradient[:5] * z[:5]).sum(-1).lt(0).all(), "the way back is downhill"
 
 
 @pytest.mark.parametrize("target", [*ENERGIES.values(), *NORMALISED.values()], ids=lambda target: target.name)
 def test_targets_trace_to_one_graph(target):
     z = torch.randn(7, 2, dtype=torch.float64)
-    assert torch.allclose(torch.compile(target.log_density, fullgraph=True, backend="eager")(z), target.log_density(z))
+    assert torch.allclose(
+        torch.compile(target.log_density, fullgraph=True, backend="eager")(z), target.log_density(z)
+    )
 
 
 def test_gradients_are_those_of_the_values():
     z = (2 * torch.randn(20, 2, generator=seeded(), dtype=torch.float64)).requires_grad_()
-    for target in [t for name, t in ENERGIES.items() if "box" not in name] + [lattice(9), rings()]: assert torch.autograd.gradcheck(target.log_density, z)
+    for target in [t for name, t in ENERGIES.items() if "box" not in name] + [lattice(9), rings()]:
+        assert torch.autograd.gradcheck(target.log_density, z)
 
 
 def test_two_circles():
     points, labels = two_circles(40_001, generator=seeded())
     assert points.shape == (40_001, 2) and labels.bincount().tolist() == [20_001, 20_000]
-    for label, radius in enumerate((.8, .4)):
+    for label, radius in enumerate((0.8, 0.4)):
         mean_square = points[labels == label].square().sum(-1)
-        assert abs(mean_square.mean() - (radius ** 2 + 2 * .04 ** 2)) < 5 * mean_square.std() / len(mean_square) ** .5
-    density = rings((.8, .4), .04)
+        assert (
+            abs(mean_square.mean() - (radius**2 + 2 * 0.04**2))
+            < 5 * mean_square.std() / len(mean_square) ** 0.5
+        )
+    density = rings((0.8, 0.4), 0.04)
     mine, its = density.log_density(points), density.log_density(density.sample(40_001, seeded(1)))
-    assert abs(mine.mean() - its.mean()) < 5 * math.hypot(mine.std(), its.std()) / 40_001 ** .5, "the density said to be theirs"
-    assert (labels[:1000] == labels[1:1001]).float().mean() < .6, "the labels are in random order"
+    assert abs(mine.mean() - its.mean()) < 5 * math.hypot(mine.std(), its.std()) / 40_001**0.5, (
+        "the density said to be theirs"
+    )
+    assert (labels[:1000] == labels[1:1001]).float().mean() < 0.6, "the labels are in random order"
 
 
-@pytest.mark.parametrize("rate", [.25, .4])
+@pytest.mark.parametrize("rate", [0.25, 0.4])
 def test_pinwheel(rate):
     """Turned back by the angle of its own label, each wing is the Gaussian it began as."""
     n = 50_000
     points, labels = pinwheel(n, rate=rate, generator=seeded())
     assert points.shape == (n, 2) and labels.bincount().tolist() == [n // 5] * 5
-    straight, _ = pinwheel(n, rate=0., generator=seeded())
+    straight, _ = pinwheel(n, rate=0.0, generator=seeded())
     angle = 2 * math.pi * labels / 5
-    x, t = 2 * (straight[:, 0] * angle.cos() - straight[:, 1] * angle.sin()), 2 * (straight[:, 0] * angle.sin() + straight[:, 1] * angle.cos())
-    for values, mean, sd in ((x, 1, .3), (t, 0, .05)):
-        assert abs(values.mean() - mean) < 5 * sd / n ** .5 and abs(values.std() - sd) < 5 * sd / (2 * n) ** .5
+    x, t = (
+        2 * (straight[:, 0] * angle.cos() - straight[:, 1] * angle.sin()),
+        2 * (straight[:, 0] * angle.sin() + straight[:, 1] * angle.cos()),
+    )
+    for values, mean, sd in ((x, 1, 0.3), (t, 0, 0.05)):
+        assert (
+            abs(values.mean() - mean) < 5 * sd / n**0.5 and abs(values.std() - sd) < 5 * sd / (2 * n) ** 0.5
+        )
     assert torch.allclose(points.norm(dim=-1), straight.norm(dim=-1), atol=1e-5), "the bend is a rotation"
     turned = torch.atan2(straight[:, 1], straight[:, 0]) - torch.atan2(points[:, 1], points[:, 0])
-    assert torch.allclose((turned - rate * x.exp() + math.pi) % (2 * math.pi), torch.tensor(math.pi), atol=1e-3)
+    assert torch.allclose(
+        (turned - rate * x.exp() + math.pi) % (2 * math.pi), torch.tensor(math.pi), atol=1e-3
+    )
 
 
 def test_generators_fix_the_draws():
-    for draw in (lambda g: lattice(9).sample(10, g), lambda g: rings().sample(10, g), lambda g: pinwheel(10, generator=g)[0], lambda g: two_circles(10, generator=g)[0]):
-        assert torch.equal(draw(seeded(3)), draw(seeded(3))) and not torch.equal(draw(seeded(3)), draw(seeded(4)))
+    for draw in (
+        lambda g: lattice(9).sample(10, g),
+        lambda g: rings().sample(10, g),
+        lambda g: pinwheel(10, generator=g)[0],
+        lambda g: two_circles(10, generator=g)[0],
+    ):
+        assert torch.equal(draw(seeded(3)), draw(seeded(3))) and not torch.equal(
+            draw(seeded(3)), draw(seeded(4))
+        )
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: lattice(10), ["modes=10", "square"]), (lambda: lattice(0), ["modes=0"]), (lambda: lattice(9, sd=0), ["sd=0"]), (lambda: lattice(9.), ["modes=9.0", "integer"]),
-    (lambda: rings(()), ["radii=()"]), (lambda: rings((1., -2.)), ["radii=-2.0"]), (lambda: rings(1.), ["radii=1.0"]), (lambda: rings(sd=-1), ["sd=-1"]),
-    (lambda: two_circles(10, radii=(1.,)), ["radii", "two"]), (lambda: two_circles(0), ["n=0"]), (lambda: two_circles(10, sd=math.inf), ["sd=inf"]),
-    (lambda: pinwheel(2.5), ["n=2.5"]), (lambda: pinwheel(10, classes=0), ["classes=0"]), (lambda: pinwheel(10, radial_sd=math.nan), ["radial_sd=nan"]),
-    (lambda: pinwheel(10, rate=math.inf), ["rate=inf", "finite"]), (lambda: U1.sample(5), ["U1", "sampler"]), (lambda: lattice(9).sample(-1), ["n=-1"]),
-    (lambda: U1.grid(0), ["points=0"]), (lambda: log_mass(U1.log_density, (1., 0.)), ["edges=(1.0, 0.0)", "ascending"]), (lambda: log_mass(U1.log_density, (0., 1.), 0), ["nodes=0"])])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: lattice(10), ["modes=10", "square"]),
+        (lambda: lattice(0), ["modes=0"]),
+        (lambda: lattice(9, sd=0), ["sd=0"]),
+        (lambda: lattice(9.0), ["modes=9.0", "integer"]),
+        (lambda: rings(()), ["radii=()"]),
+        (lambda: rings((1.0, -2.0)), ["radii=-2.0"]),
+        (lambda: rings(1.0), ["radii=1.0"]),
+        (lambda: rings(sd=-1), ["sd=-1"]),
+        (lambda: two_circles(10, radii=(1.0,)), ["radii", "two"]),
+        (lambda: two_circles(0), ["n=0"]),
+        (lambda: two_circles(10, sd=math.inf), ["sd=inf"]),
+        (lambda: pinwheel(2.5), ["n=2.5"]),
+        (lambda: pinwheel(10, classes=0), ["classes=0"]),
+        (lambda: pinwheel(10, radial_sd=math.nan), ["radial_sd=nan"]),
+        (lambda: pinwheel(10, rate=math.inf), ["rate=inf", "finite"]),
+        (lambda: U1.sample(5), ["U1", "sampler"]),
+        (lambda: lattice(9).sample(-1), ["n=-1"]),
+        (lambda: U1.grid(0), ["points=0"]),
+        (lambda: log_mass(U1.log_density, (1.0, 0.0)), ["edges=(1.0, 0.0)", "ascending"]),
+        (lambda: log_mass(U1.log_density, (0.0, 1.0), 0), ["nodes=0"]),
+    ],
+)
 def test_bad_arguments_are_one_clear_error(call, words):
-    with pytest.raises(ValueError) as raised: call()
+    with pytest.raises(ValueError) as raised:
+        call()
     assert all(word in str(raised.value) for word in words), raised.value

@@ -6,7 +6,8 @@
 __all__ = ['MODULES', 'Experiment', 'programs', 'modules', 'defined_in', 'all', 'get', 'module_of']
 
 # %% ../../nbs/90_engine/45_experiments.ipynb #51c4e4fa
-import importlib, os
+import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,43 +18,62 @@ class Experiment:
 
     One without `plan`, `train` and `rows` only draws its notebook: nothing to train, no row of a published table.
     """
+
     name: str
-    chapter: str                                   # the folder in nbs, "02_vae_nf"
-    notebook: str                                  # the notebook that draws its figures, "nbs/02_vae_nf/20_mnist.ipynb"
-    products: tuple                                # the files which that notebook must leave in its output folder
-    plan: Callable = lambda profile, data="auto": []                      # -> list of Run
-    train: Callable = lambda runs, folder, device, progress: []           # (runs of one program, ...) -> list of Record
-    rows: Callable = lambda store: []                                     # -> list of Measured
+    chapter: str  # the folder in nbs, "02_vae_nf"
+    notebook: str  # the notebook that draws its figures, "nbs/02_vae_nf/20_mnist.ipynb"
+    products: tuple  # the files which that notebook must leave in its output folder
+    plan: Callable = lambda profile, data="auto": []  # -> list of Run
+    train: Callable = (
+        lambda runs, folder, device, progress: []
+    )  # (runs of one program, ...) -> list of Record
+    rows: Callable = lambda store: []  # -> list of Measured
     engine: str = "auto"
-    trainer: Callable | None = None                # trainer(runs of one program, device) -> Trainer, for the engine to be measured
+    trainer: Callable | None = (
+        None  # trainer(runs of one program, device) -> Trainer, for the engine to be measured
+    )
     parameters: dict = field(default_factory=dict)
-    together: tuple = ("seed",)                    # fields of `Run` in which the runs of one program may differ
+    together: tuple = ("seed",)  # fields of `Run` in which the runs of one program may differ
 
     def __post_init__(self):
         if self.engine not in ("auto", "batched", "processes"):
-            raise ValueError(f"experiment {self.name}: engine={self.engine!r}: allowed are auto, batched, processes")
+            raise ValueError(
+                f"experiment {self.name}: engine={self.engine!r}: allowed are auto, batched, processes"
+            )
 
 # %% ../../nbs/90_engine/45_experiments.ipynb #c54f860f
 def programs(experiment, runs):
     "`runs` in lists of those that can train as one program."
     found = {}
-    for run in runs: found.setdefault(run.without(experiment.together), []).append(run)
+    for run in runs:
+        found.setdefault(run.without(experiment.together), []).append(run)
     return list(found.values())
 
 # %% ../../nbs/90_engine/45_experiments.ipynb #dee30e92
-MODULES = ("normflow_vi.experiments.theory", "normflow_vi.experiments.energies", "normflow_vi.experiments.answers",
-           "normflow_vi.experiments.posteriors", "normflow_vi.experiments.vae_mnist", "normflow_vi.experiments.vae_evaluation", "normflow_vi.experiments.vae_cifar", "normflow_vi.experiments.vae_convolution",
-           "normflow_vi.experiments.tables")
+MODULES = (
+    "normflow_vi.experiments.theory",
+    "normflow_vi.experiments.energies",
+    "normflow_vi.experiments.answers",
+    "normflow_vi.experiments.posteriors",
+    "normflow_vi.experiments.vae_mnist",
+    "normflow_vi.experiments.vae_evaluation",
+    "normflow_vi.experiments.vae_cifar",
+    "normflow_vi.experiments.vae_convolution",
+    "normflow_vi.experiments.tables",
+)
+
 
 def modules():
     "The names of the experiments' modules, in reading order."
     return tuple(m for m in os.environ.get("NORMFLOW_VI_EXPERIMENTS", ",".join(MODULES)).split(",") if m)
+
 
 def defined_in(module):
     "The experiments of the module called `module`: its tuple `experiments`, or its one `experiment`."
     module = importlib.import_module(module)
     several = getattr(module, "experiments", None)
     return several if isinstance(several, tuple) else (module.experiment,)
+
 
 def all():
     "The experiments in reading order."
@@ -63,8 +83,10 @@ def all():
 def get(name):
     "The experiment called `name`; `KeyError` lists those there are."
     found = {e.name: e for e in all()}
-    if name not in found: raise KeyError(f"no experiment {name!r}; there are {', '.join(found)}")
+    if name not in found:
+        raise KeyError(f"no experiment {name!r}; there are {', '.join(found)}")
     return found[name]
+
 
 def module_of(name):
     "The name of the module that defines the experiment called `name`."

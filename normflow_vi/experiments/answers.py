@@ -8,4 +8,15 @@ __all__ = ['experiment']
 # %% ../../nbs/01_flows/69_answers_plan.ipynb #b9095222
 from . import Experiment
 
-experiment = Experiment("answers", "01_flows", "nbs/01_flows/70_answers.ipynb", ("answers_modes.png", "answers_families.png", "answers_families.csv", "answers_samples.png", "answers_sbc.png"))
+experiment = Experiment(
+    "answers",
+    "01_flows",
+    "nbs/01_flows/70_answers.ipynb",
+    (
+        "answers_modes.png",
+        "answers_families.png",
+        "answers_families.csv",
+        "answers_samples.png",
+        "answers_sbc.png",
+    ),
+)

@@ -10,7 +10,9 @@ __all__ = ['RECIPE', 'TARGETS', 'AXIS', 'OUR_NICE', 'NARROW', 'FAMILIES', 'PAPER
            'fitted', 'row', 'figure_rows', 'rows']
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #e3f6eecc
-import numpy as np, torch
+import numpy as np
+import torch
+
 from . import Experiment
 from ..flows import IAF, NICE, Flow, RealNVP
 from ..objectives import annealing, elbo, free_energy
@@ -21,12 +23,20 @@ from ..training import Optimizer, Trainer, evaluating
 from ..transforms import Affine, Chain, Planar, Radial, SplineCoupling
 
 RECIPE = 2
-TARGETS = ("U1", "U2", "U3", "U4")                           # U2 to U4 behind a soft wall at 4: on the plane they have no normalising constant
-AXIS = 1.62                                                  # nats; the paper's plotted value minus F, for U1 (see below)
+TARGETS = (
+    "U1",
+    "U2",
+    "U3",
+    "U4",
+)  # U2 to U4 behind a soft wall at 4: on the plane they have no normalising constant
+AXIS = 1.62  # nats; the paper's plotted value minus F, for U1 (see below)
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #adb40852
-OUR_NICE, NARROW = dict(hidden=(8,), activation="tanh"), dict(hidden=(2, 2, 2, 2), activation="relu")      # the second: the group report's network
-FAMILIES = {                                                 # length -> the transform after the base
+OUR_NICE, NARROW = (
+    dict(hidden=(8,), activation="tanh"),
+    dict(hidden=(2, 2, 2, 2), activation="relu"),
+)  # the second: the group report's network
+FAMILIES = {  # length -> the transform after the base
     "planar": lambda K: Planar(2, K),
     "radial": lambda K: Radial(2, K),
     "nice-ortho": lambda K: NICE(2, K, "ortho", **OUR_NICE),
@@ -35,22 +45,31 @@ FAMILIES = {                                                 # length -> the tra
     "nice-perm-narrow": lambda K: NICE(2, K, "perm", **NARROW),
     "nice-ortho-narrow-diag": lambda K: NICE(2, K, "ortho", scale=True, **NARROW),
     "nice-perm-narrow-diag": lambda K: NICE(2, K, "perm", scale=True, **NARROW),
-    "realnvp": lambda K: RealNVP(2, K, hidden=(32,), activation="tanh", max_log_scale=3.),
-    "iaf": lambda K: IAF(2, K, hidden=(32,), activation="tanh", form="plain", max_log_scale=3.),
-    "nsf": lambda K: SplineCoupling(2, K, hidden=(32,), bins=8, bound=5.)}                        # the window, and the wall around it
-PAPER, OURS = tuple(FAMILIES)[:4], tuple(FAMILIES)[-3:]      # the paper's four, and those that neither source has
+    "realnvp": lambda K: RealNVP(2, K, hidden=(32,), activation="tanh", max_log_scale=3.0),
+    "iaf": lambda K: IAF(2, K, hidden=(32,), activation="tanh", form="plain", max_log_scale=3.0),
+    "nsf": lambda K: SplineCoupling(2, K, hidden=(32,), bins=8, bound=5.0),
+}  # the window, and the wall around it
+PAPER, OURS = tuple(FAMILIES)[:4], tuple(FAMILIES)[-3:]  # the paper's four, and those that neither source has
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #88dc48c6
 WHOLE, SEEDS, LENGTHS = (int, 1, 10**7), [(int, 0, 10**6)], [(int, 1, 1000)]
-COMMON = {"seeds": SEEDS, "lengths": LENGTHS, "samples": (int, 2, 10**6), "learning_rate": (float, 1e-8, 1), "evaluation_samples": (int, 2, 10**7), "grid": (int, 2, 400)}
-KINDS = ("planar", "radial", "nice", "narrow", "realnvp", "iaf", "nsf")                             # of one kind, one number of updates
+COMMON = {
+    "seeds": SEEDS,
+    "lengths": LENGTHS,
+    "samples": (int, 2, 10**6),
+    "learning_rate": (float, 1e-8, 1),
+    "evaluation_samples": (int, 2, 10**7),
+    "grid": (int, 2, 400),
+}
+KINDS = ("planar", "radial", "nice", "narrow", "realnvp", "iaf", "nsf")  # of one kind, one number of updates
 RULES = COMMON | {"more_seeds": SEEDS, "more_lengths": LENGTHS} | dict.fromkeys(KINDS, WHOLE)
 PUBLISHED_RULES = COMMON | {"flows": [PAPER], "updates": WHOLE, "anneal": WHOLE}
 OPTIMIZERS = ("adam", "rmsprop")
-FASTER = {"radial": 4, "nice": 2, "narrow": 2}                           # kinds that learn better at a multiple of the profile's rate
+FASTER = {"radial": 4, "nice": 2, "narrow": 2}  # kinds that learn better at a multiple of the profile's rate
+
 
 def kind(flow):
-    "The kind of a family: \"narrow\" for the group report's NICE, else its name up to the first hyphen."
+    'The kind of a family: "narrow" for the group report\'s NICE, else its name up to the first hyphen.'
     return "narrow" if "narrow" in flow else flow.partition("-")[0]
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #17a295f3
@@ -60,26 +79,43 @@ def ours(profile):
     for flow in FAMILIES:
         lengths, seeds = (s["lengths"], s["seeds"]) if flow in PAPER else (s["more_lengths"], s["more_seeds"])
         updates, rate = s[kind(flow)], s["learning_rate"] * FASTER.get(kind(flow), 1)
-        yield flow, lengths, seeds, {"optimizer": "adam", "updates": updates, "anneal": updates // 2, "learning_rate": rate} | {name: s[name] for name in ("samples", "evaluation_samples", "grid")}
+        yield (
+            flow,
+            lengths,
+            seeds,
+            {"optimizer": "adam", "updates": updates, "anneal": updates // 2, "learning_rate": rate}
+            | {name: s[name] for name in ("samples", "evaluation_samples", "grid")},
+        )
+
 
 def as_published(profile):
     "The same under the published settings: `[energies.published.paper]`, or `smoke`."
     s = settings("energies.published", "smoke" if profile == "smoke" else "paper", PUBLISHED_RULES)
     lengths, seeds, flows = (s.pop(name) for name in ("lengths", "seeds", "flows"))
-    for flow in flows: yield flow, lengths, seeds, {"optimizer": "rmsprop"} | s
+    for flow in flows:
+        yield flow, lengths, seeds, {"optimizer": "rmsprop"} | s
+
 
 def plan(profile, data="auto", optimizer="adam"):
-    "One run a family, energy, length and seed; the energies need no data, so `data` is not looked at. `optimizer=\"rmsprop\"`: the published settings."
-    if optimizer not in OPTIMIZERS: raise ValueError(f"optimizer={optimizer!r}: allowed are {', '.join(OPTIMIZERS)}")
-    return [Run("energies", RECIPE, target, "none", "", flow, K, seed, profile, budget)
-            for flow, lengths, seeds, budget in {"adam": ours, "rmsprop": as_published}[optimizer](profile) for K in lengths for target in TARGETS for seed in seeds]
+    'One run a family, energy, length and seed; the energies need no data, so `data` is not looked at. `optimizer="rmsprop"`: the published settings.'
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r}: allowed are {', '.join(OPTIMIZERS)}")
+    return [
+        Run("energies", RECIPE, target, "none", "", flow, K, seed, profile, budget)
+        for flow, lengths, seeds, budget in {"adam": ours, "rmsprop": as_published}[optimizer](profile)
+        for K in lengths
+        for target in TARGETS
+        for seed in seeds
+    ]
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #9c52fedc
 class EnergyFlow(Flow):
     "A flow, and the number of its target in `TARGETS` as a buffer."
+
     def __init__(self, transform, energy):
         super().__init__(transform)
         self.register_buffer("energy", torch.tensor(TARGETS.index(energy)))
+
 
 def build(length, seed, flow="planar", energy="U1"):
     "A fresh flow on the plane: free mean and scales, then `length` layers of the family `flow`."
@@ -87,32 +123,54 @@ def build(length, seed, flow="planar", energy="U1"):
         torch.manual_seed(seed)
         return EnergyFlow(Chain(Affine(2), FAMILIES[flow](length)), energy)
 
+
 def log_density(z, energy):
     "The unnormalised log-density `(...)` at `z` `(..., 2)` of the target numbered `energy`, a 0-d tensor."
-    chosen = 0.
+    chosen = 0.0
     for number, name in enumerate(TARGETS):
         mine = energy == number
-        chosen = torch.where(mine, ENERGIES[name].log_density(torch.where(mine, z, 1.)), chosen)
+        chosen = torch.where(mine, ENERGIES[name].log_density(torch.where(mine, z, 1.0)), chosen)
     return chosen
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #f15ee8c7
 def loss(run):
     "The annealed free energy against the model's own energy."
+
     def annealed(q, batch, step, generator):
-        return free_energy(lambda z: log_density(z, q.energy), q(), samples=run.get("samples"), beta=annealing(step, run.get("anneal"), .01), generator=generator)
+        return free_energy(
+            lambda z: log_density(z, q.energy),
+            q(),
+            samples=run.get("samples"),
+            beta=annealing(step, run.get("anneal"), 0.01),
+            generator=generator,
+        )
+
     return annealed
+
 
 def optimizer(run):
     "Adam with a cosine schedule, or the published RMSprop at a constant rate."
-    if run.get("optimizer") == "rmsprop": return Optimizer("rmsprop", run.get("learning_rate"), momentum=.9, schedule="constant")
-    return Optimizer("adam", run.get("learning_rate"), clip=10.)
+    if run.get("optimizer") == "rmsprop":
+        return Optimizer("rmsprop", run.get("learning_rate"), momentum=0.9, schedule="constant")
+    return Optimizer("adam", run.get("learning_rate"), clip=10.0)
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #40cacd1b
 def trainer(runs, device="cpu", folder=None, progress=None):
     "The `Trainer` of runs that differ in energy and seed."
     run = runs[0]
-    return Trainer([build(r.length, r.seed, r.flow, r.model) for r in runs], loss(run), steps=run.get("updates"), optimizer=optimizer(run), seeds=[r.seed for r in runs],
-                   log_every=max(1, run.get("updates") // 100), folder=folder, device=device, progress=progress, recipe=" ".join(r.key for r in runs))
+    return Trainer(
+        [build(r.length, r.seed, r.flow, r.model) for r in runs],
+        loss(run),
+        steps=run.get("updates"),
+        optimizer=optimizer(run),
+        seeds=[r.seed for r in runs],
+        log_every=max(1, run.get("updates") // 100),
+        folder=folder,
+        device=device,
+        progress=progress,
+        recipe=" ".join(r.key for r in runs),
+    )
+
 
 def train(runs, folder, device, progress=None):
     "Train runs that differ in energy and seed; returns their records."
@@ -122,13 +180,15 @@ def train(runs, folder, device, progress=None):
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #151fe910
 def packed(density):
-    "A density as `{\"density\": uint8, \"peak\": its maximum}`."
+    'A density as `{"density": uint8, "peak": its maximum}`.'
     peak = density.max()
     return {"density": np.rint(255 * np.sqrt(density / peak)).astype(np.uint8), "peak": np.float32(peak)}
 
+
 def unpacked(record):
     "The density on the grid that a record keeps."
-    return record.arrays["peak"] * (record.arrays["density"] / 255.) ** 2
+    return record.arrays["peak"] * (record.arrays["density"] / 255.0) ** 2
+
 
 def missed(target, grid, density):
     "The share of the mass of `target` on the points `grid` where `density` is below a hundredth of its own."
@@ -140,21 +200,41 @@ def record(run, q, history, index, device):
     "The record of one fitted flow."
     target = ENERGIES[run.model]
     with evaluating(q), torch.no_grad():
-        bound = elbo(target.log_density, q(), samples=run.get("evaluation_samples"), generator=torch.Generator(device).manual_seed(run.seed))
+        bound = elbo(
+            target.log_density,
+            q(),
+            samples=run.get("evaluation_samples"),
+            generator=torch.Generator(device).manual_seed(run.seed),
+        )
         grid, _ = target.grid(run.get("grid"), torch.float32)
         density = q.log_prob(grid.to(device)).exp().cpu()
     F, error = -bound.value.item(), bound.std_error.item()
     values = {"F": F, "kl": F + target.log_z} | ({"as_plotted": F + AXIS} if run.model == "U1" else {})
-    return Record(run, {name: {"value": value, "std_error": error} for name, value in values.items()} | {"missed": missed(target, grid, density)},
-                  packed(density.numpy()) | {"step": np.asarray(history.steps, np.int32), "F": np.asarray(history.values["free_energy"])[:, index].astype(np.float32)},
-                  {"seconds": round(history.seconds, 2)})
+    return Record(
+        run,
+        {name: {"value": value, "std_error": error} for name, value in values.items()}
+        | {"missed": missed(target, grid, density)},
+        packed(density.numpy())
+        | {
+            "step": np.asarray(history.steps, np.int32),
+            "F": np.asarray(history.values["free_energy"])[:, index].astype(np.float32),
+        },
+        {"seconds": round(history.seconds, 2)},
+    )
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #3e4b94df
 REZENDE, GROUP = "Rezende & Mohamed 2015 (1505.05770)", "ATML Group 12 report (seed 1) repository"
 FIG_3D = {"PF": "planar", "RF": "radial", "NICE-orth": "nice-ortho", "NICE-perp": "nice-perm"}
-FIG_41 = {"planar": "planar", "radial": "radial", "NICE-orth": "nice-ortho-narrow", "NICE-perm": "nice-perm-narrow",
-          "NICE-orth-diag": "nice-ortho-narrow-diag", "NICE-perm-diag": "nice-perm-narrow-diag"}
+FIG_41 = {
+    "planar": "planar",
+    "radial": "radial",
+    "NICE-orth": "nice-ortho-narrow",
+    "NICE-perm": "nice-perm-narrow",
+    "NICE-orth-diag": "nice-ortho-narrow-diag",
+    "NICE-perm-diag": "nice-perm-narrow-diag",
+}
 METRIC_3D, METRIC_41 = "variational bound as plotted (nats)", "F on literal energy (nats)"
+
 
 def fitted(store, optimizer="adam"):
     "The best records, `{(flow, length): {energy: records}}`; those of one family and length have one budget."
@@ -162,29 +242,70 @@ def fitted(store, optimizer="adam"):
     for profile in ("smoke", "quick", "paper"):
         for flow, K in {(run.flow, run.length) for run in plan(profile, optimizer=optimizer)} - found.keys():
             records = store.best("energies", recipe=RECIPE, flow=flow, length=K, optimizer=optimizer)
-            if records: found[flow, K] = {name: some for name in TARGETS if (some := [r for r in records if r.run.model == name])}
+            if records:
+                found[flow, K] = {
+                    name: some for name in TARGETS if (some := [r for r in records if r.run.model == name])
+                }
     return found
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #7951d781
 def row(store, records, name, item, K, updates):
     "The `Measured` of records of one energy, beside `NAME K=...` of Fig. 3(d) or 4.1; `updates`: the published number."
     first, paper = records[0].run, item == "Fig 3d"
-    return measured(store, records, "as_plotted" if paper and first.model == "U1" else "F", source=REZENDE if paper else GROUP, item=item, row=f"{name} K={K}",
-                    metric=METRIC_3D if paper else METRIC_41, data=f"2-D energy {first.model}", shortened=first.get("updates") < updates, comparable=first.model == "U1")
+    return measured(
+        store,
+        records,
+        "as_plotted" if paper and first.model == "U1" else "F",
+        source=REZENDE if paper else GROUP,
+        item=item,
+        row=f"{name} K={K}",
+        metric=METRIC_3D if paper else METRIC_41,
+        data=f"2-D energy {first.model}",
+        shortened=first.get("updates") < updates,
+        comparable=first.model == "U1",
+    )
+
 
 def figure_rows(store, found, names, item, energies, updates, suffix=""):
     "The rows of one figure: `names` {its name of a family: ours}."
-    return [row(store, found[flow, K][energy], name + suffix, item, K, updates) for name, flow in names.items() for K in (2, 8, 32) for energy in energies
-            if energy in found.get((flow, K), {})]
+    return [
+        row(store, found[flow, K][energy], name + suffix, item, K, updates)
+        for name, flow in names.items()
+        for K in (2, 8, 32)
+        for energy in energies
+        if energy in found.get((flow, K), {})
+    ]
 
 # %% ../../nbs/01_flows/60_energies_plan.ipynb #2ac62d9d
 def rows(store):
     "Fig. 3(d), by fits under the published settings where there are some, else by ours; and the group report's Fig. 4.1."
     ours, theirs = fitted(store), fitted(store, "rmsprop")
     besides = {key: ours[key] for key in theirs.keys() & ours.keys()}
-    return [*figure_rows(store, ours | theirs, FIG_3D, "Fig 3d", TARGETS[:3], 500_000), *figure_rows(store, besides, FIG_3D, "Fig 3d", TARGETS[:3], 500_000, " (Adam)"),
-            *figure_rows(store, ours, FIG_41, "elbos.csv / Fig 4.1", TARGETS, 5_000)]
+    return [
+        *figure_rows(store, ours | theirs, FIG_3D, "Fig 3d", TARGETS[:3], 500_000),
+        *figure_rows(store, besides, FIG_3D, "Fig 3d", TARGETS[:3], 500_000, " (Adam)"),
+        *figure_rows(store, ours, FIG_41, "elbos.csv / Fig 4.1", TARGETS, 5_000),
+    ]
 
-PRODUCTS = ("fig3_energies.png", "fig3d_bound.png", "fig41_group.png", "energies_families.png", "energies_curves.png", "energies.csv")
-experiment = Experiment("energies", "01_flows", "nbs/01_flows/61_energies.ipynb", PRODUCTS, plan, train, rows, engine="batched", trainer=trainer, together=("seed", "model"),
-                        parameters={"optimizer": OPTIMIZERS})
+
+PRODUCTS = (
+    "fig3_energies.png",
+    "fig3d_bound.png",
+    "fig41_group.png",
+    "energies_families.png",
+    "energies_curves.png",
+    "energies.csv",
+)
+experiment = Experiment(
+    "energies",
+    "01_flows",
+    "nbs/01_flows/61_energies.ipynb",
+    PRODUCTS,
+    plan,
+    train,
+    rows,
+    engine="batched",
+    trainer=trainer,
+    together=("seed", "model"),
+    parameters={"optimizer": OPTIMIZERS},
+)

@@ -11,10 +11,14 @@ __all__ = ['RECIPE', 'PICTURES', 'GAUSSIANS', 'WHOLE', 'SEEDS', 'LENGTHS', 'COMM
            'train_gaussians', 'needed', 'train']
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #c3e9fd7f
-import functools, math
-import numpy as np, torch
+import functools
+import math
 from dataclasses import dataclass
+
+import numpy as np
+import torch
 from torch.nn.functional import softplus
+
 from ..data import Batches, content_sha256, load_data, resolve, titled
 from . import Experiment
 from ..flows import Flow
@@ -28,17 +32,19 @@ from ..transforms.linear import Triangular
 from ..vae import VAE
 
 RECIPE = 1
-PICTURES, GAUSSIANS = "DLGM", ("AR(1)", "equicorrelated")    # the models of the two experiments
+PICTURES, GAUSSIANS = "DLGM", ("AR(1)", "equicorrelated")  # the models of the two experiments
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #ed81748f
-def lattice(points, window, centre=(0., 0.), dtype=torch.float32):
+def lattice(points, window, centre=(0.0, 0.0), dtype=torch.float32):
     "`points^2` points of the square `centre + [-window, window]^2`, `z1` changing slowest, `(points^2, 2)`, and the logarithm of the area of a cell."
     axis = torch.linspace(-window, window, points, dtype=dtype)
     return torch.cartesian_prod(axis + centre[0], axis + centre[1]), 2 * math.log(2 * window / (points - 1))
 
+
 @dataclass(frozen=True)
 class Truth:
     "What quadrature knows of N posteriors: `log_p` `(N,)`, `mean` and `scale` (standard deviations) `(N, 2)`, `negentropy` `(N,)`, the `error` of `log_p` on a lattice twice as coarse, and `box` `(N, 3)`: centre and half side of a square."
+
     log_p: torch.Tensor
     mean: torch.Tensor
     scale: torch.Tensor
@@ -50,24 +56,34 @@ class Truth:
 def quadrature(log_joint, z, log_cell):
     "The `Truth` behind the columns of `log_joint` `(G, N)`, values of `log p(x, z)` on a lattice `z` `(G, 2)`."
     side, log_joint, z = math.isqrt(len(z)), log_joint.double(), z.double()
-    log_p, coarse = log_joint.logsumexp(0) + log_cell, log_joint.view(side, side, -1)[::2, ::2].flatten(0, 1).logsumexp(0) + log_cell + math.log(4)
+    log_p, coarse = (
+        log_joint.logsumexp(0) + log_cell,
+        log_joint.view(side, side, -1)[::2, ::2].flatten(0, 1).logsumexp(0) + log_cell + math.log(4),
+    )
     p = (log_joint - log_p + log_cell).exp()
     mean = p.T @ z
     products = torch.stack([z[:, 0] ** 2, z[:, 1] ** 2, z[:, 0] * z[:, 1]])
     a, b, c = products @ p - torch.stack([mean[:, 0] ** 2, mean[:, 1] ** 2, mean[:, 0] * mean[:, 1]])
     entropy = log_p - (p * log_joint).sum(0)
-    negentropy = math.log(2 * math.pi * math.e) + .5 * (a * b - c * c).log() - entropy
-    return Truth(log_p, mean, torch.stack([a, b], -1).sqrt(), negentropy, (coarse - log_p).abs(), boxes(p.view(side, side, -1), z.view(side, side, 2)[0, :, 1], z.view(side, side, 2)[:, 0, 0]))
+    negentropy = math.log(2 * math.pi * math.e) + 0.5 * (a * b - c * c).log() - entropy
+    return Truth(
+        log_p,
+        mean,
+        torch.stack([a, b], -1).sqrt(),
+        negentropy,
+        (coarse - log_p).abs(),
+        boxes(p.view(side, side, -1), z.view(side, side, 2)[0, :, 1], z.view(side, side, 2)[:, 0, 0]),
+    )
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #a3547ff2
-def boxes(p, axis2, axis1, tail=.002, margin=1.3):
+def boxes(p, axis2, axis1, tail=0.002, margin=1.3):
     "Centre and half side `(N, 3)` of squares around the mass of `p` `(n, n, N)`."
     ends = []
     for axis, other in ((axis1, 1), (axis2, 0)):
         total = p.sum(other).cumsum(0)
         ends.append([axis[(total < level).sum(0).clamp(max=len(axis) - 1)] for level in (tail, 1 - tail)])
-    centre = torch.stack([.5 * (low + high) for low, high in ends], -1)
-    half = torch.stack([.5 * (high - low) for low, high in ends], -1).amax(-1, keepdim=True)
+    centre = torch.stack([0.5 * (low + high) for low, high in ends], -1)
+    half = torch.stack([0.5 * (high - low) for low, high in ends], -1).amax(-1, keepdim=True)
     return torch.cat([centre, margin * half], -1)
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #6ce24bfb
@@ -79,14 +95,37 @@ def divergence(log_q, log_p, log_cell):
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #56992061
 def posterior_of(flow, dim, length):
     "The transform of a family on `R^dim`: a learned diagonal Gaussian and what follows."
-    if flow == "diagonal": return Affine(dim)
-    return Chain(Affine(dim), {"full": lambda: Triangular(dim), "planar": lambda: Planar(dim, length),
-                               "iaf": lambda: InverseAutoregressive(dim, hidden=(4 * dim,), activation="elu", form="plain", order="natural")}[flow]())
+    if flow == "diagonal":
+        return Affine(dim)
+    return Chain(
+        Affine(dim),
+        {
+            "full": lambda: Triangular(dim),
+            "planar": lambda: Planar(dim, length),
+            "iaf": lambda: InverseAutoregressive(
+                dim, hidden=(4 * dim,), activation="elu", form="plain", order="natural"
+            ),
+        }[flow](),
+    )
+
 
 WHOLE, SEEDS, LENGTHS = (int, 1, 10**7), [(int, 0, 10**6)], [(int, 1, 1000)]
-COMMON = {"seeds": SEEDS, "lengths": LENGTHS, "updates": WHOLE, "samples": (int, 2, 10**5), "learning_rate": (float, 1e-8, 1), "evaluation_samples": (int, 2, 10**6)}
-RULES = COMMON | {"hidden": (int, 1, 10**4), "decoder_updates": WHOLE, "importance_samples": (int, 1, 1000), "images": (int, 4, 10**4), "grid": (int, 11, 2001)}
-GAUSSIAN_RULES = COMMON | {"dims": [(int, 2, 1000)], "correlation": (float, .01, .999)}
+COMMON = {
+    "seeds": SEEDS,
+    "lengths": LENGTHS,
+    "updates": WHOLE,
+    "samples": (int, 2, 10**5),
+    "learning_rate": (float, 1e-8, 1),
+    "evaluation_samples": (int, 2, 10**6),
+}
+RULES = COMMON | {
+    "hidden": (int, 1, 10**4),
+    "decoder_updates": WHOLE,
+    "importance_samples": (int, 1, 1000),
+    "images": (int, 4, 10**4),
+    "grid": (int, 11, 2001),
+}
+GAUSSIAN_RULES = COMMON | {"dims": [(int, 2, 1000)], "correlation": (float, 0.01, 0.999)}
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #3b167a29
 def plan(profile, data="auto"):
@@ -94,11 +133,33 @@ def plan(profile, data="auto"):
     s, name = settings("posteriors", profile, RULES), resolve(data, "static")
     lengths, seeds = s.pop("lengths"), s.pop("seeds")
     flows = [("diagonal", 0), ("full", 1), *(("planar", K) for K in lengths)]
-    pictures = [Run("posteriors", RECIPE, PICTURES, f"{name}-static", content_sha256(name, "static"), flow, K, seed, profile, s) for flow, K in flows for seed in seeds]
+    pictures = [
+        Run(
+            "posteriors",
+            RECIPE,
+            PICTURES,
+            f"{name}-static",
+            content_sha256(name, "static"),
+            flow,
+            K,
+            seed,
+            profile,
+            s,
+        )
+        for flow, K in flows
+        for seed in seeds
+    ]
     g = settings("posteriors.bottleneck", profile, GAUSSIAN_RULES)
     lengths, seeds, dims = (g.pop(key) for key in ("lengths", "seeds", "dims"))
     flows = [*(("planar", K) for K in lengths), ("iaf", 1), ("full", 1)]
-    return pictures + [Run("posteriors", RECIPE, model, "none", "", flow, K, seed, profile, g | {"dim": D}) for D in dims for flow, K in flows for model in GAUSSIANS for seed in seeds]
+    return pictures + [
+        Run("posteriors", RECIPE, model, "none", "", flow, K, seed, profile, g | {"dim": D})
+        for D in dims
+        for flow, K in flows
+        for model in GAUSSIANS
+        for seed in seeds
+    ]
+
 
 def title(run, asked="auto"):
     "What a figure calls the data of a run, when data called `asked` were wanted."
@@ -109,58 +170,96 @@ def dataset(run, device="cpu"):
     "The images of a run, on a device."
     return load_data(run.data.removesuffix("-static"), binarize="static", device=device)
 
+
 def build(run, data):
     "A fresh model with two latent dimensions."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         pixels, hidden = data.train.images.float().mean(0).cpu(), run.get("hidden")
         decoder = MLP(2, (hidden, hidden), len(pixels))
-        with torch.no_grad(): decoder[-1].bias.copy_(pixels.clamp(.001, .999).logit())
+        with torch.no_grad():
+            decoder[-1].bias.copy_(pixels.clamp(0.001, 0.999).logit())
         return VAE(MLP(len(pixels), (hidden,)), decoder, Flow(Affine(2, context_dim=hidden)))
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #119e3f79
 def decoder(run, data, folder, device, progress):
     "The trained model of a run, frozen."
+
     def loss(model, x, step, generator):
-        bound = importance_weighted(lambda z: model.log_joint(x, z), model.q(x), samples=run.get("importance_samples"), generator=generator)
+        bound = importance_weighted(
+            lambda z: model.log_joint(x, z),
+            model.q(x),
+            samples=run.get("importance_samples"),
+            generator=generator,
+        )
         return Estimate(-bound.value, bound.std_error, bound.terms)
+
     model = build(run, data)
-    Trainer([model], loss, steps=run.get("decoder_updates"), optimizer=Optimizer("adam", 2e-3, warmup=100), seeds=[run.seed], batches=[Batches(data.train, 100, run.seed)],
-            log_every=max(1, run.get("decoder_updates") // 100), folder=within(folder, f"decoder-{run.seed}"), device=device, progress=progress, recipe=f"decoder {run.budget} {run.data} {run.seed}").run()
+    Trainer(
+        [model],
+        loss,
+        steps=run.get("decoder_updates"),
+        optimizer=Optimizer("adam", 2e-3, warmup=100),
+        seeds=[run.seed],
+        batches=[Batches(data.train, 100, run.seed)],
+        log_every=max(1, run.get("decoder_updates") // 100),
+        folder=within(folder, f"decoder-{run.seed}"),
+        device=device,
+        progress=progress,
+        recipe=f"decoder {run.budget} {run.data} {run.seed}",
+    ).run()
     return model.requires_grad_(False).eval()
 
-def within(folder, name): return None if folder is None else folder/name
+
+def within(folder, name):
+    return None if folder is None else folder / name
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #aba0fc12
-WINDOW = 5.                                                  # half side of the lattice; the prior has 1e-6 of its mass outside
+WINDOW = 5.0  # half side of the lattice; the prior has 1e-6 of its mass outside
+
 
 def on_lattice(model, x, z, block=20_000):
     "`log p(x, z)` `(G, N)` for images `x` `(N, D_x)` and points `z` `(G, 2)`."
+
     def part(z):
         logits = model.decoder(z)
         return logits @ x.T - softplus(logits).sum(-1, keepdim=True) + model.prior.log_prob(z)[:, None]
-    with torch.no_grad(): return torch.cat([part(points) for points in z.split(block)])
+
+    with torch.no_grad():
+        return torch.cat([part(points) for points in z.split(block)])
+
 
 def truth_of(model, x, points, images=25):
     "The `Truth` about the posteriors of the images `x`, some of them at a time."
     z, log_cell = lattice(points, WINDOW)
-    parts = [quadrature(on_lattice(model, some, z.to(x.device)), z.to(x.device), log_cell) for some in x.split(images)]
-    return Truth(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in Truth.__annotations__))
+    parts = [
+        quadrature(on_lattice(model, some, z.to(x.device)), z.to(x.device), log_cell)
+        for some in x.split(images)
+    ]
+    return Truth(
+        *(torch.cat([getattr(part, name) for part in parts]).cpu() for name in Truth.__annotations__)
+    )
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #6eb8793a
 class Fitted(Flow):
     "A flow in the units of one image's posterior: `image`, `mean` and `scale` are its buffers."
+
     def __init__(self, transform, image, mean, scale):
         super().__init__(transform)
-        for name, value in (("image", image), ("mean", mean), ("scale", scale)): self.register_buffer(name, value.float().clone())
+        for name, value in (("image", image), ("mean", mean), ("scale", scale)):
+            self.register_buffer(name, value.float().clone())
 
     def log_density(self, z):
         "Its density at points `(..., 2)` of the latent plane."
         return self.log_prob((z - self.mean) / self.scale) - self.scale.log().sum()
 
+
 def joint_in_units(model, q, y):
     "`log p(x, z) + log |dz/dy|` at `z = mean + scale * y`, `(S,)`, for the image of `q`."
-    return sum(model.log_joint(q.image[None], (q.mean + q.scale * y)[:, None]).values())[:, 0] + q.scale.log().sum()
+    return (
+        sum(model.log_joint(q.image[None], (q.mean + q.scale * y)[:, None]).values())[:, 0]
+        + q.scale.log().sum()
+    )
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #b9a53aba
 def fit_images(run, model, x, truth, folder, device, progress):
@@ -168,27 +267,48 @@ def fit_images(run, model, x, truth, folder, device, progress):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         start = posterior_of(run.flow, 2, run.length).state_dict()
-        fits = [Fitted(posterior_of(run.flow, 2, run.length), *given) for given in zip(x, truth.mean, truth.scale)]
-    for q in fits: q.transform.load_state_dict(start)
-    def loss(q, batch, step, generator): return free_energy(lambda y: joint_in_units(model, q, y), q(), samples=run.get("samples"), generator=generator)
-    history = Trainer(fits, loss, steps=run.get("updates"), optimizer=Optimizer("adam", run.get("learning_rate"), clip=10.), seeds=list(range(len(fits))), log_every=max(1, run.get("updates") // 20),
-                      folder=within(folder, f"{run.flow}-{run.length}-{run.seed}"), device=device, progress=progress, recipe=run.key).run()
+        fits = [
+            Fitted(posterior_of(run.flow, 2, run.length), *given) for given in zip(x, truth.mean, truth.scale)
+        ]
+    for q in fits:
+        q.transform.load_state_dict(start)
+
+    def loss(q, batch, step, generator):
+        return free_energy(
+            lambda y: joint_in_units(model, q, y), q(), samples=run.get("samples"), generator=generator
+        )
+
+    history = Trainer(
+        fits,
+        loss,
+        steps=run.get("updates"),
+        optimizer=Optimizer("adam", run.get("learning_rate"), clip=10.0),
+        seeds=list(range(len(fits))),
+        log_every=max(1, run.get("updates") // 20),
+        folder=within(folder, f"{run.flow}-{run.length}-{run.seed}"),
+        device=device,
+        progress=progress,
+        recipe=run.key,
+    ).run()
     return fits, history
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #63b2d76b
-RANKS = (.5, .9, .95, .98)
+RANKS = (0.5, 0.9, 0.95, 0.98)
+
 
 def shown(truth):
     "The numbers of the images to look at."
     order = truth.negentropy.argsort()
     return [int(order[min(len(order) - 1, int(rank * len(order)))]) for rank in RANKS]
 
+
 def picture(model, q, x, box, log_p, points=200):
     "Densities of truth and fit on the box of an image, `(points / 2)^2` each, and `(KL, mass)` of the fit there by quadrature."
     z, log_cell = lattice(points, float(box[2]), box[:2].tolist())
     z = z.to(x.device)
     exact = on_lattice(model, x[None], z)[:, 0].double().cpu() - log_p
-    with torch.no_grad(): log_q = q.log_density(z).double().cpu()
+    with torch.no_grad():
+        log_q = q.log_density(z).double().cpu()
     small = [density.view(points, points)[::2, ::2].exp() for density in (exact, log_q)]
     return small, divergence(log_q, exact, log_cell)
 
@@ -197,16 +317,42 @@ def packed(density):
     "A density as bytes: the root of its share of its maximum in 255 steps."
     return (255 * (density / density.max()).sqrt()).round().byte().numpy()
 
+
 def picture_record(run, model, x, truth, fits, history):
     "The record of one family's fits."
     with evaluating(model), torch.no_grad():
-        bounds = [elbo(lambda y: joint_in_units(model, q, y), q(), samples=run.get("evaluation_samples"), generator=torch.Generator(x.device).manual_seed(i)) for i, q in enumerate(fits)]
+        bounds = [
+            elbo(
+                lambda y: joint_in_units(model, q, y),
+                q(),
+                samples=run.get("evaluation_samples"),
+                generator=torch.Generator(x.device).manual_seed(i),
+            )
+            for i, q in enumerate(fits)
+        ]
     kl, chosen = truth.log_p - torch.stack([bound.value for bound in bounds]).double().cpu(), shown(truth)
     drawn = [picture(model, fits[i], x[i], truth.box[i], truth.log_p[i]) for i in chosen]
-    values = {name: {"value": v.mean().item(), "std_error": (v.std() / len(v) ** .5).item()} for name, v in {"kl": kl, "nll": -truth.log_p, "negentropy": truth.negentropy}.items()}
-    arrays = {"kl": kl, "draw_error": torch.stack([bound.std_error for bound in bounds]).cpu(), "negentropy": truth.negentropy, "error": truth.error, "box": truth.box[chosen], "kl_grid": torch.tensor([d[1] for d in drawn])}
-    arrays = {name: value.float().numpy() for name, value in arrays.items()} | {name: np.stack([packed(d[0][i]) for d in drawn]) for i, name in enumerate(("truth", "density"))}
-    return Record(run, values, arrays | {"shown": np.asarray(chosen), "images": (255 * x[chosen]).byte().cpu().numpy()}, {"seconds": round(history.seconds, 2)})
+    values = {
+        name: {"value": v.mean().item(), "std_error": (v.std() / len(v) ** 0.5).item()}
+        for name, v in {"kl": kl, "nll": -truth.log_p, "negentropy": truth.negentropy}.items()
+    }
+    arrays = {
+        "kl": kl,
+        "draw_error": torch.stack([bound.std_error for bound in bounds]).cpu(),
+        "negentropy": truth.negentropy,
+        "error": truth.error,
+        "box": truth.box[chosen],
+        "kl_grid": torch.tensor([d[1] for d in drawn]),
+    }
+    arrays = {name: value.float().numpy() for name, value in arrays.items()} | {
+        name: np.stack([packed(d[0][i]) for d in drawn]) for i, name in enumerate(("truth", "density"))
+    }
+    return Record(
+        run,
+        values,
+        arrays | {"shown": np.asarray(chosen), "images": (255 * x[chosen]).byte().cpu().numpy()},
+        {"seconds": round(history.seconds, 2)},
+    )
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #ded31e4a
 def train_pictures(runs, folder, device, progress):
@@ -217,50 +363,75 @@ def train_pictures(runs, folder, device, progress):
         mine = [run for run in runs if run.seed == seed]
         model = decoder(mine[0], data, folder, device, progress)
         truth = truth_of(model, x, mine[0].get("grid"))
-        for run in mine: found[run.key] = picture_record(run, model, x, truth, *fit_images(run, model, x, truth, folder, device, progress))
+        for run in mine:
+            found[run.key] = picture_record(
+                run, model, x, truth, *fit_images(run, model, x, truth, folder, device, progress)
+            )
     return [found[run.key] for run in runs]
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #205e9a45
 def precision(model, dim, rho):
     "The inverse covariance, `(dim, dim)` in double precision, of a Gaussian with unit variances."
     i = torch.arange(dim, dtype=torch.float64)
-    covariance = rho ** (i[:, None] - i).abs() if model == "AR(1)" else (1 - rho) * torch.eye(dim, dtype=torch.float64) + rho
+    covariance = (
+        rho ** (i[:, None] - i).abs()
+        if model == "AR(1)"
+        else (1 - rho) * torch.eye(dim, dtype=torch.float64) + rho
+    )
     return torch.linalg.inv(covariance)
+
 
 class Correlated(Flow):
     "A flow, and its Gaussian target as buffers: `root`, with `root^T root` the precision, and the density's constant."
+
     def __init__(self, transform, precision):
         super().__init__(transform)
         root = torch.linalg.cholesky(precision).T
-        self.register_buffer("root", root.float()); self.register_buffer("constant", (root.diagonal().log().sum() - .5 * len(root) * math.log(2 * math.pi)).float())
+        self.register_buffer("root", root.float())
+        self.register_buffer(
+            "constant", (root.diagonal().log().sum() - 0.5 * len(root) * math.log(2 * math.pi)).float()
+        )
 
-    def target(self, z): return self.constant - .5 * (z @ self.root.T).square().sum(-1)
+    def target(self, z):
+        return self.constant - 0.5 * (z @ self.root.T).square().sum(-1)
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #1ef8def8
 def mean_field(precision):
     "The divergence of the best diagonal Gaussian."
-    return float(.5 * (precision.diagonal().log().sum() - torch.logdet(precision)))
+    return float(0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)))
+
 
 def divergence_of_rank(P, log_s, U, V):
     "`KL(N(0, A A^T) || N(0, P^-1))` for `A = (I + U V^T) diag(s)`."
     A = torch.diag(log_s.exp()) + U @ (V.T * log_s.exp())
-    return .5 * ((A * (P @ A)).sum() - len(P) - torch.logdet(P)) - torch.linalg.slogdet(A)[1]
+    return 0.5 * ((A * (P @ A)).sum() - len(P) - torch.logdet(P)) - torch.linalg.slogdet(A)[1]
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #8dad758c
 @functools.lru_cache(1000)
 def of_rank(model, dim, rho, rank, iterations=200):
     "The divergence of the best `N(0, A A^T)`, `A = (I + U V^T) S` of that rank, as L-BFGS finds it."
-    if 2 * rank >= dim: return 0.
+    if 2 * rank >= dim:
+        return 0.0
     P, generator = precision(model, dim, rho), torch.Generator().manual_seed(0)
-    tensors = [-.5 * P.diagonal().log(), *(.1 * torch.randn(dim, rank, generator=generator, dtype=torch.float64) for _ in range(2))]
-    solver = torch.optim.LBFGS([t.requires_grad_() for t in tensors], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_change=1e-7)
+    tensors = [
+        -0.5 * P.diagonal().log(),
+        *(0.1 * torch.randn(dim, rank, generator=generator, dtype=torch.float64) for _ in range(2)),
+    ]
+    solver = torch.optim.LBFGS(
+        [t.requires_grad_() for t in tensors],
+        max_iter=iterations,
+        line_search_fn="strong_wolfe",
+        tolerance_change=1e-7,
+    )
+
     def closure():
         solver.zero_grad()
         value = divergence_of_rank(P, *tensors)
         value.backward()
         return value
+
     solver.step(closure)
-    return max(0., divergence_of_rank(P, *tensors).item())
+    return max(0.0, divergence_of_rank(P, *tensors).item())
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #99ea74ff
 def gaussian_fit(run):
@@ -269,23 +440,59 @@ def gaussian_fit(run):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         q = Correlated(posterior_of(run.flow, run.get("dim"), run.length), P)
-    with torch.no_grad(): q.transform.transforms[0].source.log_scale.copy_(-.5 * P.diagonal().log())
+    with torch.no_grad():
+        q.transform.transforms[0].source.log_scale.copy_(-0.5 * P.diagonal().log())
     return q
+
 
 def gaussian_trainer(runs, folder, device, progress):
     "The `Trainer` of runs that differ in target and seed."
     run = runs[0]
-    def loss(q, batch, step, generator): return free_energy(q.target, q(), samples=run.get("samples"), generator=generator)
-    return Trainer([gaussian_fit(r) for r in runs], loss, steps=run.get("updates"), optimizer=Optimizer("adam", run.get("learning_rate"), clip=100.), seeds=[r.seed for r in runs],
-                   log_every=max(1, run.get("updates") // 20), folder=within(folder, f"{run.flow}-{run.length}"), device=device, progress=progress, recipe=" ".join(r.key for r in runs))
+
+    def loss(q, batch, step, generator):
+        return free_energy(q.target, q(), samples=run.get("samples"), generator=generator)
+
+    return Trainer(
+        [gaussian_fit(r) for r in runs],
+        loss,
+        steps=run.get("updates"),
+        optimizer=Optimizer("adam", run.get("learning_rate"), clip=100.0),
+        seeds=[r.seed for r in runs],
+        log_every=max(1, run.get("updates") // 20),
+        folder=within(folder, f"{run.flow}-{run.length}"),
+        device=device,
+        progress=progress,
+        recipe=" ".join(r.key for r in runs),
+    )
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #8ed2d7b7
 def gaussian_record(run, q, history, device):
     "The record of one fit: its divergence, `Z` being 1, and the references."
-    with evaluating(q), torch.no_grad(): bound = elbo(q.target, q(), samples=run.get("evaluation_samples"), generator=torch.Generator(device).manual_seed(run.seed))
+    with evaluating(q), torch.no_grad():
+        bound = elbo(
+            q.target,
+            q(),
+            samples=run.get("evaluation_samples"),
+            generator=torch.Generator(device).manual_seed(run.seed),
+        )
     P = precision(run.model, run.get("dim"), run.get("correlation"))
-    references = {"mean_field": mean_field(P), "of_rank": of_rank(run.model, run.get("dim"), run.get("correlation"), run.length) if run.flow == "planar" else 0.}
-    return Record(run, {"kl": {"value": -bound.value.item(), "std_error": bound.std_error.item()}, "parameters": sum(p.numel() for p in q.parameters())} | references, {}, {"seconds": round(history.seconds, 2)})
+    references = {
+        "mean_field": mean_field(P),
+        "of_rank": of_rank(run.model, run.get("dim"), run.get("correlation"), run.length)
+        if run.flow == "planar"
+        else 0.0,
+    }
+    return Record(
+        run,
+        {
+            "kl": {"value": -bound.value.item(), "std_error": bound.std_error.item()},
+            "parameters": sum(p.numel() for p in q.parameters()),
+        }
+        | references,
+        {},
+        {"seconds": round(history.seconds, 2)},
+    )
+
 
 def train_gaussians(runs, folder, device, progress):
     "The records of runs of one dimension: a program a family and length."
@@ -294,14 +501,16 @@ def train_gaussians(runs, folder, device, progress):
         mine = [run for run in runs if (run.flow, run.length) == (flow, K)]
         training = gaussian_trainer(mine, folder, device, progress)
         history = training.run()
-        for run, q in zip(mine, training.models): found[run.key] = gaussian_record(run, q, history, device)
+        for run, q in zip(mine, training.models):
+            found[run.key] = gaussian_record(run, q, history, device)
     return [found[run.key] for run in runs]
 
 # %% ../../nbs/02_vae_nf/16_posterior_plan.ipynb #f5f51c98
 def needed(curve, goal):
     "The length at which `curve`, `{length: divergence}`, first falls to `goal`; the shortest length if it is there already, infinity if it never is."
     lengths = sorted(curve)
-    if curve[lengths[0]] <= goal: return float(lengths[0])
+    if curve[lengths[0]] <= goal:
+        return float(lengths[0])
     for short, long in zip(lengths, lengths[1:]):
         if curve[long] <= goal:
             part = math.log(curve[short] / goal) / math.log(curve[short] / max(curve[long], 1e-12))
@@ -313,5 +522,21 @@ def train(runs, folder, device, progress=None):
     "Train the runs of one decoder's data, or of one dimension; returns their records."
     return (train_pictures if runs[0].model == PICTURES else train_gaussians)(runs, folder, device, progress)
 
-PRODUCTS = ("posterior_pictures.png", "posterior_divergence.png", "bottleneck.png", "bottleneck_length.png", "posteriors.csv")
-experiment = Experiment("posteriors", "02_vae_nf", "nbs/02_vae_nf/17_posterior_pictures.ipynb", PRODUCTS, plan, train, engine="batched", together=("seed", "model", "flow", "length"))
+
+PRODUCTS = (
+    "posterior_pictures.png",
+    "posterior_divergence.png",
+    "bottleneck.png",
+    "bottleneck_length.png",
+    "posteriors.csv",
+)
+experiment = Experiment(
+    "posteriors",
+    "02_vae_nf",
+    "nbs/02_vae_nf/17_posterior_pictures.ipynb",
+    PRODUCTS,
+    plan,
+    train,
+    engine="batched",
+    together=("seed", "model", "flow", "length"),
+)

@@ -10,15 +10,33 @@ from . import Experiment
 
 CHAPTER = "00_theory"
 
+
 def page(name, stem, *products):
     "The experiment that draws `nbs/00_theory/STEM.ipynb`: an empty plan, nothing to train, no row of a published table."
     return Experiment(name, CHAPTER, f"nbs/{CHAPTER}/{stem}.ipynb", products)
 
 # %% ../../nbs/00_theory/60_theory_plan.ipynb #621cbda9
-experiments = (page("modelling", "00_modelling", "modelling_fit.png", "modelling_posterior.png"),
-               page("complexity", "05_complexity", "complexity.png", "description_length.png"),
-               page("structure", "10_structure", "structure.png", "structure_hmm.png", "structure_integral.png"),
-               page("mixtures", "15_mixtures", "em.png", "em_curve.png"),
-               page("variational", "20_variational", "variational_terms.png", "variational_kl.png", "variational_mean_field.png", "fig3a_energies.png"),
-               page("change_of_variables", "25_change_of_variables", "change_of_variables.png", "fig1_layers.png", "thesis_affine.png", "thesis_prelu.png", "thesis_prelu_alpha.png"),
-               page("infinitesimal", "30_infinitesimal", "infinitesimal.png", "infinitesimal_kl.png"))
+experiments = (
+    page("modelling", "00_modelling", "modelling_fit.png", "modelling_posterior.png"),
+    page("complexity", "05_complexity", "complexity.png", "description_length.png"),
+    page("structure", "10_structure", "structure.png", "structure_hmm.png", "structure_integral.png"),
+    page("mixtures", "15_mixtures", "em.png", "em_curve.png"),
+    page(
+        "variational",
+        "20_variational",
+        "variational_terms.png",
+        "variational_kl.png",
+        "variational_mean_field.png",
+        "fig3a_energies.png",
+    ),
+    page(
+        "change_of_variables",
+        "25_change_of_variables",
+        "change_of_variables.png",
+        "fig1_layers.png",
+        "thesis_affine.png",
+        "thesis_prelu.png",
+        "thesis_prelu_alpha.png",
+    ),
+    page("infinitesimal", "30_infinitesimal", "infinitesimal.png", "infinitesimal_kl.png"),
+)

@@ -9,8 +9,10 @@ __all__ = ['RECIPE', 'SIDE', 'DIM', 'RULES', 'PLAIN', 'DEQUANTISED', 'SOURCE', '
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #ddf36581
 import functools
+
 import torch
 from torch import nn
+
 from ..data import SOURCES, Batches, DataNotFound, content_sha256, find, load_data
 from ..evaluate import log_marginal
 from . import Experiment
@@ -25,21 +27,27 @@ from ..training import Optimizer, evaluating
 from ..vae import VAE
 
 RECIPE = 1
-SIDE, DIM = 8, 30                                            # pixels of a patch's edge; latent dimensions
+SIDE, DIM = 8, 30  # pixels of a patch's edge; latent dimensions
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #04791c29
 def cut(images, corners, shape, side=SIDE):
     "Patches, flat `(n, side * side * C)`, of flat `images` `(n, H * W * C)`: image `i` from row and column `corners[i]` on; `shape`: `(H, W, C)`."
     height, width, colours = shape
     edge = torch.arange(side, device=images.device)
-    places = ((edge[:, None] * width + edge)[..., None] * colours + torch.arange(colours, device=images.device)).flatten()
+    places = (
+        (edge[:, None] * width + edge)[..., None] * colours + torch.arange(colours, device=images.device)
+    ).flatten()
     return images.gather(1, places + ((corners[:, 0] * width + corners[:, 1]) * colours)[:, None])
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #2b371f1a
 def grey(levels, dequantize=False, generator=None):
     "Levels 0 to 255 (uint8) as numbers in [0, 1]: `v / 255`, or `(v + u) / 256` with uniform `u`."
-    if not dequantize: return levels.float() / 255
-    return (levels + torch.rand(levels.shape, device=levels.device, generator=generator).clamp(max=1 - 2 ** -16)) / 256         # v + u < v + 1 in single precision too
+    if not dequantize:
+        return levels.float() / 255
+    return (
+        levels + torch.rand(levels.shape, device=levels.device, generator=generator).clamp(max=1 - 2**-16)
+    ) / 256  # v + u < v + 1 in single precision too
+
 
 def patches_of(images, shape, generator, dequantize=False):
     "One patch of each of the flat uint8 `images`, at a random place, as float32 `(n, D)` in [0, 1]."
@@ -50,13 +58,17 @@ def patches_of(images, shape, generator, dequantize=False):
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #62af52af
 class Patches(Batches):
     "Endless batches of random patches of a `Split` of images of `shape`, float32 `(batch_size, D)` in [0, 1]; resumes bitwise."
+
     def __init__(self, split, shape, batch_size, seed, dequantize=False):
         super().__init__(split, batch_size, seed)
         self.shape, self.dequantize = shape, dequantize
 
     def next(self):
         "The next batch: other images than before within an epoch, each cut at a new place."
-        return patches_of(self.split.images.index_select(0, self.rows()), self.shape, self.generator, self.dequantize)
+        return patches_of(
+            self.split.images.index_select(0, self.rows()), self.shape, self.generator, self.dequantize
+        )
+
 
 def fixed_patches(split, shape, count, dequantize=False):
     "One patch of each of the first `count` images of a `Split`, always the same ones."
@@ -64,29 +76,52 @@ def fixed_patches(split, shape, count, dequantize=False):
     return patches_of(split.images[:count], shape, generator, dequantize)
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #24cca51b
-RULES = {"seeds": [(int, 0, 10**6)], "lengths": [(int, 0, 1000)], "dequantized_seeds": [(int, 0, 10**6)], "dequantized_lengths": [(int, 0, 1000)], "hidden": (int, 1, 10**4),
-         "updates": (int, 1, 10**7), "warmup": (int, 0, 10**6), "anneal": (int, 0, 10**7), "clip": (float, 1e-3, 1e9), "batch_size": (int, 1, 10**4),
-         "evaluation_samples": (int, 1, 10**5), "evaluation_images": (int, 10, 10**4), "learning_rate": (float, 1e-8, 1)}
+RULES = {
+    "seeds": [(int, 0, 10**6)],
+    "lengths": [(int, 0, 1000)],
+    "dequantized_seeds": [(int, 0, 10**6)],
+    "dequantized_lengths": [(int, 0, 1000)],
+    "hidden": (int, 1, 10**4),
+    "updates": (int, 1, 10**7),
+    "warmup": (int, 0, 10**6),
+    "anneal": (int, 0, 10**7),
+    "clip": (float, 1e-3, 1e9),
+    "batch_size": (int, 1, 10**4),
+    "evaluation_samples": (int, 1, 10**5),
+    "evaluation_images": (int, 10, 10**4),
+    "learning_rate": (float, 1e-8, 1),
+}
 PLAIN, DEQUANTISED = "cifar10-patches", "cifar10-patches-dequantised"
+
 
 def all_runs(profile):
     "One run a flow length and seed, and those with uniform noise."
     budget = settings("vae_cifar", profile, RULES)
-    lengths, seeds = ([budget.pop(prefix + name) for prefix in ("", "dequantized_")] for name in ("lengths", "seeds"))
-    return [Run("vae_cifar", RECIPE, "DLGM", name, content_sha256("cifar10"), "planar", K, seed, profile, budget)
-            for name, some, repeats in zip((PLAIN, DEQUANTISED), lengths, seeds) for K in some for seed in repeats]
+    lengths, seeds = (
+        [budget.pop(prefix + name) for prefix in ("", "dequantized_")] for name in ("lengths", "seeds")
+    )
+    return [
+        Run("vae_cifar", RECIPE, "DLGM", name, content_sha256("cifar10"), "planar", K, seed, profile, budget)
+        for name, some, repeats in zip((PLAIN, DEQUANTISED), lengths, seeds)
+        for K in some
+        for seed in repeats
+    ]
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #9a0cc232
 def at_hand(download=False):
     "Whether CIFAR-10 can be had."
-    try: find(SOURCES["cifar10"], download=download)
-    except DataNotFound: return False
+    try:
+        find(SOURCES["cifar10"], download=download)
+    except DataNotFound:
+        return False
     return True
+
 
 def plan(profile, data="auto"):
     "All runs; without CIFAR-10, those that have a record."
     runs = all_runs(profile)
-    if at_hand(): return runs
+    if at_hand():
+        return runs
     store = Store([records_root(profile)])
     recorded = [run for run in runs if store.find(run)]
     download = data == "auto" and profile != "smoke"
@@ -95,18 +130,34 @@ def plan(profile, data="auto"):
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #288b9c13
 class HalfLogit(nn.Module):
     "Half the logit of squeezed pixels, `log(y / (1 - y)) / 2`: numbers between -4.6 and 4.6."
-    def __init__(self, likelihood): super().__init__(); self.eps = likelihood.eps
-    def forward(self, x): return (self.eps + (1 - 2 * self.eps) * x).logit() / 2
+
+    def __init__(self, likelihood):
+        super().__init__()
+        self.eps = likelihood.eps
+
+    def forward(self, x):
+        return (self.eps + (1 - 2 * self.eps) * x).logit() / 2
+
 
 def build(run, data):
     "The run's model, freshly initialised from its seed."
     hidden, likelihood = (run.get("hidden"),) * 2, LogitNormal()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        logits = likelihood.squeeze(fixed_patches(data.train, data.shape, 5000, run.data == DEQUANTISED)).logit().cpu()
+        logits = (
+            likelihood.squeeze(fixed_patches(data.train, data.shape, 5000, run.data == DEQUANTISED))
+            .logit()
+            .cpu()
+        )
         decoder = MLP(DIM, hidden, likelihood.outputs(logits.shape[1]))
-        with torch.no_grad(): decoder[-1].bias.copy_(torch.cat([logits.mean(0), logits.var(0).log()]))
-        return VAE(nn.Sequential(HalfLogit(likelihood), MLP(logits.shape[1], hidden)), decoder, posterior("planar", DIM, run.length, hidden[-1]), likelihood=likelihood)
+        with torch.no_grad():
+            decoder[-1].bias.copy_(torch.cat([logits.mean(0), logits.var(0).log()]))
+        return VAE(
+            nn.Sequential(HalfLogit(likelihood), MLP(logits.shape[1], hidden)),
+            decoder,
+            posterior("planar", DIM, run.length, hidden[-1]),
+            likelihood=likelihood,
+        )
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #7737b96d
 @functools.cache
@@ -118,11 +169,33 @@ def photographs(device="cpu"):
 def trainer(runs, device="cpu", folder=None, progress=None, data=None):
     "The `Trainer` of runs that differ in their seeds, on CIFAR-10 unless `data` is given."
     run, data, models = runs[0], data or photographs(device), []
-    for r in runs: models.append(build(r, data).to(device)); models[-1].check(fixed_patches(data.train, data.shape, 1000))
-    optimizer = Optimizer("adam", run.get("learning_rate"), warmup=run.get("warmup"), clip=run.get("clip"), schedule="cosine")
-    batches = [Patches(data.train, data.shape, run.get("batch_size"), r.seed, run.data == DEQUANTISED) for r in runs]
-    parts = {name: fixed_patches(getattr(data, name), data.shape, run.get("evaluation_images"), run.data == DEQUANTISED) for name in ("valid", "test")}
-    return trainer_of(runs, models, image_loss(run.get("anneal")), optimizer, batches, parts, folder=folder, device=device, progress=progress)
+    for r in runs:
+        models.append(build(r, data).to(device))
+        models[-1].check(fixed_patches(data.train, data.shape, 1000))
+    optimizer = Optimizer(
+        "adam", run.get("learning_rate"), warmup=run.get("warmup"), clip=run.get("clip"), schedule="cosine"
+    )
+    batches = [
+        Patches(data.train, data.shape, run.get("batch_size"), r.seed, run.data == DEQUANTISED) for r in runs
+    ]
+    parts = {
+        name: fixed_patches(
+            getattr(data, name), data.shape, run.get("evaluation_images"), run.data == DEQUANTISED
+        )
+        for name in ("valid", "test")
+    }
+    return trainer_of(
+        runs,
+        models,
+        image_loss(run.get("anneal")),
+        optimizer,
+        batches,
+        parts,
+        folder=folder,
+        device=device,
+        progress=progress,
+    )
+
 
 def train(runs, folder, device, progress=None, data=None):
     "Train runs that differ in their seeds; returns their records."
@@ -133,44 +206,113 @@ def train(runs, folder, device, progress=None, data=None):
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #2756c136
 def by_pixel(model, x, z):
     "`log p(x_i | z)` of every number of `x` `(batch, D)`, as `(..., batch, D)`."
-    output = model.decoder(z).unflatten(-1, (2, -1)).transpose(-1, -2)                             # a mean and a log-variance side by side: images of one pixel
+    output = (
+        model.decoder(z).unflatten(-1, (2, -1)).transpose(-1, -2)
+    )  # a mean and a log-variance side by side: images of one pixel
     return model.likelihood.log_prob(x[..., None], output)
 
-def saturated(x): return (x < 1 / 256) | (x >= 255 / 256)
+
+def saturated(x):
+    return (x < 1 / 256) | (x >= 255 / 256)
+
 
 def shares(model, x, seed, draws=10):
     "Where F of each patch comes from: `(batch,)` nats of the saturated pixels, of the others, and of the divergence from the prior."
     z, log_q = model.q(x).rsample_and_log_prob((draws,), torch.Generator(x.device).manual_seed(seed))
     extreme = saturated(x)
-    inner, outer = (sum(torch.where(chosen, by_pixel(model, x, one), 0.).sum(-1) for one in z) / draws for chosen in (~extreme, extreme))
-    return {"log_p_saturated": outer, "log_p_others": inner, "kl_prior": (log_q - model.prior.log_prob(z)).mean(0), "saturated": extreme.double().sum(-1)}
+    inner, outer = (
+        sum(torch.where(chosen, by_pixel(model, x, one), 0.0).sum(-1) for one in z) / draws
+        for chosen in (~extreme, extreme)
+    )
+    return {
+        "log_p_saturated": outer,
+        "log_p_others": inner,
+        "kl_prior": (log_q - model.prior.log_prob(z)).mean(0),
+        "saturated": extreme.double().sum(-1),
+    }
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #49a81286
 def record(run, model, data, history, index):
     "The record of one trained model: test F and NLL (importance sampling), the same for training images, where F comes from, curves, pictures."
-    def some(part, count): return fixed_patches(part, data.shape, count, run.data == DEQUANTISED)
+
+    def some(part, count):
+        return fixed_patches(part, data.shape, count, run.data == DEQUANTISED)
+
     x, seen = some(data.test, run.get("evaluation_images")), some(data.train, run.get("evaluation_images"))
     with evaluating(model):
-        test, fitted = (log_marginal(model.log_joint, model.q, patches, run.get("evaluation_samples"), seed=run.seed) for patches in (x, seen))
+        test, fitted = (
+            log_marginal(model.log_joint, model.q, patches, run.get("evaluation_samples"), seed=run.seed)
+            for patches in (x, seen)
+        )
         parts, shown = shares(model, x, run.seed), pictures(model, x, run.seed)
-    found = {"F": test.free_energy, "nll": test.nll, "kl": test.kl, "F_train": fitted.free_energy, "nll_train": fitted.nll}
-    values = {name: e.as_dict() for name, e in (found | {name: estimate(part) for name, part in parts.items()}).items()}
-    per_patch = {"test_log_p": test.log_p.float().cpu().numpy(), "test_elbo": test.elbo.float().cpu().numpy(), "test_saturated": parts["saturated"].byte().cpu().numpy()}
-    return Record(run, values | {"best_step": history.best_step[index]}, curves(history, index) | shown | per_patch, {"seconds": round(history.seconds, 2)})
+    found = {
+        "F": test.free_energy,
+        "nll": test.nll,
+        "kl": test.kl,
+        "F_train": fitted.free_energy,
+        "nll_train": fitted.nll,
+    }
+    values = {
+        name: e.as_dict()
+        for name, e in (found | {name: estimate(part) for name, part in parts.items()}).items()
+    }
+    per_patch = {
+        "test_log_p": test.log_p.float().cpu().numpy(),
+        "test_elbo": test.elbo.float().cpu().numpy(),
+        "test_saturated": parts["saturated"].byte().cpu().numpy(),
+    }
+    return Record(
+        run,
+        values | {"best_step": history.best_step[index]},
+        curves(history, index) | shown | per_patch,
+        {"seconds": round(history.seconds, 2)},
+    )
+
 
 def pictures(model, x, seed, count=16):
     "The first patches with one reconstruction each, and samples, as bytes."
     generator = torch.Generator(x.device).manual_seed(seed)
-    return as_bytes(patches=x[:count], reconstructions=model.reconstruct(x[:count], generator), samples=model.sample(3 * count, generator))
+    return as_bytes(
+        patches=x[:count],
+        reconstructions=model.reconstruct(x[:count], generator),
+        samples=model.sample(3 * count, generator),
+    )
 
 # %% ../../nbs/02_vae_nf/26_cifar_plan.ipynb #8e20a8f4
 SOURCE = "Rezende & Mohamed 2015 (1505.05770)"
 
+
 def rows(store):
     "Table 3 from the best records."
-    found = [(K, store.best("vae_cifar", recipe=RECIPE, data=PLAIN, flow="planar", length=K)) for K in (0, 2, 5, 10)]
-    return [measured(store, records, "nll", source=SOURCE, item="Table 3", row=f"DLGM+NF planar K={K}", metric="-ln p(x) (nats)", data="CIFAR-10 3x8x8 patches",
-                     shortened=records[0].run.profile != "paper") for K, records in found if records]
+    found = [
+        (K, store.best("vae_cifar", recipe=RECIPE, data=PLAIN, flow="planar", length=K))
+        for K in (0, 2, 5, 10)
+    ]
+    return [
+        measured(
+            store,
+            records,
+            "nll",
+            source=SOURCE,
+            item="Table 3",
+            row=f"DLGM+NF planar K={K}",
+            metric="-ln p(x) (nats)",
+            data="CIFAR-10 3x8x8 patches",
+            shortened=records[0].run.profile != "paper",
+        )
+        for K, records in found
+        if records
+    ]
 
-experiment = Experiment("vae_cifar", "02_vae_nf", "nbs/02_vae_nf/27_cifar.ipynb", ("cifar_curves.png", "cifar_patches.png", "table3.csv", "table3.png", "cifar_saturated.png"), plan, train, rows,
-                        "batched", trainer)
+
+experiment = Experiment(
+    "vae_cifar",
+    "02_vae_nf",
+    "nbs/02_vae_nf/27_cifar.ipynb",
+    ("cifar_curves.png", "cifar_patches.png", "table3.csv", "table3.png", "cifar_saturated.png"),
+    plan,
+    train,
+    rows,
+    "batched",
+    trainer,
+)

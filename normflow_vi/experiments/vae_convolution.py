@@ -7,9 +7,13 @@ __all__ = ['LENGTHS', 'RULES', 'SOURCE', 'ITEM', 'experiment', 'size', 'plan', '
            'structures', 'seconds_of', 'flow_seconds', 'step_seconds', 'extended', 'train', 'by_family', 'rows']
 
 # %% ../../nbs/02_vae_nf/38_convolution_plan.ipynb #d728a4cd
-import math, time
-import numpy as np, torch
+import math
+import time
 from dataclasses import replace
+
+import numpy as np
+import torch
+
 from ..data import resolve
 from ..evaluate import log_marginal
 from . import Experiment, vae_mnist
@@ -20,12 +24,30 @@ from ..settings import settings
 from ..training import evaluating, undisturbed
 
 # %% ../../nbs/02_vae_nf/38_convolution_plan.ipynb #6c55c928
-LENGTHS = {"diagonal": 0, "circulant": 1, "circulant-diagonal": 7, "full": 1, "circulant-slog": 5, "conf": 5, "planar": 10, "nice-perm": 20}
+LENGTHS = {
+    "diagonal": 0,
+    "circulant": 1,
+    "circulant-diagonal": 7,
+    "full": 1,
+    "circulant-slog": 5,
+    "conf": 5,
+    "planar": 10,
+    "nice-perm": 20,
+}
 
-def size(module): return sum(p.numel() for p in module.parameters())
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
 
 # %% ../../nbs/02_vae_nf/38_convolution_plan.ipynb #4e9b9417
-RULES = vae_mnist.RULES | {"families": [tuple(LENGTHS)], "structure_images": (int, 2, 10**4), "structure_draws": (int, 100, 10**6), "dims": [(int, 2, 10**5)], "timed_steps": (int, 3, 1000)}
+RULES = vae_mnist.RULES | {
+    "families": [tuple(LENGTHS)],
+    "structure_images": (int, 2, 10**4),
+    "structure_draws": (int, 100, 10**6),
+    "dims": [(int, 2, 10**5)],
+    "timed_steps": (int, 3, 1000),
+}
+
 
 def plan(profile, data="auto"):
     "One run a family and seed, on statically binarised images."
@@ -38,6 +60,7 @@ def shrinkage(draws, dim):
     "The expected `ln |S| - ln |Sigma|` of the sample covariance of `draws` Gaussian points in `R^i`, for each step from `i - 1` to `i = 1 ... dim`; Anderson 2003, section 7.5."
     return torch.digamma((draws - 1 - torch.arange(dim, dtype=torch.float64)) / 2) + math.log(2 / (draws - 1))
 
+
 def structure(z, log_q):
     "`(correlation, negentropy)` in nats, each `(batch,)`, and the correlation matrices `(batch, D, D)`, of draws `z` `(S, batch, D)` with log-density `log_q` `(S, batch)`."
     z, log_q = z.double(), log_q.double()
@@ -45,8 +68,8 @@ def structure(z, log_q):
     covariance = torch.einsum("sbi,sbj->bij", centred, centred) / (S - 1)
     bias, variances = shrinkage(S, D).to(z.device), covariance.diagonal(dim1=-2, dim2=-1)
     log_det = torch.linalg.slogdet(covariance).logabsdet - bias.sum()
-    correlation = .5 * ((variances.log() - bias[0]).sum(-1) - log_det)
-    negentropy = .5 * (D * math.log(2 * math.pi * math.e) + log_det) + log_q.mean(0)
+    correlation = 0.5 * ((variances.log() - bias[0]).sum(-1) - log_det)
+    negentropy = 0.5 * (D * math.log(2 * math.pi * math.e) + log_det) + log_q.mean(0)
     return correlation, negentropy, covariance / (variances[:, :, None] * variances[:, None, :]).sqrt()
 
 # %% ../../nbs/02_vae_nf/38_convolution_plan.ipynb #f187b3d8
@@ -62,9 +85,17 @@ def structures(run, model, data):
     x = data.test.pixels(indices=slice(run.get("structure_images")))
     generator = torch.Generator(x.device).manual_seed(run.seed)
     with evaluating(model):
-        correlation, negentropy, matrices = structure(*model.q(x).rsample_and_log_prob((run.get("structure_draws"),), generator=generator))
-    return ({"correlation": estimate(correlation).as_dict(), "negentropy": estimate(negentropy).as_dict()},
-            {"ring": ring_profile(matrices).float().cpu().numpy(), "correlations": correlation.float().cpu().numpy(), "negentropies": negentropy.float().cpu().numpy()})
+        correlation, negentropy, matrices = structure(
+            *model.q(x).rsample_and_log_prob((run.get("structure_draws"),), generator=generator)
+        )
+    return (
+        {"correlation": estimate(correlation).as_dict(), "negentropy": estimate(negentropy).as_dict()},
+        {
+            "ring": ring_profile(matrices).float().cpu().numpy(),
+            "correlations": correlation.float().cpu().numpy(),
+            "negentropies": negentropy.float().cpu().numpy(),
+        },
+    )
 
 # %% ../../nbs/02_vae_nf/38_convolution_plan.ipynb #3e071583
 def seconds_of(action, device, rounds=5):
@@ -74,9 +105,11 @@ def seconds_of(action, device, rounds=5):
     for _ in range(rounds + 1):
         start = clock()
         action()
-        if on_gpu: torch.cuda.synchronize()
+        if on_gpu:
+            torch.cuda.synchronize()
         times.append(clock() - start)
     return min(times[1:])
+
 
 def flow_seconds(family, length, dim, device="cpu", images=20):
     "Seconds for draws from the posterior of `images` images, their log-density, and the gradient in all parameters."
@@ -84,16 +117,19 @@ def flow_seconds(family, length, dim, device="cpu", images=20):
         torch.manual_seed(0)
         flow, context = posterior(family, dim, length, 1).to(device), torch.randn(images, 1, device=device)
     generator = torch.Generator(device).manual_seed(0)
+
     def action():
         z, log_q = flow(context).rsample_and_log_prob((), generator=generator)
         (z.square().sum() + log_q.sum()).backward()
+
     return seconds_of(action, device)
 
 # %% ../../nbs/02_vae_nf/38_convolution_plan.ipynb #1890890a
 def step_seconds(run, device="cpu"):
     "Seconds of one training step of a run: batch, loss, gradient, update."
     training = vae_mnist.trainer([run], device)
-    with undisturbed(1, training.device): return seconds_of(training.advance, device, run.get("timed_steps"))
+    with undisturbed(1, training.device):
+        return seconds_of(training.advance, device, run.get("timed_steps"))
 
 # %% ../../nbs/02_vae_nf/38_convolution_plan.ipynb #32a06a4b
 def extended(run, record, model, data, device):
@@ -101,30 +137,70 @@ def extended(run, record, model, data, device):
     values, arrays = structures(run, model, data)
     values |= {"parameters": size(model.posterior), "step_ms": 1000 * step_seconds(run, device)}
     count = run.get("evaluation_images") // 10
-    with evaluating(model): tighter = log_marginal(model.log_joint, model.q, data.test.pixels(indices=slice(count)), 5 * run.get("evaluation_samples"), seed=run.seed)
-    values["tightened"] = estimate(tighter.log_p.cpu() - torch.from_numpy(record.arrays["test_log_p"][:count])).as_dict()
-    kept = {name: array for name, array in record.arrays.items() if name not in ("images", "reconstructions", "samples")}
+    with evaluating(model):
+        tighter = log_marginal(
+            model.log_joint,
+            model.q,
+            data.test.pixels(indices=slice(count)),
+            5 * run.get("evaluation_samples"),
+            seed=run.seed,
+        )
+    values["tightened"] = estimate(
+        tighter.log_p.cpu() - torch.from_numpy(record.arrays["test_log_p"][:count])
+    ).as_dict()
+    kept = {
+        name: array
+        for name, array in record.arrays.items()
+        if name not in ("images", "reconstructions", "samples")
+    }
     times = [flow_seconds(run.flow, run.length, dim, device) for dim in run.get("dims")]
-    return replace(record, values=record.values | values, arrays=kept | arrays | {"flow_ms": 1000 * np.array(times, dtype=np.float32)})
+    return replace(
+        record,
+        values=record.values | values,
+        arrays=kept | arrays | {"flow_ms": 1000 * np.array(times, dtype=np.float32)},
+    )
+
 
 def train(runs, folder, device, progress=None):
     "Train runs that differ in their seeds; returns their records."
     data = vae_mnist.dataset(runs[0], device)
     models, history = vae_mnist.trained(vae_mnist.trainer(runs, device, folder, progress, data))
-    return [extended(run, vae_mnist.record(run, model, data, history, i), model, data, device) for i, (run, model) in enumerate(zip(runs, models))]
+    return [
+        extended(run, vae_mnist.record(run, model, data, history, i), model, data, device)
+        for i, (run, model) in enumerate(zip(runs, models))
+    ]
 
 # %% ../../nbs/02_vae_nf/38_convolution_plan.ipynb #f0f52a16
 SOURCE, ITEM = "Computed for this project", "Convolutional posteriors"
 
+
 def by_family(store, data, families=LENGTHS):
     "The records of the best group in which none of the families is missing, `{family: records}`; empty if there is none."
     found = store.best_over("vae_convolution", "flow", families, recipe=vae_mnist.RECIPE, data=data)
-    return {family: [r for r in found if (r.run.flow, r.run.length) == (family, LENGTHS[family])] for family in families if found}
+    return {
+        family: [r for r in found if (r.run.flow, r.run.length) == (family, LENGTHS[family])]
+        for family in families
+        if found
+    }
+
 
 def rows(store):
     "NLL and F of each family, from the best records on MNIST."
-    return [measured(store, records, name, source=SOURCE, item=ITEM, row=family, metric=metric, shortened=False) for family, records in by_family(store, "mnist-static").items() if records
-            for name, metric in (("nll", "-ln p(x) (nats)"), ("F", "F(x) = -ELBO (nats)"))]
+    return [
+        measured(store, records, name, source=SOURCE, item=ITEM, row=family, metric=metric, shortened=False)
+        for family, records in by_family(store, "mnist-static").items()
+        if records
+        for name, metric in (("nll", "-ln p(x) (nats)"), ("F", "F(x) = -ELBO (nats)"))
+    ]
 
-experiment = Experiment("vae_convolution", "02_vae_nf", "nbs/02_vae_nf/39_convolutional_posteriors.ipynb", ("convolution_gain.png", "convolution_structure.png", "convolution_time.png", "convolution.csv"),
-                        plan, train, rows, trainer=vae_mnist.trainer)
+
+experiment = Experiment(
+    "vae_convolution",
+    "02_vae_nf",
+    "nbs/02_vae_nf/39_convolutional_posteriors.ipynb",
+    ("convolution_gain.png", "convolution_structure.png", "convolution_time.png", "convolution.csv"),
+    plan,
+    train,
+    rows,
+    trainer=vae_mnist.trainer,
+)

@@ -7,11 +7,14 @@ __all__ = ['RECIPE', 'RULES', 'PRODUCTS', 'experiment', 'kept', 'source_of', 'pl
            'grid', 'weights_of', 'bound_curve', 'judged', 'value', 'means', 'one_record', 'train']
 
 # %% ../../nbs/02_vae_nf/24_evaluation_plan.ipynb #154c83f5
-import math, time, torch
+import math
+import time
+
+import torch
+
 from ..data import content_sha256, resolve
 from ..evaluate import ais, bidirectional, blocks_of, marginal_of, posteriors
-from . import Experiment
-from . import vae_mnist
+from . import Experiment, vae_mnist
 from ..gaps import gaps
 from ..objectives import estimate
 from ..records import Record, Run, Store
@@ -21,17 +24,37 @@ from ..training import evaluating, seed_of
 RECIPE = 2
 
 # %% ../../nbs/02_vae_nf/24_evaluation_plan.ipynb #dcb45dd9
-RULES = {"images": (int, 2, 10**4), "samples": (int, 10, 10**6), "steps": (int, 1, 10**6), "prior_steps": (int, 1, 10**6), "chains": (int, 2, 1000), "leapfrog": (int, 1, 1000),
-         "gap_steps": (int, 1, 10**6), "gap_draws": (int, 1, 1000)}
+RULES = {
+    "images": (int, 2, 10**4),
+    "samples": (int, 10, 10**6),
+    "steps": (int, 1, 10**6),
+    "prior_steps": (int, 1, 10**6),
+    "chains": (int, 2, 1000),
+    "leapfrog": (int, 1, 1000),
+    "gap_steps": (int, 1, 10**6),
+    "gap_draws": (int, 1, 1000),
+}
+
 
 def kept(data, store=None):
     "The two records without a flow and with the longest planar one that keep weights, both of one budget: a paper one where it has both, otherwise a quick one; empty where neither has."
     for profile in ("paper", "quick"):
         for K in sorted(vae_mnist.HEADLINE[1:], reverse=True):
-            group = (store or Store()).best_over("vae_mnist", "length", (0, K), recipe=vae_mnist.RECIPE, data=data, flow="planar", seed=0, profile=profile)
+            group = (store or Store()).best_over(
+                "vae_mnist",
+                "length",
+                (0, K),
+                recipe=vae_mnist.RECIPE,
+                data=data,
+                flow="planar",
+                seed=0,
+                profile=profile,
+            )
             found = [r for r in group if r.run.length in (0, K) and r.has_weights]
-            if len(found) == 2: return found
+            if len(found) == 2:
+                return found
     return []
+
 
 def source_of(record):
     "Which weights are judged: the key of their run, and the beginning of their file's SHA-256."
@@ -41,8 +64,27 @@ def source_of(record):
 def plan(profile, data="auto"):
     "One run a model that is judged."
     budget, name = settings("vae_evaluation", profile, RULES), resolve(data, "static")
-    models = [(run.length, "") for run in small(data)] if profile == "smoke" else [(r.run.length, source_of(r)) for r in kept(f"{name}-static")]
-    return [Run("vae_evaluation", RECIPE, "DLGM", f"{name}-static", content_sha256(name, "static"), "planar", K, 0, profile, budget | {"source": source}) for K, source in models]
+    models = (
+        [(run.length, "") for run in small(data)]
+        if profile == "smoke"
+        else [(r.run.length, source_of(r)) for r in kept(f"{name}-static")]
+    )
+    return [
+        Run(
+            "vae_evaluation",
+            RECIPE,
+            "DLGM",
+            f"{name}-static",
+            content_sha256(name, "static"),
+            "planar",
+            K,
+            0,
+            profile,
+            budget | {"source": source},
+        )
+        for K, source in models
+    ]
+
 
 def small(data):
     "The runs of the two small models."
@@ -54,11 +96,16 @@ def model_of(run, data, device="cpu"):
     "The model that a run judges, from the record that keeps it, or trained here."
     if run.get("source"):
         record = next((r for r in kept(run.data) if source_of(r) == run.get("source")), None)
-        if record is None: raise LookupError(f"the weights {run.get('source')} of vae_mnist, which {run.slug} judges, are no longer those of its best records; plan again")
+        if record is None:
+            raise LookupError(
+                f"the weights {run.get('source')} of vae_mnist, which {run.slug} judges, are no longer those of its best records; plan again"
+            )
         model = vae_mnist.build(record.run, data).to(device)
         model.load_state_dict(record.weights())
         return model
-    trained = next(small_run for small_run in small(run.data.removesuffix("-static")) if small_run.length == run.length)
+    trained = next(
+        small_run for small_run in small(run.data.removesuffix("-static")) if small_run.length == run.length
+    )
     return vae_mnist.trained(vae_mnist.trainer([trained], device, data=data))[0][0]
 
 # %% ../../nbs/02_vae_nf/24_evaluation_plan.ipynb #2d84539e
@@ -66,6 +113,7 @@ def simulated(model, count, generator):
     "`(x, z)`: images drawn from the model, and the latent vectors they came from."
     z = model.prior.rsample((count,), generator)
     return model.likelihood.sample(model.decoder(z), generator), z
+
 
 def around(model, x, generator, draws=200):
     "Mean and standard deviation `(N, D)` of the model's posterior, from draws."
@@ -77,26 +125,56 @@ def grid(samples):
     "Numbers of draws at which the importance-weighted bound is shown: 1, 2, 5, 10, ..., up to `samples`."
     return [s for power in range(7) for s in (10**power, 2 * 10**power, 5 * 10**power) if s <= samples]
 
+
 def weights_of(model, x, samples, seed, block=1000):
     "All log-weights `(samples, N)` of the images, float64."
     generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.cat([torch.cat([*blocks_of(model.log_joint, images, q, samples, block, generator)]) for images, q in posteriors(model.q, x, max(1, block // samples))], 1)
+    return torch.cat(
+        [
+            torch.cat([*blocks_of(model.log_joint, images, q, samples, block, generator)])
+            for images, q in posteriors(model.q, x, max(1, block // samples))
+        ],
+        1,
+    )
+
 
 def bound_curve(log_w):
     "The importance-weighted bound at every size of `grid`, averaged over disjoint groups of the same draws and over images, `(len(grid),)`."
-    groups = [log_w[:len(log_w) // s * s].view(-1, s, log_w.shape[1]) for s in grid(len(log_w))]
+    groups = [log_w[: len(log_w) // s * s].view(-1, s, log_w.shape[1]) for s in grid(len(log_w))]
     return torch.stack([(group.logsumexp(1) - math.log(group.shape[1])).mean() for group in groups])
 
 # %% ../../nbs/02_vae_nf/24_evaluation_plan.ipynb #cdf9da4f
 def judged(model, x, z, run, generator):
     "What every evaluator says of each of the images `x`, and the `curve` of the importance-weighted bound; with `z`, they are simulated, and there are bounds from above."
-    def seed(use): return seed_of("real" if z is None else "simulated", use, run.seed)                # none is run.seed itself, which z was drawn with
-    with torch.no_grad(): place, log_w = around(model, x, generator), weights_of(model, x, run.get("samples"), seed("iwae"))
+
+    def seed(use):
+        return seed_of(
+            "real" if z is None else "simulated", use, run.seed
+        )  # none is run.seed itself, which z was drawn with
+
+    with torch.no_grad():
+        place, log_w = around(model, x, generator), weights_of(model, x, run.get("samples"), seed("iwae"))
     found = marginal_of([[log_w]], len(log_w))
-    result = {"curve": bound_curve(log_w), "iwae": found.log_p, "iwae_error": found.error, "elbo": found.elbo, "ess": found.ess, "k_hat": found.k_hat.clamp(-10, 10)}
-    for name, steps, initial in (("ais", run.get("steps"), place), ("prior_ais", run.get("prior_steps"), None)):
-        chains = {"chains": run.get("chains"), "leapfrog": run.get("leapfrog"), "initial": initial, "seed": seed(name)}
-        if z is None: lower = ais(model.log_joint, x, model.posterior.dim, steps, **chains)
+    result = {
+        "curve": bound_curve(log_w),
+        "iwae": found.log_p,
+        "iwae_error": found.error,
+        "elbo": found.elbo,
+        "ess": found.ess,
+        "k_hat": found.k_hat.clamp(-10, 10),
+    }
+    for name, steps, initial in (
+        ("ais", run.get("steps"), place),
+        ("prior_ais", run.get("prior_steps"), None),
+    ):
+        chains = {
+            "chains": run.get("chains"),
+            "leapfrog": run.get("leapfrog"),
+            "initial": initial,
+            "seed": seed(name),
+        }
+        if z is None:
+            lower = ais(model.log_joint, x, model.posterior.dim, steps, **chains)
         else:
             lower, upper = bidirectional(model.log_joint, x, z, steps, **chains)
             result |= {f"{name}_upper": upper.log_p, f"{name}_upper_error": upper.error}
@@ -108,11 +186,24 @@ def value(per_image):
     "The mean over images and its standard error."
     return estimate(per_image).as_dict()
 
+
 def means(name, found):
     "The values of a record: means over images of each evaluator, and of their differences, image by image."
-    pairs = {"ais_minus_iwae": ("ais", "iwae"), "ais_width": ("ais_upper", "ais"), "above_iwae": ("ais_upper", "iwae"), "prior_width": ("prior_ais_upper", "prior_ais"), "kl": ("iwae", "elbo")}
-    single = {f"{name}_{key}": value(v) for key, v in found.items() if key in ("iwae", "ais", "prior_ais", "ais_upper", "prior_ais_upper", "elbo")}
-    return single | {f"{name}_{key}": value(found[a] - found[b]) for key, (a, b) in pairs.items() if a in found}
+    pairs = {
+        "ais_minus_iwae": ("ais", "iwae"),
+        "ais_width": ("ais_upper", "ais"),
+        "above_iwae": ("ais_upper", "iwae"),
+        "prior_width": ("prior_ais_upper", "prior_ais"),
+        "kl": ("iwae", "elbo"),
+    }
+    single = {
+        f"{name}_{key}": value(v)
+        for key, v in found.items()
+        if key in ("iwae", "ais", "prior_ais", "ais_upper", "prior_ais_upper", "elbo")
+    }
+    return single | {
+        f"{name}_{key}": value(found[a] - found[b]) for key, (a, b) in pairs.items() if a in found
+    }
 
 # %% ../../nbs/02_vae_nf/24_evaluation_plan.ipynb #20ec3c4b
 def one_record(run, device="cpu"):
@@ -120,12 +211,29 @@ def one_record(run, device="cpu"):
     data, start = vae_mnist.dataset(run, device), time.monotonic()
     model, generator = model_of(run, data, device), torch.Generator(device).manual_seed(run.seed)
     with evaluating(model):
-        with torch.no_grad(): x, z = simulated(model, run.get("images"), generator)
+        with torch.no_grad():
+            x, z = simulated(model, run.get("images"), generator)
         real = data.test.pixels(indices=slice(run.get("images")))
-        found = {"simulated": judged(model, x, z, run, generator), "real": judged(model, real, None, run, generator)}
-        split = gaps(model.log_joint, model.q, real, run.get("gap_steps"), run.get("gap_draws"), samples=min(1000, run.get("samples")), seed=seed_of("gaps", run.seed))
+        found = {
+            "simulated": judged(model, x, z, run, generator),
+            "real": judged(model, real, None, run, generator),
+        }
+        split = gaps(
+            model.log_joint,
+            model.q,
+            real,
+            run.get("gap_steps"),
+            run.get("gap_draws"),
+            samples=min(1000, run.get("samples")),
+            seed=seed_of("gaps", run.seed),
+        )
     values = {key: v for name, of in found.items() for key, v in means(name, of).items()}
-    parts = {"approximation": split.log_p - split.best, "amortisation": split.best - split.elbo, "gap": split.log_p - split.elbo, "ais_minus_gap_log_p": found["real"]["ais"] - split.log_p}
+    parts = {
+        "approximation": split.log_p - split.best,
+        "amortisation": split.best - split.elbo,
+        "gap": split.log_p - split.elbo,
+        "ais_minus_gap_log_p": found["real"]["ais"] - split.log_p,
+    }
     values |= {name: value(part) for name, part in parts.items()}
     arrays = {f"{name}_{key}": v.float().cpu().numpy() for name, of in found.items() for key, v in of.items()}
     arrays |= {f"gap_{key}": v.float().cpu().numpy() for key, v in vars(split).items()}
@@ -136,5 +244,14 @@ def train(runs, folder, device, progress=None):
     "Judge each run's model; nothing is kept in `folder`, an interrupted run starts again."
     return [one_record(run, device) for run in runs]
 
+
 PRODUCTS = ("evaluation_bounds.png", "evaluation_weights.png", "evaluation_gaps.png", "evaluation.csv")
-experiment = Experiment("vae_evaluation", "02_vae_nf", "nbs/02_vae_nf/25_evaluation.ipynb", PRODUCTS, plan, train, engine="processes")
+experiment = Experiment(
+    "vae_evaluation",
+    "02_vae_nf",
+    "nbs/02_vae_nf/25_evaluation.ipynb",
+    PRODUCTS,
+    plan,
+    train,
+    engine="processes",
+)

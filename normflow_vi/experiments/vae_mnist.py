@@ -9,8 +9,11 @@ __all__ = ['RECIPE', 'RULES', 'FAMILIES', 'LENGTHS', 'SETTINGS', 'CHOICES', 'HEA
            'curves', 'as_bytes', 'pictures', 'latent_kl', 'paired', 'gain', 'seconds_each', 'row_name', 'rows']
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #92229487
-import numpy as np, torch
 from dataclasses import replace
+
+import numpy as np
+import torch
+
 from ..data import Batches, content_sha256, load_data, resolve, titled
 from ..evaluate import log_marginal
 from . import Experiment
@@ -24,11 +27,35 @@ from ..vae import dlgm
 RECIPE = 2
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #a8340a0e
-RULES = {"seeds": [(int, 0, 10**6)], "hidden": (int, 1, 10**4), "depth": (int, 1, 10), "activation": {"relu", "maxout"}, "updates": (int, 1, 10**7), "warmup": (int, 0, 10**6),
-         "anneal": (int, 0, 10**7), "batch_size": (int, 1, 10**4), "evaluation_samples": (int, 1, 10**5), "evaluation_images": (int, 20, 10**4),
-         "optimizer": {"adam", "rmsprop"}, "learning_rate": (float, 1e-8, 1), "weight_decay": (float, 0, 10), "objective": {"kl", "joint"}, "head": {"slow", "full"}}
-FAMILIES = ("planar", "nice-perm", "nice-ortho", "radial", "sylvester", "realnvp", "iaf", "nsf")     # K = 0, the diagonal Gaussian, counts as planar
+RULES = {
+    "seeds": [(int, 0, 10**6)],
+    "hidden": (int, 1, 10**4),
+    "depth": (int, 1, 10),
+    "activation": {"relu", "maxout"},
+    "updates": (int, 1, 10**7),
+    "warmup": (int, 0, 10**6),
+    "anneal": (int, 0, 10**7),
+    "batch_size": (int, 1, 10**4),
+    "evaluation_samples": (int, 1, 10**5),
+    "evaluation_images": (int, 20, 10**4),
+    "optimizer": {"adam", "rmsprop"},
+    "learning_rate": (float, 1e-8, 1),
+    "weight_decay": (float, 0, 10),
+    "objective": {"kl", "joint"},
+    "head": {"slow", "full"},
+}
+FAMILIES = (
+    "planar",
+    "nice-perm",
+    "nice-ortho",
+    "radial",
+    "sylvester",
+    "realnvp",
+    "iaf",
+    "nsf",
+)  # K = 0, the diagonal Gaussian, counts as planar
 LENGTHS = {family: [(int, 0, 1000)] for family in FAMILIES}
+
 
 def asked(section, profile):
     "What a section of settings.ini asks for: the lengths of each family that it names, the seeds, and the budget of every run."
@@ -36,23 +63,46 @@ def asked(section, profile):
     budget = settings(section, profile, RULES | named)
     return {family: budget.pop(family) for family in named}, budget.pop("seeds"), budget
 
+
 def runs_of(experiment, name, profile, lengths, seeds, budget):
     "One run a family, length and seed, on statically binarised images of the set `name`."
-    return [Run(experiment, RECIPE, "DLGM", f"{name}-static", content_sha256(name, "static"), family, K, seed, profile, budget)
-            for family in lengths for K in lengths[family] for seed in seeds]
+    return [
+        Run(
+            experiment,
+            RECIPE,
+            "DLGM",
+            f"{name}-static",
+            content_sha256(name, "static"),
+            family,
+            K,
+            seed,
+            profile,
+            budget,
+        )
+        for family in lengths
+        for K in lengths[family]
+        for seed in seeds
+    ]
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #9ad8a0d1
 SETTINGS = ("fast", "published")
 
+
 def plan(profile, data="auto", setting="fast"):
-    "The rows of the paper. `setting=\"published\"`: RMSprop with the published number of updates."
+    'The rows of the paper. `setting="published"`: RMSprop with the published number of updates.'
     check_choice("setting", setting, SETTINGS)
-    section = ("vae_mnist", profile) if setting == "fast" else ("vae_mnist.published", "smoke" if profile == "smoke" else "paper")
+    section = (
+        ("vae_mnist", profile)
+        if setting == "fast"
+        else ("vae_mnist.published", "smoke" if profile == "smoke" else "paper")
+    )
     return runs_of("vae_mnist", resolve(data, "static"), profile, *asked(*section))
+
 
 def dataset(run, device="cpu"):
     "The data of a run, on a device."
     return load_data(run.data.removesuffix("-static"), binarize="static", device=device)
+
 
 def title(run, asked="auto"):
     "What a figure calls the data of a run, when data called `asked` were wanted."
@@ -64,14 +114,34 @@ def families_plan(profile, data="auto"):
     return runs_of("vae_families", resolve(data, "static"), profile, *asked("vae_families", profile))
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #16f7bcc3
-CHOICES = {"the fast setting": {}, "rate 3e-4": {"learning_rate": 3e-4}, "rate 2e-3": {"learning_rate": 2e-3}, "no weight decay": {"weight_decay": 0.}, "weight decay 0.3": {"weight_decay": .3},
-           "layers at the full rate": {"head": "full"}, "no annealing": {"anneal": 0}, "joint annealing": {"objective": "joint"},
-           "maxout, 1600 to 400": {"activation": "maxout", "depth": 1}, "maxout, 400 to 100": {"activation": "maxout", "depth": 1, "hidden": 100}}
+CHOICES = {
+    "the fast setting": {},
+    "rate 3e-4": {"learning_rate": 3e-4},
+    "rate 2e-3": {"learning_rate": 2e-3},
+    "no weight decay": {"weight_decay": 0.0},
+    "weight decay 0.3": {"weight_decay": 0.3},
+    "layers at the full rate": {"head": "full"},
+    "no annealing": {"anneal": 0},
+    "joint annealing": {"objective": "joint"},
+    "maxout, 1600 to 400": {"activation": "maxout", "depth": 1},
+    "maxout, 400 to 100": {"activation": "maxout", "depth": 1, "hidden": 100},
+}
+
 
 def settings_plan(profile, data="auto"):
     "One run for each choice of the fast setting that is undone, and seed."
     (lengths, seeds, budget), name = asked("vae_settings", profile), resolve(data, "static")
-    def runs(change): return runs_of("vae_settings", name, profile, {"planar": lengths["planar"][-1:]} if change else lengths, seeds, budget | change)
+
+    def runs(change):
+        return runs_of(
+            "vae_settings",
+            name,
+            profile,
+            {"planar": lengths["planar"][-1:]} if change else lengths,
+            seeds,
+            budget | change,
+        )
+
     return [replace(run, model=choice) for choice, change in CHOICES.items() for run in runs(change)]
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #c75b8bdd
@@ -80,58 +150,114 @@ def build(run, data):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         mean = data.train.images.float().mean(0).cpu()
-        model = dlgm(mean, run.flow, run.length, hidden=(run.get("hidden"),) * run.get("depth"), activation=run.get("activation"))
+        model = dlgm(
+            mean,
+            run.flow,
+            run.length,
+            hidden=(run.get("hidden"),) * run.get("depth"),
+            activation=run.get("activation"),
+        )
         return model if run.get("head") == "slow" else full_rate(model)
+
 
 def full_rate(model):
     "`model` with its heads' factors moved into their weights: the same function at the start, learning at the full rate."
     for head in (part for part in model.modules() if isinstance(part, Amortised)):
         with torch.no_grad():
-            for p in head.parameters(): p.mul_(head.scale)
-        head.scale = 1.
+            for p in head.parameters():
+                p.mul_(head.scale)
+        head.scale = 1.0
     return model
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #d704d29c
 def image_loss(steps, objective="kl"):
     "The free energy of a batch of images, annealed over `steps` updates in the form `objective`."
-    start = .01 if objective == "joint" else 0.              # the paper's schedule starts at 0.01
+    start = 0.01 if objective == "joint" else 0.0  # the paper's schedule starts at 0.01
+
     def loss(model, x, step, generator):
-        return free_energy(lambda z: model.log_joint(x, z), model.q(x), beta=annealing(step, steps, start), anneal=objective, generator=generator)
+        return free_energy(
+            lambda z: model.log_joint(x, z),
+            model.q(x),
+            beta=annealing(step, steps, start),
+            anneal=objective,
+            generator=generator,
+        )
+
     return loss
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #844e6444
 def curve_point(parts):
     "A function of the model: F on each of `parts`, a dict of images, one draw each."
+
     def validate(model, step):
-        return {f"F_{name}": log_marginal(model.log_joint, model.q, x, samples=1).free_energy.value.item() for name, x in parts.items()}
+        return {
+            f"F_{name}": log_marginal(model.log_joint, model.q, x, samples=1).free_energy.value.item()
+            for name, x in parts.items()
+        }
+
     return validate
+
 
 def optimizer(run):
     "The run's optimiser: `adam` with warm-up, cosine schedule and decoupled weight decay, or the paper's `rmsprop`."
-    if run.get("optimizer") == "rmsprop": return Optimizer("rmsprop", run.get("learning_rate"), momentum=.9, schedule="constant")
-    return Optimizer("adam", run.get("learning_rate"), weight_decay=run.get("weight_decay"), warmup=run.get("warmup"), schedule="cosine")
+    if run.get("optimizer") == "rmsprop":
+        return Optimizer("rmsprop", run.get("learning_rate"), momentum=0.9, schedule="constant")
+    return Optimizer(
+        "adam",
+        run.get("learning_rate"),
+        weight_decay=run.get("weight_decay"),
+        warmup=run.get("warmup"),
+        schedule="cosine",
+    )
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #cdbaa737
 def trainer_of(runs, models, loss, optimizer, batches, parts, **where):
     "The `Trainer` of runs that differ in their seeds: 20 points of the curves of `parts`, the best by validation kept. `where`: `folder`, `device`, `progress`."
     run = runs[0]
-    return Trainer(models, loss, steps=run.get("updates"), optimizer=optimizer, seeds=[r.seed for r in runs], batches=batches, validate=curve_point(parts),
-                   validate_every=max(1, run.get("updates") // 20), keep_best="F_valid", log_every=max(1, run.get("updates") // 100), recipe=str(run.shape), **where)
+    return Trainer(
+        models,
+        loss,
+        steps=run.get("updates"),
+        optimizer=optimizer,
+        seeds=[r.seed for r in runs],
+        batches=batches,
+        validate=curve_point(parts),
+        validate_every=max(1, run.get("updates") // 20),
+        keep_best="F_valid",
+        log_every=max(1, run.get("updates") // 100),
+        recipe=str(run.shape),
+        **where,
+    )
+
 
 def trainer(runs, device="cpu", folder=None, progress=None, data=None):
     "The `Trainer` of runs on images that differ in their seeds."
     run, data = runs[0], data or dataset(runs[0], device)
     models, count = [build(r, data).to(device) for r in runs], run.get("evaluation_images")
     models[0].check(data.train.pixels(indices=slice(100)))
-    parts = {name: getattr(data, name).pixels(indices=slice(count // 5 if name == "train" else count)) for name in ("train", "valid", "test")}
-    return trainer_of(runs, models, image_loss(run.get("anneal"), run.get("objective")), optimizer(run), [Batches(data.train, run.get("batch_size"), r.seed) for r in runs],
-                      parts, folder=folder, device=device, progress=progress)
+    parts = {
+        name: getattr(data, name).pixels(indices=slice(count // 5 if name == "train" else count))
+        for name in ("train", "valid", "test")
+    }
+    return trainer_of(
+        runs,
+        models,
+        image_loss(run.get("anneal"), run.get("objective")),
+        optimizer(run),
+        [Batches(data.train, run.get("batch_size"), r.seed) for r in runs],
+        parts,
+        folder=folder,
+        device=device,
+        progress=progress,
+    )
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #8d3ea87e
 def trained(training):
     "The models of a `Trainer`, trained, at their best points, and the history."
-    history = training.run(); training.load_best()
+    history = training.run()
+    training.load_best()
     return training.models, history
+
 
 def train(runs, folder, device, progress=None):
     "Train runs that differ in their seeds; returns their records."
@@ -140,69 +266,139 @@ def train(runs, folder, device, progress=None):
     return [record(run, model, data, history, i) for i, (run, model) in enumerate(zip(runs, models))]
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #109514b8
-HEADLINE = (0, 40, 80)                                       # lengths of planar posteriors whose weights are kept, first seed
+HEADLINE = (0, 40, 80)  # lengths of planar posteriors whose weights are kept, first seed
+
 
 def record(run, model, data, history, index):
     "The record of one trained model: test, validation and training F, NLL (importance sampling), curves, pictures, weights."
-    def judged(part, count): return log_marginal(model.log_joint, model.q, part.pixels(indices=slice(count)), run.get("evaluation_samples"), seed=run.seed)
+
+    def judged(part, count):
+        return log_marginal(
+            model.log_joint,
+            model.q,
+            part.pixels(indices=slice(count)),
+            run.get("evaluation_samples"),
+            seed=run.seed,
+        )
+
     count = run.get("evaluation_images")
     with evaluating(model):
-        test, fitted, shown = judged(data.test, count), judged(data.train, count // 5), pictures(model, data, run.seed) | {"latent_kl": latent_kl(model, data.test.pixels(indices=slice(count // 20)), run.seed)}
-    found = {"F": test.free_energy, "nll": test.nll, "kl": test.kl, "F_train": fitted.free_energy, "nll_train": fitted.nll}
+        test, fitted, shown = (
+            judged(data.test, count),
+            judged(data.train, count // 5),
+            pictures(model, data, run.seed)
+            | {"latent_kl": latent_kl(model, data.test.pixels(indices=slice(count // 20)), run.seed)},
+        )
+    found = {
+        "F": test.free_energy,
+        "nll": test.nll,
+        "kl": test.kl,
+        "F_train": fitted.free_energy,
+        "nll_train": fitted.nll,
+    }
     values = {name: e.as_dict() for name, e in found.items()}
     per_image = {"test_log_p": test.log_p.float().cpu().numpy(), "test_elbo": test.elbo.float().cpu().numpy()}
-    best = {"F_valid": float(history.best_value[index]), "F_last": float(history.valid["F_test"][-1, index]), "best_step": history.best_step[index]}
+    best = {
+        "F_valid": float(history.best_value[index]),
+        "F_last": float(history.valid["F_test"][-1, index]),
+        "best_step": history.best_step[index],
+    }
     kept = run.experiment == "vae_mnist" and run.flow == "planar" and run.length in HEADLINE and run.seed == 0
-    return Record(run, values | best, curves(history, index) | shown | per_image, {"seconds": round(history.seconds, 2)}, halved(model.state_dict()) if kept else None)
+    return Record(
+        run,
+        values | best,
+        curves(history, index) | shown | per_image,
+        {"seconds": round(history.seconds, 2)},
+        halved(model.state_dict()) if kept else None,
+    )
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #4e87d66b
 def curves(history, index):
     "The learning curves of one run: training batches at log steps; validation and test at theirs."
-    rows = {"step": history.steps, "F_batch": history.values["free_energy"][:, index], "step_valid": history.steps_valid}
+    rows = {
+        "step": history.steps,
+        "F_batch": history.values["free_energy"][:, index],
+        "step_valid": history.steps_valid,
+    }
     rows |= {name: values[:, index] for name, values in history.valid.items()}
     return {name: np.asarray(values, dtype=np.float32) for name, values in rows.items()}
 
-def as_bytes(**images): return {name: (255 * values).round().byte().cpu().numpy() for name, values in images.items()}
+
+def as_bytes(**images):
+    return {name: (255 * values).round().byte().cpu().numpy() for name, values in images.items()}
+
 
 def pictures(model, data, seed, count=10):
     "The first test images with one reconstruction each, and five rows of samples, as bytes."
     x, device = data.test.pixels(indices=slice(count)), data.test.images.device
-    return as_bytes(images=x, reconstructions=model.reconstruct(x, torch.Generator(device).manual_seed(seed)), samples=model.sample(5 * count, torch.Generator(device).manual_seed(seed)))
+    return as_bytes(
+        images=x,
+        reconstructions=model.reconstruct(x, torch.Generator(device).manual_seed(seed)),
+        samples=model.sample(5 * count, torch.Generator(device).manual_seed(seed)),
+    )
+
 
 def latent_kl(model, x, seed, draws=100):
     "How far each latent's posterior is from N(0, 1), `(dim,)` in nats, averaged over `x`: the divergence of a Gaussian with the same mean and variance, exact for a diagonal Gaussian."
-    with torch.no_grad(): z = model.q(x).rsample((draws,), torch.Generator(x.device).manual_seed(seed))
+    with torch.no_grad():
+        z = model.q(x).rsample((draws,), torch.Generator(x.device).manual_seed(seed))
     mean, variance = z.mean(0), z.var(0)
-    noise = variance / draws + 1 / (draws - 1)               # what the estimates of mean and variance add on average
-    return (.5 * (mean ** 2 + variance - 1 - variance.log() - noise)).mean(0).cpu().numpy()
+    noise = variance / draws + 1 / (draws - 1)  # what the estimates of mean and variance add on average
+    return (0.5 * (mean**2 + variance - 1 - variance.log() - noise)).mean(0).cpu().numpy()
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #c932d2ae
 def paired(low, high, array="test_elbo"):
     "By how many nats `test_elbo` or `test_log_p` of the records `high` exceeds that of `low`, image by image: its mean and standard error over images, `(n,)` each, for the seeds both have."
     others = {record.run.seed: record for record in low}
-    pairs = [record.arrays[array] - others[record.run.seed].arrays[array] for record in high if record.run.seed in others]
-    if not pairs: raise LookupError(f"{low[0].run.slug} and {high[0].run.slug} have no seed in common")
-    return np.array([pair.mean() for pair in pairs]), np.array([pair.std() / len(pair) ** .5 for pair in pairs])
+    pairs = [
+        record.arrays[array] - others[record.run.seed].arrays[array]
+        for record in high
+        if record.run.seed in others
+    ]
+    if not pairs:
+        raise LookupError(f"{low[0].run.slug} and {high[0].run.slug} have no seed in common")
+    return np.array([pair.mean() for pair in pairs]), np.array(
+        [pair.std() / len(pair) ** 0.5 for pair in pairs]
+    )
+
 
 def gain(low, high, array="test_elbo"):
     "The mean of `paired` over seeds, and its standard error: over seeds, or over images where only one seed is shared."
     means, errors = paired(low, high, array)
-    return means.mean(), means.std(ddof=1) / len(means) ** .5 if len(means) > 1 else errors[0]
+    return means.mean(), means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else errors[0]
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #d6c189a5
 def seconds_each(records):
     "Seconds of training a run, averaged over `records`; runs that were one program share its time."
-    return float(np.mean([r.info["seconds"] / (len(r.info["seeds"]) if r.info.get("engine") == "batched" else 1) for r in records]))
+    return float(
+        np.mean(
+            [
+                r.info["seconds"] / (len(r.info["seeds"]) if r.info.get("engine") == "batched" else 1)
+                for r in records
+            ]
+        )
+    )
 
 # %% ../../nbs/02_vae_nf/20_mnist_plan.ipynb #790d9722
 SOURCE = "Rezende & Mohamed 2015 (1505.05770)"
-ROWS = (("Table 2", "nll", "-ln p(x) upper bound (nats)"), ("Fig 4a", "F", "F(x) = -ELBO (nats)"),
-        ("Fig 4b", "kl", "KL(q||p(z|x)) (nats)"), ("Fig 4c", "nll", "-ln p(x) (nats)"))
+ROWS = (
+    ("Table 2", "nll", "-ln p(x) upper bound (nats)"),
+    ("Fig 4a", "F", "F(x) = -ELBO (nats)"),
+    ("Fig 4b", "kl", "KL(q||p(z|x)) (nats)"),
+    ("Fig 4c", "nll", "-ln p(x) (nats)"),
+)
+
 
 def row_name(item, family, K):
     "What the published list calls a model in a table or figure."
-    if item == "Table 2": return "DLGM diagonal covariance" if K == 0 else f"DLGM+{'NF planar' if family == 'planar' else 'NICE'} K={K}"
+    if item == "Table 2":
+        return (
+            "DLGM diagonal covariance"
+            if K == 0
+            else f"DLGM+{'NF planar' if family == 'planar' else 'NICE'} K={K}"
+        )
     return f"{'NF' if family == 'planar' else 'NICE-perm'} K={K}"
+
 
 PUBLISHED = [("planar", K) for K in (0, 10, 20, 40, 80)] + [("nice-perm", K) for K in (10, 20, 40, 80)]
 
@@ -212,12 +408,51 @@ def rows(store):
     found = []
     for family, K in PUBLISHED:
         records = store.best("vae_mnist", recipe=RECIPE, data="mnist-static", flow=family, length=K)
-        found += [measured(store, records, name, source=SOURCE, item=item, row=row_name(item, family, K), metric=metric, data="MNIST binarised",
-                           shortened=not records or records[0].run.get("updates") < 500_000) for item, name, metric in ROWS]
+        found += [
+            measured(
+                store,
+                records,
+                name,
+                source=SOURCE,
+                item=item,
+                row=row_name(item, family, K),
+                metric=metric,
+                data="MNIST binarised",
+                shortened=not records or records[0].run.get("updates") < 500_000,
+            )
+            for item, name, metric in ROWS
+        ]
     return [row for row in found if row]
 
+
 experiments = (
-    Experiment("vae_mnist", "02_vae_nf", "nbs/02_vae_nf/21_mnist.ipynb", ("fig4_curves.png", "fig4_images.png", "table2.csv", "table2.png", "latents.png"), plan, train, rows,
-               trainer=trainer, parameters={"setting": SETTINGS}),
-    Experiment("vae_families", "02_vae_nf", "nbs/02_vae_nf/22_families.ipynb", ("families.png", "families.csv"), families_plan, train, trainer=trainer),
-    Experiment("vae_settings", "02_vae_nf", "nbs/02_vae_nf/23_settings.ipynb", ("settings.png", "settings.csv"), settings_plan, train, trainer=trainer))
+    Experiment(
+        "vae_mnist",
+        "02_vae_nf",
+        "nbs/02_vae_nf/21_mnist.ipynb",
+        ("fig4_curves.png", "fig4_images.png", "table2.csv", "table2.png", "latents.png"),
+        plan,
+        train,
+        rows,
+        trainer=trainer,
+        parameters={"setting": SETTINGS},
+    ),
+    Experiment(
+        "vae_families",
+        "02_vae_nf",
+        "nbs/02_vae_nf/22_families.ipynb",
+        ("families.png", "families.csv"),
+        families_plan,
+        train,
+        trainer=trainer,
+    ),
+    Experiment(
+        "vae_settings",
+        "02_vae_nf",
+        "nbs/02_vae_nf/23_settings.ipynb",
+        ("settings.png", "settings.csv"),
+        settings_plan,
+        train,
+        trainer=trainer,
+    ),
+)

@@ -24,6 +24,35 @@ from .spline_layers import SplineAutoregressive, SplineCoupling
 from .sylvester import Sylvester
 from .tanh_coupling import TanhCoupling
 
-__all__ = ["AdditiveCoupling", "Affine", "AffineCoupling", "Autoregressive", "BatchNorm", "Chain", "CircularConvolution", "ContinuouslyIndexed", "ConvolutionCoupling",
-           "Coupling", "GatedConvolution", "Householder", "Inverse", "InverseAutoregressive", "MaskedAutoregressive", "Orthogonal", "PLU", "PReLU", "Permutation", "Planar", "Radial", "SLog", "ScaledConvolution",
-           "SplineAutoregressive", "SplineCoupling", "Sylvester", "SymmetricConvolution", "TanhCoupling", "Transform", "Triangular"]
+__all__ = [
+    "AdditiveCoupling",
+    "Affine",
+    "AffineCoupling",
+    "Autoregressive",
+    "BatchNorm",
+    "Chain",
+    "CircularConvolution",
+    "ContinuouslyIndexed",
+    "ConvolutionCoupling",
+    "Coupling",
+    "GatedConvolution",
+    "Householder",
+    "Inverse",
+    "InverseAutoregressive",
+    "MaskedAutoregressive",
+    "Orthogonal",
+    "PLU",
+    "PReLU",
+    "Permutation",
+    "Planar",
+    "Radial",
+    "SLog",
+    "ScaledConvolution",
+    "SplineAutoregressive",
+    "SplineCoupling",
+    "Sylvester",
+    "SymmetricConvolution",
+    "TanhCoupling",
+    "Transform",
+    "Triangular",
+]

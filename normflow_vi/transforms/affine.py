@@ -7,6 +7,7 @@ __all__ = ['Affine']
 
 # %% ../../nbs/01_flows/10_affine.ipynb #118a089b
 import torch
+
 from .base import Transform, bounded, check_limit
 
 # %% ../../nbs/01_flows/10_affine.ipynb #3e7874f7
@@ -17,15 +18,21 @@ class Affine(Transform):
     same cost. Raises `ValueError` unless `max_log_scale` is `None` or above 0.
     Source: the location-scale reparameterisation, Rezende & Mohamed 2015, section 2.1.
     """
-    decays = True                                            # amortised, it is an ordinary layer of the encoder
+
+    decays = True  # amortised, it is an ordinary layer of the encoder
 
     def __init__(self, dim, length=1, context_dim=None, max_log_scale=None):
         self.max_log_scale = check_limit(max_log_scale)
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
-    def prepare(self, log_scale, **tensors): return tensors | {"log_scale": bounded(log_scale, self.max_log_scale)}
-    def initial(self): return {name: torch.zeros(self.length, self.dim) for name in ("shift", "log_scale")}
+    def extra_repr(self):
+        return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
+
+    def prepare(self, log_scale, **tensors):
+        return tensors | {"log_scale": bounded(log_scale, self.max_log_scale)}
+
+    def initial(self):
+        return {name: torch.zeros(self.length, self.dim) for name in ("shift", "log_scale")}
 
     def push(self, z, shift, log_scale):
         return shift + log_scale.exp() * z, log_scale.sum(-1).expand(z.shape[:-1])

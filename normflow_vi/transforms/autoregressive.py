@@ -7,6 +7,7 @@ __all__ = ['MaskedNetworks', 'Autoregressive', 'affine_law', 'InverseAutoregress
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #45db74aa
 import torch
+
 from .base import Transform, check_choice
 from .conditioner import check_network, network
 from .laws import Gate, ScaleShift, check_law
@@ -16,18 +17,42 @@ from .stagewise import stage_edges, stagewise
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #0384b347
 class MaskedNetworks(Transform):
     "The networks of `length` autoregressive layers, in one set of tensors, and their masks."
+
     context_to, decays = "layers", True
 
-    def __init__(self, dim, law, length=1, context_dim=None, hidden=(64, 64), activation="relu", order="alternate", residual=False):
-        self.law, self.hidden, self.activation, self.residual = check_law(law), check_network(hidden, activation, residual), activation, residual
-        self.order, self.least = check_choice("order", order, ("alternate", "natural")), 1 if context_dim is None else 0
+    def __init__(
+        self,
+        dim,
+        law,
+        length=1,
+        context_dim=None,
+        hidden=(64, 64),
+        activation="relu",
+        order="alternate",
+        residual=False,
+    ):
+        self.law, self.hidden, self.activation, self.residual = (
+            check_law(law),
+            check_network(hidden, activation, residual),
+            activation,
+            residual,
+        )
+        self.order, self.least = (
+            check_choice("order", order, ("alternate", "natural")),
+            1 if context_dim is None else 0,
+        )
         super().__init__(dim, length, context_dim)
-        for i, mask in enumerate(self.masks()): self.register_buffer(f"mask_{i}", mask.float())      # a product of floats is the fastest mask
+        for i, mask in enumerate(self.masks()):
+            self.register_buffer(f"mask_{i}", mask.float())  # a product of floats is the fastest mask
         self.edges = stage_edges(dim, self.hidden, self.least)
 
     def constants(self):
         forwards, backwards = torch.arange(self.dim), torch.arange(self.dim).flip(0)
-        return {"sequence": torch.stack([backwards if self.order == "alternate" and k % 2 else forwards for k in range(self.length)])}
+        return {
+            "sequence": torch.stack(
+                [backwards if self.order == "alternate" and k % 2 else forwards for k in range(self.length)]
+            )
+        }
 
     def masks(self):
         *inner, last = masks(self.constants()["sequence"], self.hidden, self.least)
@@ -45,27 +70,53 @@ class Autoregressive(MaskedNetworks):
     stages. `order`: "alternate" reads the variables in reversed order in every second layer, "natural" never. `residual`: hidden layers in residual blocks. `context`: one more input of every hidden layer.
     Raises `ValueError` for an option that does not exist, and for hidden widths that residual blocks cannot join.
     """
+
     forward_kind, inverse_kind = "closed form", "sequential"
 
-    def push(self, z, **layer): return self.run(self.forward_kind, z, self.law.push, **layer)
-    def pull(self, y, **layer): return self.run(self.inverse_kind, y, self.law.pull, **layer)
-    def push_stack(self, z, **tensors): return super().push_stack(z, **self.masked(self.forward_kind, tensors))
-    def pull_stack(self, y, **tensors): return super().pull_stack(y, **self.masked(self.inverse_kind, tensors))
+    def push(self, z, **layer):
+        return self.run(self.forward_kind, z, self.law.push, **layer)
+
+    def pull(self, y, **layer):
+        return self.run(self.inverse_kind, y, self.law.pull, **layer)
+
+    def push_stack(self, z, **tensors):
+        return super().push_stack(z, **self.masked(self.forward_kind, tensors))
+
+    def pull_stack(self, y, **tensors):
+        return super().pull_stack(y, **self.masked(self.inverse_kind, tensors))
 
     def extra_repr(self):
         return f"{super().extra_repr()}, law={self.law!r}, hidden={self.hidden}, activation={self.activation!r}, order={self.order!r}, residual={self.residual}"
-    def masked(self, kind, tensors): return tensors if kind == "sequential" else masked(tensors, [getattr(self, f"mask_{i}") for i in range(len(self.hidden) + 1)])
+
+    def masked(self, kind, tensors):
+        return (
+            tensors
+            if kind == "sequential"
+            else masked(tensors, [getattr(self, f"mask_{i}") for i in range(len(self.hidden) + 1)])
+        )
 
     def run(self, kind, value, step, sequence, context=None, **layer):
-        if kind == "sequential": return stagewise(value, step, layer, self.edges, sequence, context, self.activation, self.residual)
-        moved, log_slope = step(value, network(value, layer, context, self.activation, self.residual).unflatten(-1, (self.dim, self.law.size)))
+        if kind == "sequential":
+            return stagewise(
+                value, step, layer, self.edges, sequence, context, self.activation, self.residual
+            )
+        moved, log_slope = step(
+            value,
+            network(value, layer, context, self.activation, self.residual).unflatten(
+                -1, (self.dim, self.law.size)
+            ),
+        )
         return moved, log_slope.sum(-1)
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #d2b04c5c
 def affine_law(form, max_log_scale):
-    "The law of that form: `Gate` for \"gated\", `ScaleShift` for \"plain\"."
-    if check_choice("form", form, ("gated", "plain")) == "plain": return ScaleShift(max_log_scale)
-    if max_log_scale is not None: raise ValueError(f"max_log_scale={max_log_scale!r}: allowed with form='plain' only; the gated form never expands")
+    'The law of that form: `Gate` for "gated", `ScaleShift` for "plain".'
+    if check_choice("form", form, ("gated", "plain")) == "plain":
+        return ScaleShift(max_log_scale)
+    if max_log_scale is not None:
+        raise ValueError(
+            f"max_log_scale={max_log_scale!r}: allowed with form='plain' only; the gated form never expands"
+        )
     return Gate()
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #f98f222b
@@ -75,10 +126,24 @@ class InverseAutoregressive(Autoregressive):
     Forward is one pass, `log_det = sum_i log sigma_i` or `sum_i alpha_i`, in nats; the inverse is sequential. `max_log_scale` bounds `|alpha|` smoothly, in the plain form.
     `hidden=()` makes the networks linear. Source: Kingma et al. 2016, algorithm 1; masks of Germain et al. 2015.
     """
+
     forward_kind, inverse_kind = "closed form", "sequential"
 
-    def __init__(self, dim, length=1, context_dim=None, hidden=(64, 64), activation="relu", order="alternate", residual=False, form="gated", max_log_scale=None):
-        super().__init__(dim, affine_law(form, max_log_scale), length, context_dim, hidden, activation, order, residual)
+    def __init__(
+        self,
+        dim,
+        length=1,
+        context_dim=None,
+        hidden=(64, 64),
+        activation="relu",
+        order="alternate",
+        residual=False,
+        form="gated",
+        max_log_scale=None,
+    ):
+        super().__init__(
+            dim, affine_law(form, max_log_scale), length, context_dim, hidden, activation, order, residual
+        )
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #1d58e5c3
 class MaskedAutoregressive(Autoregressive):
@@ -87,7 +152,21 @@ class MaskedAutoregressive(Autoregressive):
     The inverse, from data to `z`, is one pass, with `log_det = -sum_i alpha_i` or `-sum_i log sigma_i`, in nats; forward is sequential. `max_log_scale` bounds `|alpha|` smoothly, in the plain form.
     `hidden=()` makes the networks linear. Source: Papamakarios et al. 2017, section 3; masks of Germain et al. 2015.
     """
+
     forward_kind, inverse_kind = "sequential", "closed form"
 
-    def __init__(self, dim, length=1, context_dim=None, hidden=(64, 64), activation="relu", order="alternate", residual=False, form="plain", max_log_scale=None):
-        super().__init__(dim, affine_law(form, max_log_scale), length, context_dim, hidden, activation, order, residual)
+    def __init__(
+        self,
+        dim,
+        length=1,
+        context_dim=None,
+        hidden=(64, 64),
+        activation="relu",
+        order="alternate",
+        residual=False,
+        form="plain",
+        max_log_scale=None,
+    ):
+        super().__init__(
+            dim, affine_law(form, max_log_scale), length, context_dim, hidden, activation, order, residual
+        )

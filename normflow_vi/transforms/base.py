@@ -9,37 +9,53 @@ __all__ = ['KINDS', 'Owned', 'Amortised', 'check_int', 'check_tensor', 'first_fa
            'fetch', 'Transform', 'softplus', 'check_limit', 'bounded', 'Combinator', 'Chain', 'Inverse']
 
 # %% ../../nbs/01_flows/05_transform.ipynb #2f581e42
-import math, torch
+import math
+
+import torch
 from torch import nn
+
 from .product import linear
 
-KINDS = ("closed form", "sequential", "iterative", "none")   # what a direction costs, best first; "none": it does not exist
+KINDS = (
+    "closed form",
+    "sequential",
+    "iterative",
+    "none",
+)  # what a direction costs, best first; "none": it does not exist
 
 # %% ../../nbs/01_flows/05_transform.ipynb #5dd1c85c
 class Owned(nn.Module):
     "Named tensors `(K, ...)` kept as parameters; with `decays`, weight decay shrinks those which are matrices a layer, `(K, m, n)`."
+
     def __init__(self, initial, decays=False):
         super().__init__()
         self.names = tuple(initial)
         self.weight_decayed = tuple(name for name, value in initial.items() if decays and value.dim() >= 3)
-        for name, value in initial.items(): self.register_parameter(name, nn.Parameter(value))
+        for name, value in initial.items():
+            self.register_parameter(name, nn.Parameter(value))
 
-    def forward(self, context=None, dtype=None): return {name: getattr(self, name) for name in self.names}
+    def forward(self, context=None, dtype=None):
+        return {name: getattr(self, name) for name in self.names}
 
 # %% ../../nbs/01_flows/05_transform.ipynb #ad1761ab
 class Amortised(nn.Module):
     "Named tensors `(batch, K, ...)` emitted from a context `(batch, context_dim)` by one linear layer."
-    def __init__(self, initial, context_dim, scale=1., decays=False):
+
+    def __init__(self, initial, context_dim, scale=1.0, decays=False):
         super().__init__()
         self.shapes, self.scale = {name: value.shape for name, value in initial.items()}, scale
         flat = torch.cat([value.flatten() for value in initial.values()])
         self.linear = nn.Linear(context_dim, len(flat))
         self.linear.weight_decayed = ("weight",) if decays else ()
-        bound = math.sqrt(3 / context_dim)                   # unit-variance contexts give unit-variance outputs
-        with torch.no_grad(): self.linear.weight.uniform_(-bound, bound); self.linear.bias.copy_(flat / scale)
+        bound = math.sqrt(3 / context_dim)  # unit-variance contexts give unit-variance outputs
+        with torch.no_grad():
+            self.linear.weight.uniform_(-bound, bound)
+            self.linear.bias.copy_(flat / scale)
 
     def forward(self, context, dtype):
-        weight, bias, context = (t.to(dtype) for t in (self.linear.weight, self.scale * self.linear.bias, self.scale * context))
+        weight, bias, context = (
+            t.to(dtype) for t in (self.linear.weight, self.scale * self.linear.bias, self.scale * context)
+        )
         parts = linear(context, weight, bias).split([shape.numel() for shape in self.shapes.values()], -1)
         return {name: part.unflatten(-1, shape) for part, (name, shape) in zip(parts, self.shapes.items())}
 
@@ -50,12 +66,16 @@ def check_int(name, value, least=1):
         raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
     return value
 
+
 def check_tensor(name, value, size, size_name):
     "Raise unless `value` is a floating-point tensor whose last axis has `size` entries."
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}")
+        raise TypeError(
+            f"{name}: expected a floating-point tensor, got {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}"
+        )
     if value.dim() < 1 or value.shape[-1] != size:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: its last axis must be {size_name}={size}")
+
 
 def first_false(good):
     "Where the first False of a boolean tensor is, counted along the flattened tensor."
@@ -64,13 +84,17 @@ def first_false(good):
 # %% ../../nbs/01_flows/05_transform.ipynb #f8af852f
 def check_transform(name, value):
     "Return `value` if it is a transform: a module with a `forward_kind`."
-    if not isinstance(value, torch.nn.Module) or not hasattr(value, "forward_kind"): raise TypeError(f"{name}: expected a transform, got {value!r}")
+    if not isinstance(value, torch.nn.Module) or not hasattr(value, "forward_kind"):
+        raise TypeError(f"{name}: expected a transform, got {value!r}")
     return value
+
 
 def check_choice(name, value, allowed, besides=""):
     "Return `value` if it is one of the names `allowed`; `besides` says what else is."
-    if not isinstance(value, str) or value not in allowed: raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)} {besides}".rstrip())
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)} {besides}".rstrip())
     return value
+
 
 def check_positive(name, value):
     "Return `value` if it is a finite number above zero."
@@ -78,35 +102,52 @@ def check_positive(name, value):
         raise ValueError(f"{name}={value!r}: expected a finite number above 0")
     return value
 
+
 def check_widths(name, value):
     "Return `value` as a tuple if it lists the widths of a network's hidden layers; `()` is a linear one."
-    if not isinstance(value, (tuple, list)): raise ValueError(f"{name}={value!r}: expected a tuple of widths, such as (64, 64)")
+    if not isinstance(value, (tuple, list)):
+        raise ValueError(f"{name}={value!r}: expected a tuple of widths, such as (64, 64)")
     return tuple(check_int(name, width) for width in value)
 
 # %% ../../nbs/01_flows/05_transform.ipynb #db471c4d
 class Layers(nn.Module):
     "Runs `K` equal layers: the part of a transform that subclasses fill with mathematics."
-    derived_axis = {}                                        # where tensors made by `prepare` have their K: {name: axis}
 
-    def initial(self): return {}                             # {name: (K, ...) starting values}
-    def constants(self): return {}                           # {name: (K, ...) values}, kept as buffers
-    def prepare(self, **tensors): return tensors             # what does not depend on z, all layers at once
-    def push(self, z, **layer): raise NotImplementedError    # one layer: (y, log_det)
-    def pull(self, y, **layer): raise NotImplementedError    # its inverse: (z, log_det)
+    derived_axis = {}  # where tensors made by `prepare` have their K: {name: axis}
 
-    def push_stack(self, z, **tensors): return run_layers(self.push, z, self.unstacked(tensors))
-    def pull_stack(self, y, **tensors): return run_layers(self.pull, y, reversed(self.unstacked(tensors)))
+    def initial(self):
+        return {}  # {name: (K, ...) starting values}
+
+    def constants(self):
+        return {}  # {name: (K, ...) values}, kept as buffers
+
+    def prepare(self, **tensors):
+        return tensors  # what does not depend on z, all layers at once
+
+    def push(self, z, **layer):
+        raise NotImplementedError  # one layer: (y, log_det)
+
+    def pull(self, y, **layer):
+        raise NotImplementedError  # its inverse: (z, log_det)
+
+    def push_stack(self, z, **tensors):
+        return run_layers(self.push, z, self.unstacked(tensors))
+
+    def pull_stack(self, y, **tensors):
+        return run_layers(self.pull, y, reversed(self.unstacked(tensors)))
 
     def unstacked(self, tensors):
         "K dicts, one a layer; what has no layer axis, such as a context, is handed to each."
-        stacked = {name: tensors[name].unbind(axis) for name, axis in self.layer_axis.items() if name in tensors}
+        stacked = {
+            name: tensors[name].unbind(axis) for name, axis in self.layer_axis.items() if name in tensors
+        }
         shared = {name: tensor for name, tensor in tensors.items() if name not in stacked}
         return [{name: parts[k] for name, parts in stacked.items()} | shared for k in range(self.length)]
 
 # %% ../../nbs/01_flows/05_transform.ipynb #252c4b1b
 def run_layers(step, value, layers):
     "Apply `step(value, **layer)` for one layer after the other; log-dets add, never in place: that breaks vmap."
-    total = 0.
+    total = 0.0
     for layer in layers:
         value, log_det = step(value, **layer)
         total = total + log_det
@@ -116,21 +157,31 @@ def run_layers(step, value, layers):
 def check_call(transform, direction, name, value, context):
     "Raise the one clear error for a call of `transform.forward` or `.inverse` that cannot work."
     kind = type(transform).__name__
-    if getattr(transform, f"{direction}_kind") == "none": raise NotImplementedError(f"{kind} has no {direction}")
+    if getattr(transform, f"{direction}_kind") == "none":
+        raise NotImplementedError(f"{kind} has no {direction}")
     check_tensor(name, value, transform.dim, "dim")
-    if transform.context_dim is None:                        # in a chain other transforms may have use for a context
-        if context is not None and not isinstance(context, torch.Tensor): raise TypeError(f"context: expected a tensor or None, got {type(context).__name__}")
+    if transform.context_dim is None:  # in a chain other transforms may have use for a context
+        if context is not None and not isinstance(context, torch.Tensor):
+            raise TypeError(f"context: expected a tensor or None, got {type(context).__name__}")
         return
-    if context is None: raise ValueError(f"context: this {kind} is amortised (context_dim={transform.context_dim}), got None")
+    if context is None:
+        raise ValueError(f"context: this {kind} is amortised (context_dim={transform.context_dim}), got None")
     check_tensor("context", context, transform.context_dim, "context_dim")
     batch = context.shape[:-1]
     if any(m != n != 1 and m != 1 for m, n in zip(reversed(value.shape[:-1]), reversed(batch))):
-        raise ValueError(f"context has batch shape {tuple(batch)}, which does not fit {name} of shape {tuple(value.shape)}")
+        raise ValueError(
+            f"context has batch shape {tuple(batch)}, which does not fit {name} of shape {tuple(value.shape)}"
+        )
 
 # %% ../../nbs/01_flows/05_transform.ipynb #ec464b5b
 class Sourced(Layers):
     "Layers with a source of tensors: the part of a transform that decides where its tensors come from."
-    head_scale, decays, context_to = 1., False, "tensors"    # see `Amortised`, `Owned`; context_to: "tensors" or "layers"
+
+    head_scale, decays, context_to = (
+        1.0,
+        False,
+        "tensors",
+    )  # see `Amortised`, `Owned`; context_to: "tensors" or "layers"
 
     def __init__(self, dim, length=1, context_dim=None):
         super().__init__()
@@ -138,27 +189,45 @@ class Sourced(Layers):
         self.context_dim = None if context_dim is None else check_int("context_dim", context_dim)
         initial, constants = self.initial(), self.constants()
         emitted = initial and self.context_to == "tensors" and context_dim is not None
-        self.source = Amortised(initial, context_dim, self.head_scale, self.decays) if emitted else Owned(initial, self.decays)
-        for name, value in constants.items(): self.register_buffer(name, value)
+        self.source = (
+            Amortised(initial, context_dim, self.head_scale, self.decays)
+            if emitted
+            else Owned(initial, self.decays)
+        )
+        for name, value in constants.items():
+            self.register_buffer(name, value)
         self.constant_names = tuple(constants)
-        self.layer_axis = {name: -value.dim() for name, value in (initial | constants).items()} | self.derived_axis
+        self.layer_axis = {
+            name: -value.dim() for name, value in (initial | constants).items()
+        } | self.derived_axis
 
-    def extra_repr(self): return f"dim={self.dim}, length={self.length}, context_dim={self.context_dim}"
+    def extra_repr(self):
+        return f"dim={self.dim}, length={self.length}, context_dim={self.context_dim}"
 
 # %% ../../nbs/01_flows/05_transform.ipynb #137212ac
 def precision(transform, dtype):
     "The highest of `dtype`, that of the transform's parameters, and single precision."
-    return torch.promote_types(torch.promote_types(dtype, torch.float32), next((p.dtype for p in transform.parameters()), dtype))
+    return torch.promote_types(
+        torch.promote_types(dtype, torch.float32), next((p.dtype for p in transform.parameters()), dtype)
+    )
+
 
 def entering(transform, value, context):
     "`value` in the precision of the call, with a batch axis as long as that of the context."
     value = value.to(precision(transform, value.dtype))
-    return value if transform.context_dim is None else value.expand(*torch.broadcast_shapes(value.shape[:-1], context.shape[:-1]), -1)
+    return (
+        value
+        if transform.context_dim is None
+        else value.expand(*torch.broadcast_shapes(value.shape[:-1], context.shape[:-1]), -1)
+    )
+
 
 def fetch(transform, context, dtype):
     "The tensors that `push` and `pull` of a transform get for one call, in at least the precision `dtype`."
     dtype = precision(transform, dtype)
-    found = transform.source(context, dtype) | {name: getattr(transform, name) for name in transform.constant_names}
+    found = transform.source(context, dtype) | {
+        name: getattr(transform, name) for name in transform.constant_names
+    }
     found = {name: t.to(dtype) if t.is_floating_point() else t for name, t in found.items()}
     return transform.prepare(**found) | ({"context": context} if transform.context_to == "layers" else {})
 
@@ -170,6 +239,7 @@ class Transform(Sourced):
     `context`: `(batch, context_dim)`; `context_dim=None` means that the tensors are owned.
     Raises `ValueError` for wrong sizes, `TypeError` for wrong types, `NotImplementedError` for a direction that does not exist.
     """
+
     forward_kind, inverse_kind = "closed form", "closed form"
 
     def forward(self, z, context=None, generator=None):
@@ -178,7 +248,7 @@ class Transform(Sourced):
 
     def constants_of(self, k):
         "The constants of layer `k` alone, by name."
-        return {name: getattr(self, name)[k:k + 1] for name in self.constant_names}
+        return {name: getattr(self, name)[k : k + 1] for name in self.constant_names}
 
     def inverse(self, y, context=None, generator=None):
         check_call(self, "inverse", "y", y, context)
@@ -194,6 +264,7 @@ def check_limit(value):
     "Return `max_log_scale`: `None`, or a finite number above zero."
     return None if value is None else check_positive("max_log_scale", value)
 
+
 def bounded(log_scale, limit):
     "`log_scale` itself for `limit=None`, otherwise `limit * tanh(log_scale / limit)`."
     return log_scale if limit is None else limit * (log_scale / limit).tanh()
@@ -201,36 +272,55 @@ def bounded(log_scale, limit):
 # %% ../../nbs/01_flows/05_transform.ipynb #fa2ef02d
 class Combinator(nn.Module):
     "What `Chain` and `Inverse` share: they own no tensors, so `dim` and `context_dim` are those of their parts."
+
     def __init__(self, parts):
         super().__init__()
-        for part in parts: check_transform("transforms", part)
-        if len(dims := {part.dim for part in parts}) != 1: raise ValueError(f"transforms: dim must agree, got {sorted(dims) or 'an empty chain'}")
+        for part in parts:
+            check_transform("transforms", part)
+        if len(dims := {part.dim for part in parts}) != 1:
+            raise ValueError(f"transforms: dim must agree, got {sorted(dims) or 'an empty chain'}")
         widths = {part.context_dim for part in parts} - {None}
-        if len(widths) > 1: raise ValueError(f"transforms: context_dim must agree, got {sorted(widths)}")
+        if len(widths) > 1:
+            raise ValueError(f"transforms: context_dim must agree, got {sorted(widths)}")
         self.dim, self.context_dim = dims.pop(), widths.pop() if widths else None
 
 # %% ../../nbs/01_flows/05_transform.ipynb #73096ba7
 class Chain(Combinator):
     "The composition `f_K o ... o f_1` of transforms given in the order `f_1, ..., f_K`; log-dets add."
+
     def __init__(self, *transforms):
         super().__init__(transforms)
         self.transforms = nn.ModuleList(transforms)
         self.forward_kind, self.inverse_kind = (
-            max((getattr(part, kind) for part in transforms), key=KINDS.index) for kind in ("forward_kind", "inverse_kind"))
+            max((getattr(part, kind) for part in transforms), key=KINDS.index)
+            for kind in ("forward_kind", "inverse_kind")
+        )
 
     def forward(self, z, context=None, generator=None):
-        return run_layers(lambda z, part: part.forward(z, context, generator), z, [{"part": part} for part in self.transforms])
+        return run_layers(
+            lambda z, part: part.forward(z, context, generator),
+            z,
+            [{"part": part} for part in self.transforms],
+        )
 
     def inverse(self, y, context=None, generator=None):
-        return run_layers(lambda y, part: part.inverse(y, context, generator), y, [{"part": part} for part in reversed(self.transforms)])
+        return run_layers(
+            lambda y, part: part.inverse(y, context, generator),
+            y,
+            [{"part": part} for part in reversed(self.transforms)],
+        )
 
 # %% ../../nbs/01_flows/05_transform.ipynb #0bf60794
 class Inverse(Combinator):
     "The inverse of a transform: `forward` and `inverse` change places."
+
     def __init__(self, transform):
         super().__init__([transform])
         self.transform = transform
         self.forward_kind, self.inverse_kind = transform.inverse_kind, transform.forward_kind
 
-    def forward(self, z, context=None, generator=None): return self.transform.inverse(z, context, generator)
-    def inverse(self, y, context=None, generator=None): return self.transform.forward(y, context, generator)
+    def forward(self, z, context=None, generator=None):
+        return self.transform.inverse(z, context, generator)
+
+    def inverse(self, y, context=None, generator=None):
+        return self.transform.forward(y, context, generator)

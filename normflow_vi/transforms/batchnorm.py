@@ -7,29 +7,40 @@ __all__ = ['batch_statistics', 'BatchNorm', 'push_batch']
 
 # %% ../../nbs/01_flows/12_batchnorm.ipynb #07e8cd99
 import torch
+
 from .base import Transform, bounded, check_limit, check_positive, run_layers
 
 # %% ../../nbs/01_flows/12_batchnorm.ipynb #cf2abd91
 def batch_statistics(z):
     "Mean and variance (dividing by `N`), each `(D,)`, of values `(..., D)` over all leading axes; raises `ValueError` for fewer than two values."
     if z.shape[:-1].numel() < 2:
-        raise ValueError(f"z has shape {tuple(z.shape)}: in training, BatchNorm needs at least 2 values for its statistics; eval() uses the running ones")
+        raise ValueError(
+            f"z has shape {tuple(z.shape)}: in training, BatchNorm needs at least 2 values for its statistics; eval() uses the running ones"
+        )
     variance, mean = torch.var_mean(z, dim=tuple(range(z.dim() - 1)), correction=0)
     return mean, variance
 
 # %% ../../nbs/01_flows/12_batchnorm.ipynb #42f5f323
 class _Normalise(Transform):
-    def initial(self): return {name: torch.zeros(self.length, self.dim) for name in ("log_gamma", "beta")}
-    def constants(self): return {"running_mean": torch.zeros(self.length, self.dim), "running_var": torch.ones(self.length, self.dim)}
-    def prepare(self, log_gamma, **tensors): return tensors | {"log_gamma": bounded(log_gamma, self.max_log_scale)}
+    def initial(self):
+        return {name: torch.zeros(self.length, self.dim) for name in ("log_gamma", "beta")}
+
+    def constants(self):
+        return {
+            "running_mean": torch.zeros(self.length, self.dim),
+            "running_var": torch.ones(self.length, self.dim),
+        }
+
+    def prepare(self, log_gamma, **tensors):
+        return tensors | {"log_gamma": bounded(log_gamma, self.max_log_scale)}
 
     def push(self, z, log_gamma, beta, running_mean, running_var):
-        log_scale = log_gamma - .5 * (running_var + self.eps).log()
+        log_scale = log_gamma - 0.5 * (running_var + self.eps).log()
         y = beta + log_scale.exp() * (z - running_mean)
         return y, log_scale.sum(-1).expand(y.shape[:-1])
 
     def pull(self, y, log_gamma, beta, running_mean, running_var):
-        log_scale = log_gamma - .5 * (running_var + self.eps).log()
+        log_scale = log_gamma - 0.5 * (running_var + self.eps).log()
         z = running_mean + (y - beta) * (-log_scale).exp()
         return z, -log_scale.sum(-1).expand(z.shape[:-1])
 
@@ -42,19 +53,25 @@ class BatchNorm(_Normalise):
     `max_log_scale` bounds `|log_gamma|` smoothly. Inverse: closed form, same cost. Raises `ValueError` for `eps` or `max_log_scale` not above 0, `momentum` outside (0, 1], a
     training batch of one value. Source: Dinh et al. 2017, section 3.7; Pires 2020, eq. 3.17.
     """
-    def __init__(self, dim, length=1, context_dim=None, eps=1e-5, momentum=.1, max_log_scale=None):
+
+    def __init__(self, dim, length=1, context_dim=None, eps=1e-5, momentum=0.1, max_log_scale=None):
         self.eps, self.momentum = check_positive("eps", eps), check_positive("momentum", momentum)
-        if momentum > 1: raise ValueError(f"momentum={momentum!r}: expected a number above 0 and at most 1")
+        if momentum > 1:
+            raise ValueError(f"momentum={momentum!r}: expected a number above 0 and at most 1")
         self.max_log_scale = check_limit(max_log_scale)
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, eps={self.eps}, momentum={self.momentum}, max_log_scale={self.max_log_scale}"
-    def push_stack(self, z, **tensors): return push_batch(self, z, tensors) if self.training else super().push_stack(z, **tensors)
+    def extra_repr(self):
+        return f"{super().extra_repr()}, eps={self.eps}, momentum={self.momentum}, max_log_scale={self.max_log_scale}"
+
+    def push_stack(self, z, **tensors):
+        return push_batch(self, z, tensors) if self.training else super().push_stack(z, **tensors)
 
 # %% ../../nbs/01_flows/12_batchnorm.ipynb #cefd3a08
 def push_batch(layers, z, tensors):
     "The stack `layers` with the statistics of the batch `z`; then the running ones move towards these."
     found = []
+
     def push(z, **layer):
         found.append(dict(zip(("running_mean", "running_var"), batch_statistics(z))))
         return layers.push(z, **layer | found[-1])
@@ -63,6 +80,9 @@ def push_batch(layers, z, tensors):
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for name in ("running_mean", "running_var"):
         old, new = getattr(layers, name), torch.stack([one[name] for one in found]).detach()
-        if not torch.compiler.is_compiling() and wrapped(new) and not wrapped(old): raise RuntimeError(f"{name}: under torch.func a batch cannot change it; call eval(), or functional_call with the buffers")
+        if not torch.compiler.is_compiling() and wrapped(new) and not wrapped(old):
+            raise RuntimeError(
+                f"{name}: under torch.func a batch cannot change it; call eval(), or functional_call with the buffers"
+            )
         setattr(layers, name, old.lerp(new.to(old.dtype), layers.momentum))
     return y, log_det

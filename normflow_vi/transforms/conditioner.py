@@ -6,27 +6,40 @@
 __all__ = ['ACTIVATIONS', 'start_network', 'network', 'check_network']
 
 # %% ../../nbs/01_flows/18_conditioner.ipynb #c4ee0816
-import math, torch
+import math
+
+import torch
 from torch.nn import functional as F
+
 from .base import check_choice, check_widths
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "elu": F.elu}
 
 # %% ../../nbs/01_flows/18_conditioner.ipynb #980720f0
-def start_network(length, in_dim, hidden, out_dim, context_dim=None, last=.1, prefix=""):
+def start_network(length, in_dim, hidden, out_dim, context_dim=None, last=0.1, prefix=""):
     "Starting tensors of `length` networks `in_dim -> hidden -> out_dim`: `weight_i` `(K, m, n)`, `bias_i` `(K, n)`, `context_i` `(K, C, n)`."
     widths, tensors = [in_dim, *hidden, out_dim], {}
-    def uniform(m, n, *size): return torch.empty(length, *size).uniform_(-1, 1) * math.sqrt(6 / max(m + n, 1))          # Glorot & Bengio 2010, eq. 16
+
+    def uniform(m, n, *size):
+        return torch.empty(length, *size).uniform_(-1, 1) * math.sqrt(
+            6 / max(m + n, 1)
+        )  # Glorot & Bengio 2010, eq. 16
+
     for i, (m, n) in enumerate(zip(widths, widths[1:])):
-        scale = last if i == len(hidden) else 1.
-        tensors |= {f"{prefix}weight_{i}": scale * uniform(m, n, m, n), f"{prefix}bias_{i}": scale * uniform(m, n, n)}
-        if context_dim is not None and i < max(len(hidden), 1): tensors[f"{prefix}context_{i}"] = scale * uniform(context_dim, n, context_dim, n)
+        scale = last if i == len(hidden) else 1.0
+        tensors |= {
+            f"{prefix}weight_{i}": scale * uniform(m, n, m, n),
+            f"{prefix}bias_{i}": scale * uniform(m, n, n),
+        }
+        if context_dim is not None and i < max(len(hidden), 1):
+            tensors[f"{prefix}context_{i}"] = scale * uniform(context_dim, n, context_dim, n)
     return tensors
 
 # %% ../../nbs/01_flows/18_conditioner.ipynb #b3517697
 def network(x, layer, context=None, activation="relu", residual=False, prefix=""):
     "The network of one layer at `x` `(..., m)`; `layer` holds its tensors `weight_i`, `bias_i`, `context_i`; returns `(..., n)`."
     act = ACTIVATIONS[activation]
+
     def affine(i, h):
         h = h @ layer[f"{prefix}weight_{i}"] + layer[f"{prefix}bias_{i}"]
         name = f"{prefix}context_{i}"
@@ -34,9 +47,11 @@ def network(x, layer, context=None, activation="relu", residual=False, prefix=""
 
     h, last = affine(0, x), sum(name.startswith(f"{prefix}weight_") for name in layer) - 1
     for i in range(1, last + 1):
-        if residual and i % 2 and i < last: entering = h
+        if residual and i % 2 and i < last:
+            entering = h
         h = affine(i, act(h))
-        if residual and not i % 2 and i < last: h = entering + h
+        if residual and not i % 2 and i < last:
+            h = entering + h
     return h
 
 # %% ../../nbs/01_flows/18_conditioner.ipynb #296765ab
@@ -44,7 +59,10 @@ def check_network(hidden, activation, residual=False):
     "Return `hidden` as a tuple, or raise `ValueError` naming what does not fit."
     hidden = check_widths("hidden", hidden)
     check_choice("activation", activation, ACTIVATIONS)
-    if not isinstance(residual, bool): raise ValueError(f"residual={residual!r}: expected True or False")
+    if not isinstance(residual, bool):
+        raise ValueError(f"residual={residual!r}: expected True or False")
     if residual and (len(hidden) % 2 == 0 or len(set(hidden)) != 1):
-        raise ValueError(f"hidden={hidden}: with residual=True expected an odd number of equal widths, such as (32, 32, 32)")
+        raise ValueError(
+            f"hidden={hidden}: with residual=True expected an odd number of equal widths, such as (32, 32, 32)"
+        )
     return hidden

@@ -7,6 +7,7 @@ __all__ = ['Convolve', 'ConvolutionCoupling']
 
 # %% ../../nbs/02_vae_nf/35_conf.ipynb #d605a6b9
 import torch
+
 from .base import bounded, check_limit
 from .convolution import all_gains, filtered
 from .coupling import Coupling
@@ -15,8 +16,11 @@ from .laws import Law
 # %% ../../nbs/02_vae_nf/35_conf.ipynb #23202409
 class Convolve(Law):
     "`y = w (*) (d . z) + t` with `(t, log d, log-gains and phases of w)` of size 3 an entry; not elementwise, so for couplings only. Karami et al. 2019."
-    size, start = 3, (0., 0., 0.)
-    def __init__(self, max_log_scale=None): self.max_log_scale = check_limit(max_log_scale)
+
+    size, start = 3, (0.0, 0.0, 0.0)
+
+    def __init__(self, max_log_scale=None):
+        self.max_log_scale = check_limit(max_log_scale)
 
     def parts(self, theta):
         shift, log_scale, spectrum = theta.unbind(-1)
@@ -25,11 +29,15 @@ class Convolve(Law):
 
     def push(self, z, theta):
         shift, log_scale, log_gain, phase = self.parts(theta)
-        return filtered(log_scale.exp() * z, log_gain, phase) + shift, log_scale + all_gains(log_gain, z.shape[-1])
+        return filtered(log_scale.exp() * z, log_gain, phase) + shift, log_scale + all_gains(
+            log_gain, z.shape[-1]
+        )
 
     def pull(self, y, theta):
         shift, log_scale, log_gain, phase = self.parts(theta)
-        return (-log_scale).exp() * filtered(y - shift, -log_gain, -phase), -log_scale - all_gains(log_gain, y.shape[-1])
+        return (-log_scale).exp() * filtered(y - shift, -log_gain, -phase), -log_scale - all_gains(
+            log_gain, y.shape[-1]
+        )
 
 # %% ../../nbs/02_vae_nf/35_conf.ipynb #b9808048
 class ConvolutionCoupling(Coupling):
@@ -38,5 +46,19 @@ class ConvolutionCoupling(Coupling):
     Options as in `Coupling`. `max_log_scale` bounds each log-gain of `w` and each `log d_i` smoothly and is `None` or above 0. Both directions: one network evaluation and
     O(dim log dim) a layer. Source: Karami et al. 2019 (CONF), data-adaptive convolution.
     """
-    def __init__(self, dim, length=1, context_dim=None, hidden=(64, 64), activation="relu", mask="half", shape=None, mix=None, max_log_scale=None):
-        super().__init__(dim, Convolve(max_log_scale), length, context_dim, hidden, activation, mask, shape, mix)
+
+    def __init__(
+        self,
+        dim,
+        length=1,
+        context_dim=None,
+        hidden=(64, 64),
+        activation="relu",
+        mask="half",
+        shape=None,
+        mix=None,
+        max_log_scale=None,
+    ):
+        super().__init__(
+            dim, Convolve(max_log_scale), length, context_dim, hidden, activation, mask, shape, mix
+        )

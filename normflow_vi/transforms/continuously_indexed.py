@@ -7,60 +7,110 @@ __all__ = ['FORMS', 'log_normal', 'log_normal_at', 'push_indexed', 'pull_indexed
            'Given', 'ContinuouslyIndexed']
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #d312ff87
-import math, torch
-from .base import Combinator, Transform, bounded, check_call, check_choice, check_int, check_limit, check_tensor, check_transform, fetch
+import math
+
+import torch
+
+from normflow_vi.transforms.base import (
+    Combinator,
+    Transform,
+    bounded,
+    check_call,
+    check_choice,
+    check_int,
+    check_limit,
+    check_tensor,
+    check_transform,
+    fetch,
+)
 from .conditioner import check_network, network, start_network
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #8a2d55dc
 def log_normal(eps, log_std):
     "`log N(u; mean, diag exp(log_std)^2)` in nats at `u = mean + exp(log_std) * eps`, summed over the last axis."
-    return (-.5 * eps * eps - log_std - .5 * math.log(2 * math.pi)).sum(-1)
+    return (-0.5 * eps * eps - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-def log_normal_at(u, mean, log_std): return log_normal((u - mean) * (-log_std).exp(), log_std)
+
+def log_normal_at(u, mean, log_std):
+    return log_normal((u - mean) * (-log_std).exp(), log_std)
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #ce030b01
 FORMS = ("after", "before")
 
+
 def push_indexed(form, g, w, s, t):
     "`G(w; u)` and `log|det D_w G|`; `g(w) -> (value, log_det)`, `s` and `t` are those of the index."
-    if form == "after": y, log_det = g(w); z = s.exp() * y + t
-    else: z, log_det = g(s.exp() * (w + t))
+    if form == "after":
+        y, log_det = g(w)
+        z = s.exp() * y + t
+    else:
+        z, log_det = g(s.exp() * (w + t))
     return z, log_det + s.sum(-1)
+
 
 def pull_indexed(form, g_inverse, z, s, t):
     "The `w` with `G(w; u) = z`, and the log-det of that inverse map."
-    if form == "after": w, log_det = g_inverse((z - t) * (-s).exp())
-    else: y, log_det = g_inverse(z); w = y * (-s).exp() - t
+    if form == "after":
+        w, log_det = g_inverse((z - t) * (-s).exp())
+    else:
+        y, log_det = g_inverse(z)
+        w = y * (-s).exp() - t
     return w, log_det - s.sum(-1)
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #48129985
 class IndexNetworks(Transform):
     "The tensors of a continuously-indexed layer: the networks of `q(u|w)`, of `(t, s)(u)`, and of `r(u|z)`."
+
     context_to, decays = "layers", True
 
     def __init__(self, dim, index_dim, hidden, activation, context_dim, max_log_scale):
-        self.index_dim, self.hidden, self.activation = check_int("index_dim", index_dim), check_network(hidden, activation), activation
+        self.index_dim, self.hidden, self.activation = (
+            check_int("index_dim", index_dim),
+            check_network(hidden, activation),
+            activation,
+        )
         self.max_log_scale = check_limit(max_log_scale)
         super().__init__(dim, 1, context_dim)
 
     def initial(self):
-        sizes = {"q_": (self.dim, self.index_dim, None), "ts_": (self.index_dim, self.dim, None), "r_": (self.dim, self.index_dim, self.context_dim)}
-        return {name: start for prefix, (m, n, context_dim) in sizes.items() for name, start in start_network(1, m, self.hidden, 2 * n, context_dim, prefix=prefix).items()}
+        sizes = {
+            "q_": (self.dim, self.index_dim, None),
+            "ts_": (self.index_dim, self.dim, None),
+            "r_": (self.dim, self.index_dim, self.context_dim),
+        }
+        return {
+            name: start
+            for prefix, (m, n, context_dim) in sizes.items()
+            for name, start in start_network(1, m, self.hidden, 2 * n, context_dim, prefix=prefix).items()
+        }
 
-    def fetched(self, context, dtype): return self.unstacked(fetch(self, context, dtype))[0]
+    def fetched(self, context, dtype):
+        return self.unstacked(fetch(self, context, dtype))[0]
 
     def read(self, prefix, x, tensors):
         "What the network `prefix` says at `x`: `(location, log_scale)`."
-        out = network(x.to(tensors[f"{prefix}weight_0"].dtype), tensors, tensors["context"], self.activation, prefix=prefix)
+        out = network(
+            x.to(tensors[f"{prefix}weight_0"].dtype),
+            tensors,
+            tensors["context"],
+            self.activation,
+            prefix=prefix,
+        )
         location, log_scale = out.chunk(2, -1)
         return location, bounded(log_scale, self.max_log_scale)
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #08207a71
 class IndexDraws(IndexNetworks):
     "The two densities of the index."
-    def index(self, w): return self.read("q_", w, self.fetched(None, w.dtype))                                     # mean and log-std of q(u|w)
-    def auxiliary(self, z, context=None): return self.read("r_", z, self.fetched(context, z.dtype))                # and of r(u|z)
-    def noise(self, like, generator): return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+    def index(self, w):
+        return self.read("q_", w, self.fetched(None, w.dtype))  # mean and log-std of q(u|w)
+
+    def auxiliary(self, z, context=None):
+        return self.read("r_", z, self.fetched(context, z.dtype))  # and of r(u|z)
+
+    def noise(self, like, generator):
+        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
     def drawn(self, prefix, at, tensors, generator):
         "`(u, log-density)` of one index for each point `at`."
@@ -71,30 +121,70 @@ class IndexDraws(IndexNetworks):
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #c8b6fd75
 class IndexedFamily(IndexDraws):
     "The bijections `G(.; u)` around `transform`, one for each index `u`."
-    def __init__(self, transform, index_dim=1, hidden=(10, 10), activation="tanh", form="after", context_dim=None, max_log_scale=None):
+
+    def __init__(
+        self,
+        transform,
+        index_dim=1,
+        hidden=(10, 10),
+        activation="tanh",
+        form="after",
+        context_dim=None,
+        max_log_scale=None,
+    ):
         check_transform("transform", transform)
         if None not in (context_dim, transform.context_dim) and context_dim != transform.context_dim:
-            raise ValueError(f"context_dim={context_dim!r}: the transform inside has context_dim={transform.context_dim}")
-        self.form, self.forward_kind, self.inverse_kind = check_choice("form", form, FORMS), transform.forward_kind, transform.inverse_kind
-        super().__init__(transform.dim, index_dim, hidden, activation, transform.context_dim if context_dim is None else context_dim, max_log_scale)
+            raise ValueError(
+                f"context_dim={context_dim!r}: the transform inside has context_dim={transform.context_dim}"
+            )
+        self.form, self.forward_kind, self.inverse_kind = (
+            check_choice("form", form, FORMS),
+            transform.forward_kind,
+            transform.inverse_kind,
+        )
+        super().__init__(
+            transform.dim,
+            index_dim,
+            hidden,
+            activation,
+            transform.context_dim if context_dim is None else context_dim,
+            max_log_scale,
+        )
         self.transform = transform
 
-    def extra_repr(self): return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)!r}" for name in ("index_dim", "hidden", "activation", "form", "max_log_scale"))])
-    def inside(self, tensors): return None if self.transform.context_dim is None else tensors["context"]
+    def extra_repr(self):
+        return ", ".join(
+            [
+                super().extra_repr(),
+                *(
+                    f"{name}={getattr(self, name)!r}"
+                    for name in ("index_dim", "hidden", "activation", "form", "max_log_scale")
+                ),
+            ]
+        )
+
+    def inside(self, tensors):
+        return None if self.transform.context_dim is None else tensors["context"]
 
     def push_given(self, w, u, tensors, generator=None):
         t, s = self.read("ts_", u, tensors)
-        return push_indexed(self.form, lambda w: self.transform.forward(w, self.inside(tensors), generator), w, s, t)
+        return push_indexed(
+            self.form, lambda w: self.transform.forward(w, self.inside(tensors), generator), w, s, t
+        )
 
     def pull_given(self, z, u, tensors, generator=None):
         t, s = self.read("ts_", u, tensors)
-        return pull_indexed(self.form, lambda z: self.transform.inverse(z, self.inside(tensors), generator), z, s, t)
+        return pull_indexed(
+            self.form, lambda z: self.transform.inverse(z, self.inside(tensors), generator), z, s, t
+        )
 
-    def given(self, u): return Given(self, u)
+    def given(self, u):
+        return Given(self, u)
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #454a04c8
 class Given(Combinator):
     "The bijection `w -> G(w; u)` of a `ContinuouslyIndexed` layer for a fixed `u`, `(..., index_dim)`."
+
     def __init__(self, layer, u):
         super().__init__([layer])
         check_tensor("u", u, layer.index_dim, "index_dim")
@@ -118,6 +208,7 @@ class ContinuouslyIndexed(IndexedFamily):
     `inverse` draws `u ~ r(u|z)` and costs what that of `transform` does. Draws come from `generator`. Raises `ValueError` or `TypeError` naming the argument.
     Source: Caterini et al. 2020 (variational inference); Cornish et al. 2020 (density estimation).
     """
+
     def forward(self, w, context=None, generator=None):
         check_call(self, "forward", "w", w, context)
         tensors = self.fetched(context, w.dtype)

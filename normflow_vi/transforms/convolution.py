@@ -7,34 +7,49 @@ __all__ = ['filtered', 'all_gains', 'Convolution', 'CircularConvolution', 'cosin
            'slog_inverse', 'SLog']
 
 # %% ../../nbs/02_vae_nf/30_convolution.ipynb #318c0433
-import math, torch
+import math
+
+import torch
 from torch.fft import irfft, rfft
 from torch.nn.functional import pad
+
 from .base import Transform, bounded, check_limit, check_positive
 
 # %% ../../nbs/02_vae_nf/30_convolution.ipynb #70eecea8
 def filtered(x, log_gain, phase):
     "`w (*) x` along the last axis, for `w` with the spectrum `exp(log_gain + i phase)`; `x` `(..., N)`, `log_gain` `(..., N//2 + 1)`, `phase` `(..., (N-1)//2)`."
-    if not x.numel(): return x                                                               # FFT libraries refuse an empty batch
-    turn = pad(phase, (1, log_gain.shape[-1] - phase.shape[-1] - 1))                         # the first phase is zero, for even N also the last
+    if not x.numel():
+        return x  # FFT libraries refuse an empty batch
+    turn = pad(
+        phase, (1, log_gain.shape[-1] - phase.shape[-1] - 1)
+    )  # the first phase is zero, for even N also the last
     return irfft(rfft(x) * torch.complex(log_gain, turn).exp(), x.shape[-1])
+
 
 def all_gains(log_gain, n):
     "`log|w^|` at all `n` frequencies, `(..., n)`: those strictly between the first and `n/2` occur twice."
-    return torch.cat([log_gain, log_gain[..., 1:(n + 1) // 2]], -1)
+    return torch.cat([log_gain, log_gain[..., 1 : (n + 1) // 2]], -1)
 
 # %% ../../nbs/02_vae_nf/30_convolution.ipynb #2d078839
 class Convolution(Transform):
     "What both kinds of convolution share: their logarithmic spectra add in a stack, and change sign in the inverse."
-    head_scale = .1                                          # emitted log-gains begin near zero, as owned ones do at zero
+
+    head_scale = 0.1  # emitted log-gains begin near zero, as owned ones do at zero
 
     def __init__(self, dim, length=1, context_dim=None, max_log_scale=None):
         self.max_log_scale = check_limit(max_log_scale)
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
-    def prepare(self, log_gain, **more): return {"log_gain": bounded(log_gain, self.max_log_scale).sum(-2)} | {name: tensor.sum(-2) for name, tensor in more.items()}
-    def pull_stack(self, y, **spectrum): return self.push_stack(y, **{name: -tensor for name, tensor in spectrum.items()})
+    def extra_repr(self):
+        return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
+
+    def prepare(self, log_gain, **more):
+        return {"log_gain": bounded(log_gain, self.max_log_scale).sum(-2)} | {
+            name: tensor.sum(-2) for name, tensor in more.items()
+        }
+
+    def pull_stack(self, y, **spectrum):
+        return self.push_stack(y, **{name: -tensor for name, tensor in spectrum.items()})
 
 # %% ../../nbs/02_vae_nf/30_convolution.ipynb #231f7088
 class CircularConvolution(Convolution):
@@ -43,7 +58,12 @@ class CircularConvolution(Convolution):
     `log_gain`: `(..., dim//2 + 1)`, `phase`: `(..., (dim-1)//2)`, in radians; both zero at the start (the identity). `max_log_scale` bounds each `|log_gain|` smoothly.
     Both directions O(dim log dim), for all `length` layers together. Raises `ValueError` unless `max_log_scale` is `None` or above 0. Source: Karami et al. 2019, circular convolution.
     """
-    def initial(self): return {"log_gain": torch.zeros(self.length, self.dim // 2 + 1), "phase": torch.zeros(self.length, (self.dim - 1) // 2)}
+
+    def initial(self):
+        return {
+            "log_gain": torch.zeros(self.length, self.dim // 2 + 1),
+            "phase": torch.zeros(self.length, (self.dim - 1) // 2),
+        }
 
     def push_stack(self, z, log_gain, phase):
         y = filtered(z, log_gain, phase)
@@ -52,7 +72,10 @@ class CircularConvolution(Convolution):
 # %% ../../nbs/02_vae_nf/30_convolution.ipynb #fbad857a
 def cosine_basis(n, like):
     "The orthonormal discrete cosine transform of the second type, `(n, n)`, in the precision of `like`."
-    k, table = torch.arange(n, device=like.device), torch.arange(4 * n, device=like.device, dtype=torch.float64)
+    k, table = (
+        torch.arange(n, device=like.device),
+        torch.arange(4 * n, device=like.device, dtype=torch.float64),
+    )
     waves = (table * (math.pi / (2 * n))).cos()[k[:, None] * (2 * k + 1) % (4 * n)]
     return torch.where(k[:, None] == 0, math.sqrt(1 / n), math.sqrt(2 / n) * waves).to(like.dtype)
 
@@ -63,7 +86,9 @@ class SymmetricConvolution(Convolution):
     `log_gain`: `(..., dim)`, zero at the start (the identity). `max_log_scale` bounds each `|log_gain|` smoothly. Both directions: products with two `(dim, dim)` matrices, for all
     `length` layers together. Raises `ValueError` unless `max_log_scale` is `None` or above 0. Source: Karami et al. 2019, symmetric convolution.
     """
-    def initial(self): return {"log_gain": torch.zeros(self.length, self.dim)}
+
+    def initial(self):
+        return {"log_gain": torch.zeros(self.length, self.dim)}
 
     def push_stack(self, z, log_gain):
         basis = cosine_basis(self.dim, log_gain)
@@ -71,12 +96,15 @@ class SymmetricConvolution(Convolution):
         return y, log_gain.sum(-1).expand(y.shape[:-1])
 
 # %% ../../nbs/02_vae_nf/30_convolution.ipynb #9954528c
-def signs(x): return 1 - 2 * (x < 0).to(x.dtype)
+def signs(x):
+    return 1 - 2 * (x < 0).to(x.dtype)
+
 
 def slog(x, alpha):
     "The gate and its log-slope, elementwise."
     log_slope = -torch.log1p(alpha * signs(x) * x)
     return -signs(x) * log_slope / alpha, log_slope
+
 
 def slog_inverse(y, alpha):
     "The inverse of the gate and its log-slope, elementwise."
@@ -90,15 +118,21 @@ class SLog(Transform):
     `log_ratio`: `(..., dim)`, zero at the start; its exponential multiplies `alpha > 0`. `max_log_scale` bounds `|log_ratio|` smoothly. Inverse: closed form, same cost;
     it grows like `exp(alpha |y|)`. Raises `ValueError` for an `alpha` or `max_log_scale` that is not above 0. Source: Karami et al. 2019, S-Log gate.
     """
-    head_scale, derived_axis = .1, {"alpha": -2}
 
-    def __init__(self, dim, length=1, context_dim=None, alpha=.01, max_log_scale=None):
+    head_scale, derived_axis = 0.1, {"alpha": -2}
+
+    def __init__(self, dim, length=1, context_dim=None, alpha=0.01, max_log_scale=None):
         self.alpha, self.max_log_scale = check_positive("alpha", alpha), check_limit(max_log_scale)
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, alpha={self.alpha}, max_log_scale={self.max_log_scale}"
-    def initial(self): return {"log_ratio": torch.zeros(self.length, self.dim)}
-    def prepare(self, log_ratio): return {"alpha": (self.alpha * bounded(log_ratio, self.max_log_scale).exp()).clamp(min=1e-12)}
+    def extra_repr(self):
+        return f"{super().extra_repr()}, alpha={self.alpha}, max_log_scale={self.max_log_scale}"
+
+    def initial(self):
+        return {"log_ratio": torch.zeros(self.length, self.dim)}
+
+    def prepare(self, log_ratio):
+        return {"alpha": (self.alpha * bounded(log_ratio, self.max_log_scale).exp()).clamp(min=1e-12)}
 
     def push(self, z, alpha):
         y, log_slope = slog(z, alpha)

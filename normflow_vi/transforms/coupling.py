@@ -7,7 +7,10 @@ __all__ = ['MASKS', 'MATRICES', 'half', 'checkerboard', 'channel', 'conditioning
            'AdditiveCoupling', 'AffineCoupling']
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #709407f8
-import math, torch
+import math
+
+import torch
+
 from .base import Transform, check_choice, check_int
 from .conditioner import check_network, network, start_network
 from .laws import ScaleShift, Shift, check_law
@@ -18,30 +21,48 @@ def half(shape):
     "The first half: `D // 2` of `D` entries."
     return torch.arange(math.prod(shape)) < math.prod(shape) // 2
 
+
 def checkerboard(shape):
     "Where the last two indices (of a vector: the index) have an odd sum; Dinh et al. 2017, section 3.4."
     parity = torch.arange(shape[-1]) + (torch.arange(shape[-2])[:, None] if len(shape) > 1 else 0)
     return (parity % 2 == 1).expand(shape).flatten()
 
+
 def channel(shape):
     "The first half of the channels of `(C, H, W)`, each as a whole; of a vector the first half."
-    if len(shape) > 1 and shape[0] < 2: raise ValueError(f"mask='channel': expected a shape of at least two channels, got {shape}")
+    if len(shape) > 1 and shape[0] < 2:
+        raise ValueError(f"mask='channel': expected a shape of at least two channels, got {shape}")
     return (torch.arange(shape[0]) < shape[0] // 2).repeat_interleave(math.prod(shape[1:]))
+
 
 MASKS = {"half": half, "checkerboard": checkerboard, "channel": channel}
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #28685b85
 def conditioning(mask, dim, shape=None, length=1):
     "The boolean vector `(dim,)` of the entries that condition, from a name in `MASKS` or such a vector; raises `ValueError` where it does not fit."
-    if shape is not None and not isinstance(shape, (tuple, list, torch.Size)): raise ValueError(f"shape={shape!r}: expected a tuple, such as (3, 8, 8)")
+    if shape is not None and not isinstance(shape, (tuple, list, torch.Size)):
+        raise ValueError(f"shape={shape!r}: expected a tuple, such as (3, 8, 8)")
     shape = (check_int("dim", dim),) if shape is None else tuple(check_int("shape", n) for n in shape)
-    if math.prod(shape) != dim: raise ValueError(f"shape={shape} has {math.prod(shape)} entries: expected dim={dim}")
-    chosen = mask if isinstance(mask, torch.Tensor) else MASKS[check_choice("mask", mask, MASKS, "or a boolean tensor")](shape)
-    if chosen.dtype != torch.bool or chosen.shape != (dim,): raise ValueError(f"mask: expected a boolean tensor of shape ({dim},), got {chosen.dtype} of shape {tuple(chosen.shape)}")
+    if math.prod(shape) != dim:
+        raise ValueError(f"shape={shape} has {math.prod(shape)} entries: expected dim={dim}")
+    chosen = (
+        mask
+        if isinstance(mask, torch.Tensor)
+        else MASKS[check_choice("mask", mask, MASKS, "or a boolean tensor")](shape)
+    )
+    if chosen.dtype != torch.bool or chosen.shape != (dim,):
+        raise ValueError(
+            f"mask: expected a boolean tensor of shape ({dim},), got {chosen.dtype} of shape {tuple(chosen.shape)}"
+        )
     count = int(chosen.sum())
-    if count == dim: raise ValueError(f"mask: all {dim} entries condition and none is left to transform")
-    if 2 * count > dim and check_int("length", length) > 1: raise ValueError(f"mask: {count} of {dim} entries condition; in a stack (length={length}) at most half may")
+    if count == dim:
+        raise ValueError(f"mask: all {dim} entries condition and none is left to transform")
+    if 2 * count > dim and check_int("length", length) > 1:
+        raise ValueError(
+            f"mask: {count} of {dim} entries condition; in a stack (length={length}) at most half may"
+        )
     return chosen
+
 
 def alternating(chosen, length):
     "Orders `(length, D)` that begin with the entries `chosen`, and in every second layer with those at the other end."
@@ -49,27 +70,42 @@ def alternating(chosen, length):
     return torch.stack([order.flip(-1) if k % 2 else order for k in range(length)])
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #ed45cb95
-MATRICES = {"perm": lambda n, dim: torch.eye(dim)[shuffles(n, dim)], "ortho": lambda n, dim: haar(n, dim).to(torch.get_default_dtype())}
+MATRICES = {
+    "perm": lambda n, dim: torch.eye(dim)[shuffles(n, dim)],
+    "ortho": lambda n, dim: haar(n, dim).to(torch.get_default_dtype()),
+}
+
 
 class Split(Transform):
     "Layers which keep `kept` of the `dim` entries and move the others, by turns from either end or after a fixed `mix`: the part of a coupling layer that knows who conditions whom."
+
     context_to, decays = "layers", True
 
     def __init__(self, dim, length=1, context_dim=None, mask="half", shape=None, mix=None):
-        self.mask, self.mix = conditioning(mask, dim, shape, length).tolist(), None if mix is None else check_choice("mix", mix, MATRICES, "or None")
+        self.mask, self.mix = (
+            conditioning(mask, dim, shape, length).tolist(),
+            None if mix is None else check_choice("mix", mix, MATRICES, "or None"),
+        )
         self.kept = sum(self.mask)
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, mask={''.join('01'[conditions] for conditions in self.mask)}, mix={self.mix!r}"
+    def extra_repr(self):
+        return f"{super().extra_repr()}, mask={''.join('01'[conditions] for conditions in self.mask)}, mix={self.mix!r}"
 
     def constants(self):
         order = alternating(torch.tensor(self.mask), self.length)
-        if self.mix is None: return {"order": order, "back": order.argsort(-1)}
-        order = order[:1].repeat(self.length, 1)             # the mix takes the turns
-        return {"order": order, "back": order.argsort(-1), "matrix": MATRICES[self.mix](self.length, self.dim)}
+        if self.mix is None:
+            return {"order": order, "back": order.argsort(-1)}
+        order = order[:1].repeat(self.length, 1)  # the mix takes the turns
+        return {
+            "order": order,
+            "back": order.argsort(-1),
+            "matrix": MATRICES[self.mix](self.length, self.dim),
+        }
 
     def prepare(self, **tensors):
-        if self.mix == "ortho": tensors["matrix"] = polished(tensors["matrix"])
+        if self.mix == "ortho":
+            tensors["matrix"] = polished(tensors["matrix"])
         return tensors
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #9139718b
@@ -90,11 +126,26 @@ class Coupling(Split):
     rotation before each layer instead of the turns; it is not undone afterwards. Both directions: one network evaluation a layer.
     Raises `ValueError` for a mask, shape or network that does not fit. Source: Dinh et al. 2015.
     """
-    def __init__(self, dim, law, length=1, context_dim=None, hidden=(64, 64), activation="relu", mask="half", shape=None, mix=None):
+
+    def __init__(
+        self,
+        dim,
+        law,
+        length=1,
+        context_dim=None,
+        hidden=(64, 64),
+        activation="relu",
+        mask="half",
+        shape=None,
+        mix=None,
+    ):
         self.law, self.hidden, self.activation = check_law(law), check_network(hidden, activation), activation
         super().__init__(dim, length, context_dim, mask, shape, mix)
 
-    def extra_repr(self): return f"{super().extra_repr()}, law={self.law!r}, hidden={self.hidden}, activation={self.activation!r}"
+    def extra_repr(self):
+        return (
+            f"{super().extra_repr()}, law={self.law!r}, hidden={self.hidden}, activation={self.activation!r}"
+        )
 
     def initial(self):
         moved = self.dim - self.kept
@@ -102,7 +153,11 @@ class Coupling(Split):
         tensors[f"bias_{len(self.hidden)}"] += torch.tensor(self.law.start).repeat(moved)
         return tensors
 
-    def push(self, z, matrix=None, **layer): return through(self.law.push, z if matrix is None else z @ matrix.mT, self.kept, self.activation, **layer)
+    def push(self, z, matrix=None, **layer):
+        return through(
+            self.law.push, z if matrix is None else z @ matrix.mT, self.kept, self.activation, **layer
+        )
+
     def pull(self, y, matrix=None, **layer):
         z, log_det = through(self.law.pull, y, self.kept, self.activation, **layer)
         return z if matrix is None else z @ matrix, log_det
@@ -113,7 +168,18 @@ class AdditiveCoupling(Coupling):
 
     Options as in `Coupling`. Source: Dinh et al. 2015 (NICE).
     """
-    def __init__(self, dim, length=1, context_dim=None, hidden=(64, 64), activation="relu", mask="half", shape=None, mix=None):
+
+    def __init__(
+        self,
+        dim,
+        length=1,
+        context_dim=None,
+        hidden=(64, 64),
+        activation="relu",
+        mask="half",
+        shape=None,
+        mix=None,
+    ):
         super().__init__(dim, Shift(), length, context_dim, hidden, activation, mask, shape, mix)
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #a89376b2
@@ -122,5 +188,19 @@ class AffineCoupling(Coupling):
 
     Options as in `Coupling`; `max_log_scale` bounds `|s|` smoothly and is `None` or above 0. Source: Dinh et al. 2017 (RealNVP), eqs. 4-8.
     """
-    def __init__(self, dim, length=1, context_dim=None, hidden=(64, 64), activation="relu", mask="half", shape=None, mix=None, max_log_scale=None):
-        super().__init__(dim, ScaleShift(max_log_scale), length, context_dim, hidden, activation, mask, shape, mix)
+
+    def __init__(
+        self,
+        dim,
+        length=1,
+        context_dim=None,
+        hidden=(64, 64),
+        activation="relu",
+        mask="half",
+        shape=None,
+        mix=None,
+        max_log_scale=None,
+    ):
+        super().__init__(
+            dim, ScaleShift(max_log_scale), length, context_dim, hidden, activation, mask, shape, mix
+        )

@@ -18,7 +18,9 @@ from .spline_layers import SplineAutoregressive, SplineCoupling
 MIXES = {"perm": Permutation, "ortho": Orthogonal, "plu": PLU}
 
 # %% ../../nbs/04_cif/20_factories.ipynb #ba4fd32b
-def rounds(length, *makers): return [make() for _ in range(check_int("length", length)) for make in makers]
+def rounds(length, *makers):
+    return [make() for _ in range(check_int("length", length)) for make in makers]
+
 
 def mixer(mix, dim):
     check_choice("mix", mix, MIXES)
@@ -31,44 +33,111 @@ def NICE(dim, length, mix="perm", scale=False, hidden=(64, 64), activation="relu
     `hidden`: widths of the coupling networks; `(2, 2, 2, 2)` is that of a student replication. Both directions: closed form. Raises `ValueError` naming what does not fit.
     Source: Dinh et al. 2015; Rezende & Mohamed 2015, on NICE.
     """
-    rounds_of_nice = AdditiveCoupling(dim, length, context_dim, hidden, activation, mix=check_choice("mix", mix, ("perm", "ortho")))
+    rounds_of_nice = AdditiveCoupling(
+        dim, length, context_dim, hidden, activation, mix=check_choice("mix", mix, ("perm", "ortho"))
+    )
     return Chain(rounds_of_nice, *([Affine(dim, context_dim=context_dim)] if scale else []))
 
 # %% ../../nbs/04_cif/20_factories.ipynb #01cc3ba7
-def RealNVP(dim, length, hidden=(64, 64), activation="relu", context_dim=None, mask="half", shape=None, max_log_scale=None):
+def RealNVP(
+    dim,
+    length,
+    hidden=(64, 64),
+    activation="relu",
+    context_dim=None,
+    mask="half",
+    shape=None,
+    max_log_scale=None,
+):
     "`length` affine couplings with alternating masks; both directions closed form. Source: Dinh et al. 2017, section 3."
-    return AffineCoupling(dim, length, context_dim, hidden=hidden, activation=activation, mask=mask, shape=shape, max_log_scale=max_log_scale)
+    return AffineCoupling(
+        dim,
+        length,
+        context_dim,
+        hidden=hidden,
+        activation=activation,
+        mask=mask,
+        shape=shape,
+        max_log_scale=max_log_scale,
+    )
+
 
 def MAF(dim, length, hidden=(64, 64), activation="relu", context_dim=None, max_log_scale=None):
     "`length` masked autoregressive layers, order reversed between them; density fast, draws sequential. Source: Papamakarios et al. 2017, eqs. 3-4."
-    return MaskedAutoregressive(dim, length, context_dim, hidden=hidden, activation=activation, max_log_scale=max_log_scale)
+    return MaskedAutoregressive(
+        dim, length, context_dim, hidden=hidden, activation=activation, max_log_scale=max_log_scale
+    )
+
 
 def IAF(dim, length, hidden=(64, 64), activation="elu", context_dim=None, form="gated", max_log_scale=None):
     """`length` inverse autoregressive layers, order reversed between them; draws fast, density sequential. `form="gated"` only contracts: put an
     `Affine` after it, or take `form="plain"`, where the target is wider than the base. Source: Kingma et al. 2016, algorithm 1."""
-    return InverseAutoregressive(dim, length, context_dim, hidden=hidden, activation=activation, form=form, max_log_scale=max_log_scale)
+    return InverseAutoregressive(
+        dim, length, context_dim, hidden=hidden, activation=activation, form=form, max_log_scale=max_log_scale
+    )
 
 # %% ../../nbs/04_cif/20_factories.ipynb #a8df7b61
-def NSF(dim, length, kind="coupling", mix="perm", hidden=(64, 64), activation="relu", bins=8, bound=3., residual=False, context_dim=None):
+def NSF(
+    dim,
+    length,
+    kind="coupling",
+    mix="perm",
+    hidden=(64, 64),
+    activation="relu",
+    bins=8,
+    bound=3.0,
+    residual=False,
+    context_dim=None,
+):
     """`length` times (rational-quadratic spline layer, mix); `kind`: "coupling", or "autoregressive" with fast draws.
 
     Splines leave what is outside `[-bound, bound]` where it is: put an `Affine` after the stack where the target is wider. `residual` belongs to the
     autoregressive networks. Raises `ValueError` naming what does not fit. Source: Durkan et al. 2019, section 3.
     """
     options = dict(context_dim=context_dim, hidden=hidden, activation=activation, bins=bins, bound=bound)
-    if check_choice("kind", kind, ("coupling", "autoregressive")) == "autoregressive": layer = lambda: SplineAutoregressive(dim, residual=residual, **options)
-    elif residual: raise ValueError("residual=True: only with kind='autoregressive'")
-    else: layer = lambda: SplineCoupling(dim, **options)
+    if check_choice("kind", kind, ("coupling", "autoregressive")) == "autoregressive":
+        layer = lambda: SplineAutoregressive(dim, residual=residual, **options)
+    elif residual:
+        raise ValueError("residual=True: only with kind='autoregressive'")
+    else:
+        layer = lambda: SplineCoupling(dim, **options)
     return Chain(*rounds(length, layer, mixer(mix, dim)))
 
-def CIF(dim, length, index_dim=1, index_hidden=(10, 10), form="before", mix="perm", hidden=(64, 64), activation="relu", bins=8, bound=3., residual=False,
-        context_dim=None, conditional=True):
+
+def CIF(
+    dim,
+    length,
+    index_dim=1,
+    index_hidden=(10, 10),
+    form="before",
+    mix="perm",
+    hidden=(64, 64),
+    activation="relu",
+    bins=8,
+    bound=3.0,
+    residual=False,
+    context_dim=None,
+    conditional=True,
+):
     """`length` times (continuously-indexed autoregressive spline layer, mix); draws are fast, `log_prob` is sequential and a stochastic
     bound. To fit samples, take `Inverse(CIF(...))`. As in `NSF`, put an `Affine` after it where the target is wider than `bound`.
 
     `index_dim`, `index_hidden`: the index `u` of a layer and its networks; `form`: where `u` acts. `conditional=False` shows the context to the auxiliary
     densities alone, as Caterini et al. do. Source: Caterini et al. 2020; Cornish et al. 2020.
     """
-    inner = dict(context_dim=context_dim if conditional else None, hidden=hidden, activation=activation, bins=bins, bound=bound, residual=residual)
-    indexed = lambda: ContinuouslyIndexed(SplineAutoregressive(dim, **inner), index_dim=index_dim, hidden=index_hidden, form=form, context_dim=context_dim)
+    inner = dict(
+        context_dim=context_dim if conditional else None,
+        hidden=hidden,
+        activation=activation,
+        bins=bins,
+        bound=bound,
+        residual=residual,
+    )
+    indexed = lambda: ContinuouslyIndexed(
+        SplineAutoregressive(dim, **inner),
+        index_dim=index_dim,
+        hidden=index_hidden,
+        form=form,
+        context_dim=context_dim,
+    )
     return Chain(*rounds(length, indexed, mixer(mix, dim)))

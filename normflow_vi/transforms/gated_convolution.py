@@ -7,6 +7,7 @@ __all__ = ['ScaledConvolution', 'GatedConvolution']
 
 # %% ../../nbs/02_vae_nf/37_gated_convolution.ipynb #ed423ed1
 import torch
+
 from .base import Transform, bounded, check_limit, check_positive
 from .convolution import CircularConvolution, all_gains, filtered, slog, slog_inverse
 
@@ -17,15 +18,26 @@ class ScaledConvolution(Transform):
     Tensors: those of `CircularConvolution`, and `log_scale`, `shift` `(..., dim)`; all zero at the start (the identity). `max_log_scale` bounds `|log_gain|` and `|log_scale|` smoothly and is `None` or above 0.
     Both directions: closed form, O(dim log dim) a layer. Source: Karami et al. 2019.
     """
-    head_scale = .1
+
+    head_scale = 0.1
 
     def __init__(self, dim, length=1, context_dim=None, max_log_scale=None):
         self.max_log_scale = check_limit(max_log_scale)
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
-    def initial(self): return CircularConvolution.initial(self) | {name: torch.zeros(self.length, self.dim) for name in ("log_scale", "shift")}
-    def prepare(self, log_gain, log_scale, **more): return {"log_gain": bounded(log_gain, self.max_log_scale), "log_scale": bounded(log_scale, self.max_log_scale)} | more
+    def extra_repr(self):
+        return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
+
+    def initial(self):
+        return CircularConvolution.initial(self) | {
+            name: torch.zeros(self.length, self.dim) for name in ("log_scale", "shift")
+        }
+
+    def prepare(self, log_gain, log_scale, **more):
+        return {
+            "log_gain": bounded(log_gain, self.max_log_scale),
+            "log_scale": bounded(log_scale, self.max_log_scale),
+        } | more
 
     def push(self, z, log_gain, phase, log_scale, shift):
         y = filtered(log_scale.exp() * z, log_gain, phase) + shift
@@ -41,15 +53,23 @@ class GatedConvolution(ScaledConvolution):
 
     Tensors: those of `ScaledConvolution`, and `log_ratio` `(..., dim)`, zero at the start, whose exponential multiplies `alpha > 0`; `max_log_scale` bounds it too. Both directions: closed form, O(dim log dim)
     a layer; the inverse grows like `exp(alpha |y|)`. Raises `ValueError` for an `alpha` that is not above 0. Source: Karami et al. 2019."""
+
     derived_axis = {"alpha": -2}
 
-    def __init__(self, dim, length=1, context_dim=None, alpha=.01, max_log_scale=None):
+    def __init__(self, dim, length=1, context_dim=None, alpha=0.01, max_log_scale=None):
         self.alpha = check_positive("alpha", alpha)
         super().__init__(dim, length, context_dim, max_log_scale)
 
-    def extra_repr(self): return f"{super().extra_repr()}, alpha={self.alpha}"
-    def initial(self): return super().initial() | {"log_ratio": torch.zeros(self.length, self.dim)}
-    def prepare(self, log_ratio, **more): return super().prepare(**more) | {"alpha": (self.alpha * bounded(log_ratio, self.max_log_scale).exp()).clamp(min=1e-12)}
+    def extra_repr(self):
+        return f"{super().extra_repr()}, alpha={self.alpha}"
+
+    def initial(self):
+        return super().initial() | {"log_ratio": torch.zeros(self.length, self.dim)}
+
+    def prepare(self, log_ratio, **more):
+        return super().prepare(**more) | {
+            "alpha": (self.alpha * bounded(log_ratio, self.max_log_scale).exp()).clamp(min=1e-12)
+        }
 
     def push(self, z, alpha, **layer):
         a, log_det = super().push(z, **layer)

@@ -10,43 +10,76 @@ __all__ = ['HOW', 'MAGIC', 'HALF_ROOT', 'ONE', 'TWO', 'HALF', 'LOG2_E', 'LN2_HIG
            'softplus_slope', 'by_reference']
 
 # %% ../../nbs/01_flows/07_kernels.ipynb #acf86e1e
-import functools, hashlib, math, torch
+import functools
+import hashlib
+import math
 from types import FunctionType, SimpleNamespace
+
 import numpy as np
+import torch
 
 # %% ../../nbs/01_flows/07_kernels.ipynb #7208a6fb
 @functools.cache
 def has_numba():
     "Whether numba can be imported; it is optional, and imported when the first kernel is wanted."
-    try: import numba
-    except ImportError: return False
+    try:
+        import numba
+    except ImportError:
+        return False
     return True
+
 
 def watched():
     "Whether anything but reverse-mode autograd and `vmap` records torch operations now."
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0: return True
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return True
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
 
+
 def in_memory(t, dtype):
     "Whether `t` is a plain tensor of the CPU of that precision; one of many gradients that autograd takes at once is not."
-    plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.dtype == dtype and t.device.type == "cpu" and t.layout == torch.strided and not t.is_neg()
+    plain = (
+        type(t) in (torch.Tensor, torch.nn.Parameter)
+        and t.dtype == dtype
+        and t.device.type == "cpu"
+        and t.layout == torch.strided
+        and not t.is_neg()
+    )
     return plain and not torch._C._functorch.is_legacy_batchedtensor(t)
 
 # %% ../../nbs/01_flows/07_kernels.ipynb #c50bb267
 def fits(*tensors, rules=True):
     "Whether a kernel may read these tensors: plain ones of the CPU, all float32 or all float64, watched by nobody; `rules=False`: a kernel that can neither be differentiated nor mapped."
     dtype = tensors[0].dtype
-    if dtype not in (torch.float32, torch.float64) or watched() or not all(in_memory(t, dtype) for t in tensors): return False
-    if not rules and (torch._C._functorch.maybe_current_level() is not None or torch.is_grad_enabled() and any(t.requires_grad for t in tensors)): return False
+    if (
+        dtype not in (torch.float32, torch.float64)
+        or watched()
+        or not all(in_memory(t, dtype) for t in tensors)
+    ):
+        return False
+    if not rules and (
+        torch._C._functorch.maybe_current_level() is not None
+        or torch.is_grad_enabled()
+        and any(t.requires_grad for t in tensors)
+    ):
+        return False
     return has_numba()
 
 # %% ../../nbs/01_flows/07_kernels.ipynb #cc4db7a3
-HOW = {"error_model": "numpy", "nogil": True}                # division by zero gives an infinity; other threads may run
+HOW = {"error_model": "numpy", "nogil": True}  # division by zero gives an infinity; other threads may run
+
 
 def fingerprint(*functions):
     "Eight letters that change with the code of any of the functions."
-    return hashlib.sha256(repr([(f.__code__.co_code, f.__code__.co_consts, f.__code__.co_names) for f in functions]).encode()).hexdigest()[:8]
+    return hashlib.sha256(
+        repr([(f.__code__.co_code, f.__code__.co_consts, f.__code__.co_names) for f in functions]).encode()
+    ).hexdigest()[:8]
 
 # %% ../../nbs/01_flows/07_kernels.ipynb #0cb9a141
 def compile_together(*functions, helpers=(), inline=(), sums=(), fastmath=("contract",)):
@@ -54,18 +87,29 @@ def compile_together(*functions, helpers=(), inline=(), sums=(), fastmath=("cont
 
     Helpers allocate nothing, which spares counting references. `inline`: those put in the place of their calls, as a loop needs whose body is to become vector instructions; `sums`: those whose sums may be taken in parts.
     """
-    if not has_numba(): return None
+    if not has_numba():
+        return None
     from numba import njit
+
     teach_numba()
     names = dict.fromkeys((*inline, *sums, *helpers, *functions))
     stamp = fingerprint(*names, exp_float32, tanh_float32, log_float32, expm1_reduced)
     scope = {name: value for function in names for name, value in function.__globals__.items()}
     for function in names:
-        how = HOW | {"fastmath": {*fastmath, *(["reassoc"] if function in sums else [])}, "forceinline": function in inline} | ({} if function in functions else {"_nrt": False})
+        how = (
+            HOW
+            | {
+                "fastmath": {*fastmath, *(["reassoc"] if function in sums else [])},
+                "forceinline": function in inline,
+            }
+            | ({} if function in functions else {"_nrt": False})
+        )
         function = FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
         function.__qualname__ = f"{function.__name__}_{stamp}"
-        try: scope[function.__name__] = njit(cache=True, **how)(function)
-        except RuntimeError: scope[function.__name__] = njit(**how)(function)              # no folder to keep it in
+        try:
+            scope[function.__name__] = njit(cache=True, **how)(function)
+        except RuntimeError:
+            scope[function.__name__] = njit(**how)(function)  # no folder to keep it in
     return SimpleNamespace(**{function.__name__: scope[function.__name__] for function in names})
 
 # %% ../../nbs/01_flows/07_kernels.ipynb #74a2c06b
@@ -75,16 +119,19 @@ def machine_code(function, *helpers, fastmath=("contract",)):
     return made and getattr(made, function.__name__)
 
 # %% ../../nbs/01_flows/07_kernels.ipynb #bef7f3a8
-MAGIC = np.float32(1.5 * 2 ** 23)                            # adding it rounds to a whole number, which then sits in the lowest bits
-HALF_ROOT = np.float32(.5 ** .5)
+MAGIC = np.float32(1.5 * 2**23)  # adding it rounds to a whole number, which then sits in the lowest bits
+HALF_ROOT = np.float32(0.5**0.5)
+
 
 def power_of_two(x):
     "`2^n` for `x = MAGIC + n` with `-127 < n < 128`."
     return np.ldexp(np.float32(1), int(x - MAGIC))
 
+
 def exponent(x):
     "The `e` of `x = m 2^e`, as a float32."
     return np.float32(np.frexp(x)[1] - (np.frexp(x)[0] < HALF_ROOT))
+
 
 def mantissa(x):
     "The `m` of `x = m 2^e`, for a positive normal `x`."
@@ -92,17 +139,25 @@ def mantissa(x):
     return m + m if m < HALF_ROOT else m
 
 # %% ../../nbs/01_flows/07_kernels.ipynb #e6fb948a
-ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(.5)          # numba takes a plain 1 or .5 for double precision
+ONE, TWO, HALF = (
+    np.float32(1),
+    np.float32(2),
+    np.float32(0.5),
+)  # numba takes a plain 1 or .5 for double precision
 LOG2_E, LN2_HIGH = np.float32(1 / math.log(2)), np.float32(355 / 512)
 LN2_LOW = np.float32(math.log(2) - 355 / 512)
 TAYLOR = tuple(np.float32(1 / math.factorial(k)) for k in range(8))
 ARTANH = tuple(np.float32(2 / (2 * k + 1)) for k in range(5))
-LOWEST, HIGHEST, SATURATED, SMALLEST = np.float32(-104), np.float32(89), np.float32(20), np.float32(2. ** -126)
-RAISE, RAISED = np.float32(2 ** 23), np.float32(23)
+LOWEST, HIGHEST, SATURATED, SMALLEST = np.float32(-104), np.float32(89), np.float32(20), np.float32(2.0**-126)
+RAISE, RAISED = np.float32(2**23), np.float32(23)
+
 
 def expm1_reduced(x):
     "`e^x - 1` for `|x| <= ln(2) / 2`."
-    return x + x * x * (TAYLOR[2] + x * (TAYLOR[3] + x * (TAYLOR[4] + x * (TAYLOR[5] + x * (TAYLOR[6] + x * TAYLOR[7])))))
+    return x + x * x * (
+        TAYLOR[2] + x * (TAYLOR[3] + x * (TAYLOR[4] + x * (TAYLOR[5] + x * (TAYLOR[6] + x * TAYLOR[7]))))
+    )
+
 
 def exp_float32(x):
     "`e^x` for a float32: 0 below -104, infinity above 88.7."
@@ -125,9 +180,10 @@ def tanh_float32(x):
     q = expm1_reduced((y - n * LN2_HIGH) - n * LN2_LOW) * scale
     return (q + (scale - ONE)) / (q + (scale + ONE))
 
+
 def log_float32(x):
     "`ln(x)` for a float32 `x > 0`; for others it is minus infinity or not a number."
-    small = x < SMALLEST                                     # denormal numbers
+    small = x < SMALLEST  # denormal numbers
     up = x * RAISE if small else x
     e, f = exponent(up) - (RAISED if small else np.float32(0)), mantissa(up) - ONE
     s = f / (TWO + f)
@@ -138,29 +194,65 @@ def log_float32(x):
     return found if (x > 0) & (x < np.float32(np.inf)) else beyond
 
 # %% ../../nbs/01_flows/07_kernels.ipynb #305024b9
-def exp(x): return math.exp(x)
-def tanh(x): return math.tanh(x)
-def log(x): return math.log(x)
+def exp(x):
+    return math.exp(x)
+
+
+def tanh(x):
+    return math.tanh(x)
+
+
+def log(x):
+    return math.log(x)
 
 # %% ../../nbs/01_flows/07_kernels.ipynb #b928f738
 def on_bits():
     "The compiled form of the three operations on bits: each a function from a code builder and a 32-bit number to one."
     from llvmlite.ir import Constant, FloatType, IntType
+
     i32, f32, root = IntType(32), FloatType(), HALF_ROOT.view(np.int32)
-    def whole(n): return Constant(i32, int(n))
-    def above_root(build, x): return build.ashr(build.sub(build.bitcast(x, i32), whole(root)), whole(23))              # the exponent, as an integer
-    def power(build, x): return build.bitcast(build.add(build.shl(build.bitcast(x, i32), whole(23)), whole(127 << 23)), f32)
-    def part(build, x): return build.bitcast(build.sub(build.bitcast(x, i32), build.shl(above_root(build, x), whole(23))), f32)
-    return {power_of_two: power, exponent: lambda build, x: build.sitofp(above_root(build, x), f32), mantissa: part}
+
+    def whole(n):
+        return Constant(i32, int(n))
+
+    def above_root(build, x):
+        return build.ashr(
+            build.sub(build.bitcast(x, i32), whole(root)), whole(23)
+        )  # the exponent, as an integer
+
+    def power(build, x):
+        return build.bitcast(build.add(build.shl(build.bitcast(x, i32), whole(23)), whole(127 << 23)), f32)
+
+    def part(build, x):
+        return build.bitcast(
+            build.sub(build.bitcast(x, i32), build.shl(above_root(build, x), whole(23))), f32
+        )
+
+    return {
+        power_of_two: power,
+        exponent: lambda build, x: build.sitofp(above_root(build, x), f32),
+        mantissa: part,
+    }
+
 
 @functools.cache
 def teach_numba():
     "Tell numba, once, what `exp`, `tanh`, `log` and the operations on bits are in compiled code."
     from numba import types
     from numba.extending import intrinsic, overload
-    how = HOW | {"fastmath": {"contract"}, "forceinline": True}        # never "reassoc": it would cancel MAGIC
-    def direct(emit): return intrinsic(lambda typing, x: (types.float32(types.float32), lambda target, build, signature, values: emit(build, values[0])))
-    for function, emit in on_bits().items(): overload(function, jit_options=how)(lambda x, code=direct(emit): lambda x, code=code: code(x))
+
+    how = HOW | {"fastmath": {"contract"}, "forceinline": True}  # never "reassoc": it would cancel MAGIC
+
+    def direct(emit):
+        return intrinsic(
+            lambda typing, x: (
+                types.float32(types.float32),
+                lambda target, build, signature, values: emit(build, values[0]),
+            )
+        )
+
+    for function, emit in on_bits().items():
+        overload(function, jit_options=how)(lambda x, code=direct(emit): lambda x, code=code: code(x))
     overload(expm1_reduced, jit_options=how)(lambda x: expm1_reduced)
     overload(exp, jit_options=how)(lambda x: exp_float32 if x == types.float32 else lambda x: math.exp(x))
     overload(tanh, jit_options=how)(lambda x: tanh_float32 if x == types.float32 else lambda x: math.tanh(x))
@@ -179,5 +271,12 @@ def by_reference(reference, inputs, wanted, gradients):
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         inputs = [t.view_as(t) for t in inputs]
-        found = iter(torch.autograd.grad(reference(*inputs), [t for t, want in zip(inputs, wanted) if want], gradients, create_graph=again))
+        found = iter(
+            torch.autograd.grad(
+                reference(*inputs),
+                [t for t, want in zip(inputs, wanted) if want],
+                gradients,
+                create_graph=again,
+            )
+        )
     return [next(found) if want else None for _, want in zip(inputs, wanted)]

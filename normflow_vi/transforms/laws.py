@@ -8,29 +8,45 @@ __all__ = ['Law', 'check_law', 'Shift', 'ScaleShift', 'Gate']
 # %% ../../nbs/01_flows/19_laws.ipynb #72394db4
 import torch
 from torch.nn.functional import logsigmoid
+
 from .base import bounded, check_limit
 
 # %% ../../nbs/01_flows/19_laws.ipynb #c2e756e1
 class Law:
     "What all laws share: they print with their options, which is how models of one shape are told from others."
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+    def __repr__(self):
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+        )
+
 
 def check_law(law):
     "Return `law` if it is one."
-    if not isinstance(law, Law): raise TypeError(f"law: expected a Law, such as ScaleShift(), got {law!r}")
+    if not isinstance(law, Law):
+        raise TypeError(f"law: expected a Law, such as ScaleShift(), got {law!r}")
     return law
+
 
 class Shift(Law):
     "`y = z + t`: volume preserving; Dinh et al. 2015 (NICE)."
-    size, start = 1, (0.,)
-    def push(self, z, theta): return z + theta[..., 0], torch.zeros_like(z)
-    def pull(self, y, theta): return y - theta[..., 0], torch.zeros_like(y)
+
+    size, start = 1, (0.0,)
+
+    def push(self, z, theta):
+        return z + theta[..., 0], torch.zeros_like(z)
+
+    def pull(self, y, theta):
+        return y - theta[..., 0], torch.zeros_like(y)
 
 # %% ../../nbs/01_flows/19_laws.ipynb #ed970bac
 class ScaleShift(Law):
     "`y = t + exp(s) z`; Dinh et al. 2017 (RealNVP); Papamakarios et al. 2017 (MAF). `max_log_scale` bounds `|s|` smoothly."
-    size, start = 2, (0., 0.)
-    def __init__(self, max_log_scale=None): self.max_log_scale = check_limit(max_log_scale)
+
+    size, start = 2, (0.0, 0.0)
+
+    def __init__(self, max_log_scale=None):
+        self.max_log_scale = check_limit(max_log_scale)
 
     def push(self, z, theta):
         shift, log_scale = theta[..., 0], bounded(theta[..., 1], self.max_log_scale)
@@ -43,7 +59,8 @@ class ScaleShift(Law):
 # %% ../../nbs/01_flows/19_laws.ipynb #0661afe7
 class Gate(Law):
     "`y = sigma z + (1 - sigma) m` with `sigma = sigmoid(s)`; Kingma et al. 2016, algorithm 1."
-    size, start = 2, (0., 1.5)
+
+    size, start = 2, (0.0, 1.5)
 
     def push(self, z, theta):
         m, s = theta[..., 0], theta[..., 1]
@@ -51,4 +68,6 @@ class Gate(Law):
 
     def pull(self, y, theta):
         m, s = theta[..., 0], theta[..., 1]
-        return y + (-s).exp() * (y - m), -logsigmoid(s).expand_as(y)                # (y - (1 - sigma) m) / sigma, since 1 / sigma = 1 + exp(-s)
+        return y + (-s).exp() * (y - m), -logsigmoid(s).expand_as(
+            y
+        )  # (y - (1 - sigma) m) / sigma, since 1 / sigma = 1 + exp(-s)

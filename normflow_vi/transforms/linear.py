@@ -6,7 +6,10 @@
 __all__ = ['triangles', 'solve', 'times', 'PLU', 'push_plu', 'pull_plu', 'unit_lower', 'Triangular', 'compact', 'Householder']
 
 # %% ../../nbs/01_flows/14_linear.ipynb #0ec44231
-import math, torch
+import math
+
+import torch
+
 from .base import Transform, bounded, check_int, check_limit
 from .permutation import shuffles
 
@@ -14,12 +17,16 @@ from .permutation import shuffles
 def triangles(lu, limit=None):
     "`(L, U + diag(s), log_s)` from the packed `(..., D, D)` matrices `lu`."
     log_s = bounded(lu.diagonal(dim1=-2, dim2=-1), limit)
-    return lu.tril(-1) + torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device), lu.triu(1) + torch.diag_embed(log_s.exp()), log_s
+    return (
+        lu.tril(-1) + torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device),
+        lu.triu(1) + torch.diag_embed(log_s.exp()),
+        log_s,
+    )
 
 # %% ../../nbs/01_flows/14_linear.ipynb #3f47f36e
 def solve(matrix, y, **how):
     "`x` `(..., D)` with `matrix x = y`, for triangular `matrix` `(*batch, D, D)` and `y` `(*sample, *batch, D)`; `how` as in `torch.linalg.solve_triangular`."
-    samples = y.dim() + 1 - matrix.dim()                     # so many axes have no counterpart in `matrix`
+    samples = y.dim() + 1 - matrix.dim()  # so many axes have no counterpart in `matrix`
     columns = y.reshape(math.prod(y.shape[:samples]), *y.shape[samples:]).movedim(0, -1)
     return torch.linalg.solve_triangular(matrix, columns, **how).movedim(-1, 0).reshape(y.shape)
 
@@ -36,18 +43,33 @@ class PLU(Transform):
     permutation `P`, drawn once. `max_log_scale`: bounds `|log_s|` smoothly. Both directions O(K dim^2) a value; inverse: closed form, two triangular solves a layer.
     Raises `ValueError` unless `max_log_scale` is `None` or above 0. Source: Kingma & Dhariwal 2018, eqs. 10 and 11.
     """
-    head_scale, derived_axis = .1, {"lower": -3, "upper": -3, "log_s": -2}
+
+    head_scale, derived_axis = 0.1, {"lower": -3, "upper": -3, "log_s": -2}
 
     def __init__(self, dim, length=1, context_dim=None, max_log_scale=None):
         self.max_log_scale = check_limit(max_log_scale)
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
-    def initial(self): return {"lu": torch.zeros(self.length, self.dim, self.dim), "bias": torch.zeros(self.length, self.dim)}
-    def constants(self): return {"order": shuffles(self.length, self.dim)}
-    def prepare(self, lu, **tensors): return tensors | dict(zip(("lower", "upper", "log_s"), triangles(lu, self.max_log_scale)))
-    def push(self, z, **layer): return push_plu(z, **layer)
-    def pull(self, y, **layer): return pull_plu(y, **layer)
+    def extra_repr(self):
+        return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
+
+    def initial(self):
+        return {
+            "lu": torch.zeros(self.length, self.dim, self.dim),
+            "bias": torch.zeros(self.length, self.dim),
+        }
+
+    def constants(self):
+        return {"order": shuffles(self.length, self.dim)}
+
+    def prepare(self, lu, **tensors):
+        return tensors | dict(zip(("lower", "upper", "log_s"), triangles(lu, self.max_log_scale)))
+
+    def push(self, z, **layer):
+        return push_plu(z, **layer)
+
+    def pull(self, y, **layer):
+        return pull_plu(y, **layer)
 
 # %% ../../nbs/01_flows/14_linear.ipynb #e578893a
 def push_plu(z, lower, upper, log_s, bias, order):
@@ -55,9 +77,12 @@ def push_plu(z, lower, upper, log_s, bias, order):
     y = times(lower, times(upper, z))[..., order] + bias
     return y, log_s.sum(-1).expand(y.shape[:-1])
 
+
 def pull_plu(y, lower, upper, log_s, bias, order):
     "Its inverse: `(z, log_det)`."
-    z = solve(upper, solve(lower, (y - bias)[..., order.argsort()], upper=False, unitriangular=True), upper=True)
+    z = solve(
+        upper, solve(lower, (y - bias)[..., order.argsort()], upper=False, unitriangular=True), upper=True
+    )
     return z, -log_s.sum(-1).expand(z.shape[:-1])
 
 # %% ../../nbs/01_flows/14_linear.ipynb #8c3fa3ed
@@ -74,10 +99,17 @@ class Triangular(Transform):
     `below`: `(..., dim (dim - 1) / 2)`, the entries of `L` below the diagonal, row by row; `shift`: `(..., dim)`; both zero at the start (the identity). A stack of `length` such maps is another one.
     Both directions O(K dim^2) a value; inverse: closed form, a triangular solve a layer. Source: Kingma et al. 2016 (linear IAF).
     """
-    head_scale, derived_axis = .1, {"lower": -3}
 
-    def initial(self): return {"below": torch.zeros(self.length, self.dim * (self.dim - 1) // 2), "shift": torch.zeros(self.length, self.dim)}
-    def prepare(self, below, shift): return {"lower": unit_lower(below, self.dim), "shift": shift}
+    head_scale, derived_axis = 0.1, {"lower": -3}
+
+    def initial(self):
+        return {
+            "below": torch.zeros(self.length, self.dim * (self.dim - 1) // 2),
+            "shift": torch.zeros(self.length, self.dim),
+        }
+
+    def prepare(self, below, shift):
+        return {"lower": unit_lower(below, self.dim), "shift": shift}
 
     def push(self, z, lower, shift):
         y = times(lower, z) + shift
@@ -91,8 +123,10 @@ class Triangular(Transform):
 def compact(v):
     "`(v, r)`, both `(..., M, D)`, with `H(v_M) ... H(v_1) = I - v^T r`; vectors shorter than 1e-15 become the first basis vector."
     first = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)[0]
-    v = v / v.detach().abs().amax(-1, keepdim=True).clamp(min=1e-15)                          # lengths do not matter; their squares may overflow
-    v = torch.where((v * v).sum(-1, keepdim=True) > .5, v, first)
+    v = v / v.detach().abs().amax(-1, keepdim=True).clamp(
+        min=1e-15
+    )  # lengths do not matter; their squares may overflow
+    v = torch.where((v * v).sum(-1, keepdim=True) > 0.5, v, first)
     gram = v @ v.mT
     half = torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
     return v, torch.linalg.solve_triangular(gram.tril(-1) + half, v, upper=False)
@@ -105,15 +139,23 @@ class Householder(Transform):
     orthogonal matrix of determinant `(-1)^M`. Both directions O(K M dim) a value, and O(K M^2 dim) a call; inverse: closed form, the transpose.
     Raises `ValueError` unless `reflections` is an integer of at least 1. Source: Tomczak & Welling 2016.
     """
+
     derived_axis = {"r": -3}
 
     def __init__(self, dim, length=1, context_dim=None, reflections=None):
-        self.reflections = check_int("dim", dim) if reflections is None else check_int("reflections", reflections)
+        self.reflections = (
+            check_int("dim", dim) if reflections is None else check_int("reflections", reflections)
+        )
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, reflections={self.reflections}"
-    def initial(self): return {"v": torch.randn(self.length, self.reflections, self.dim)}
-    def prepare(self, v): return dict(zip(("v", "r"), compact(v)))
+    def extra_repr(self):
+        return f"{super().extra_repr()}, reflections={self.reflections}"
+
+    def initial(self):
+        return {"v": torch.randn(self.length, self.reflections, self.dim)}
+
+    def prepare(self, v):
+        return dict(zip(("v", "r"), compact(v)))
 
     def push(self, z, v, r):
         y = z - times(v.mT, times(r, z))

@@ -7,13 +7,16 @@ __all__ = ['hidden_degrees', 'masks', 'masked', 'start_made']
 
 # %% ../../nbs/03_iaf/05_made.ipynb #80299b5e
 import torch
+
 from .conditioner import start_network
 
 # %% ../../nbs/03_iaf/05_made.ipynb #013650d5
 def hidden_degrees(dim, width, least=1):
     "Degrees `(width,)` of hidden units, spread evenly over `least, ..., dim - 1` and sorted; all 0 for `dim=1`."
     least = min(least, dim - 1)
-    return least + (2 * torch.arange(width) + 1) * (dim - least) // (2 * width)                     # the middles of `width` equal parts
+    return least + (2 * torch.arange(width) + 1) * (dim - least) // (
+        2 * width
+    )  # the middles of `width` equal parts
 
 # %% ../../nbs/03_iaf/05_made.ipynb #3c73032f
 def masks(order, hidden, least=1):
@@ -28,9 +31,12 @@ def masked(tensors, masks):
     "`tensors` with each `weight_i` times its mask, of ones and zeros."
     return tensors | {f"weight_{i}": tensors[f"weight_{i}"] * mask for i, mask in enumerate(masks)}
 
-def start_made(length, masks, context_dim=None, last=.1):
+
+def start_made(length, masks, context_dim=None, last=0.1):
     "Starting tensors of `length` masked networks, named as those of `start_network`."
     widths = [mask.shape[-2] for mask in masks] + [masks[-1].shape[-1]]
     tensors = start_network(length, widths[0], widths[1:-1], widths[-1], context_dim, last)
     louder = [(mask.shape[-2] / mask.sum(-2, keepdim=True).clamp(min=1)).sqrt() for mask in masks]
-    return masked(tensors | {f"weight_{i}": scale * tensors[f"weight_{i}"] for i, scale in enumerate(louder)}, masks)
+    return masked(
+        tensors | {f"weight_{i}": scale * tensors[f"weight_{i}"] for i, scale in enumerate(louder)}, masks
+    )

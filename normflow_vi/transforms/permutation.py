@@ -7,6 +7,7 @@ __all__ = ['shuffles', 'Permutation', 'haar', 'polished', 'Orthogonal']
 
 # %% ../../nbs/01_flows/13_permutation.ipynb #e73124fc
 import torch
+
 from .base import Transform, check_choice
 
 # %% ../../nbs/01_flows/13_permutation.ipynb #d573386f
@@ -15,7 +16,8 @@ def shuffles(n, dim):
     drawn, natural = [], torch.arange(dim)
     while len(drawn) < n:
         order = torch.randperm(dim)
-        if dim == 1 or not torch.equal(order, natural): drawn.append(order)
+        if dim == 1 or not torch.equal(order, natural):
+            drawn.append(order)
     return torch.stack(drawn)
 
 # %% ../../nbs/01_flows/13_permutation.ipynb #7bb9baef
@@ -25,16 +27,26 @@ class Permutation(Transform):
     `kind`: "random", drawn from torch's global generator and not the identity, or "reverse". Buffer `order`: `(K, dim)`, integers. Both directions O(K dim). A context is ignored.
     Raises `ValueError` for another `kind`. Source: Rezende & Mohamed 2015 (NICE-perm); Kingma et al. 2016 (reversal between steps).
     """
+
     def __init__(self, dim, length=1, context_dim=None, kind="random"):
         self.kind = check_choice("kind", kind, ("random", "reverse"))
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, kind={self.kind!r}"
-    def constants(self):
-        return {"order": shuffles(self.length, self.dim) if self.kind == "random" else torch.arange(self.dim).flip(0).repeat(self.length, 1)}
+    def extra_repr(self):
+        return f"{super().extra_repr()}, kind={self.kind!r}"
 
-    def push(self, z, order): return z[..., order], z.new_zeros(z.shape[:-1])
-    def pull(self, y, order): return y[..., order.argsort()], y.new_zeros(y.shape[:-1])
+    def constants(self):
+        return {
+            "order": shuffles(self.length, self.dim)
+            if self.kind == "random"
+            else torch.arange(self.dim).flip(0).repeat(self.length, 1)
+        }
+
+    def push(self, z, order):
+        return z[..., order], z.new_zeros(z.shape[:-1])
+
+    def pull(self, y, order):
+        return y[..., order.argsort()], y.new_zeros(y.shape[:-1])
 
 # %% ../../nbs/01_flows/13_permutation.ipynb #8e6e782c
 def haar(n, dim):
@@ -45,7 +57,7 @@ def haar(n, dim):
 # %% ../../nbs/01_flows/13_permutation.ipynb #54cb4509
 def polished(q):
     "Matrices `(..., D, D)`; in double precision one Newton-Schulz step nearer to orthogonal: an error `d` becomes `3 d^2 / 2`."
-    return 1.5 * q - .5 * q @ (q.mT @ q) if q.dtype == torch.float64 else q
+    return 1.5 * q - 0.5 * q @ (q.mT @ q) if q.dtype == torch.float64 else q
 
 # %% ../../nbs/01_flows/13_permutation.ipynb #699be624
 class Orthogonal(Transform):
@@ -54,7 +66,15 @@ class Orthogonal(Transform):
     Buffer `q`: `(K, dim, dim)`, drawn from torch's global generator. In double precision `Q` is orthogonal to 1e-14 also where it was stored in single precision.
     Both directions O(K dim^2) a value, and O(K dim^3) a call in double precision. A context is ignored. Source: Rezende & Mohamed 2015 (NICE-ortho); Mezzadri 2007.
     """
-    def constants(self): return {"q": haar(self.length, self.dim).to(torch.get_default_dtype())}
-    def prepare(self, q): return {"q": polished(q)}
-    def push(self, z, q): return z @ q.mT, z.new_zeros(z.shape[:-1])
-    def pull(self, y, q): return y @ q, y.new_zeros(y.shape[:-1])
+
+    def constants(self):
+        return {"q": haar(self.length, self.dim).to(torch.get_default_dtype())}
+
+    def prepare(self, q):
+        return {"q": polished(q)}
+
+    def push(self, z, q):
+        return z @ q.mT, z.new_zeros(z.shape[:-1])
+
+    def pull(self, y, q):
+        return y @ q, y.new_zeros(y.shape[:-1])

@@ -11,20 +11,25 @@ __all__ = ['CONSTRAINTS', 'TINY', 'ZERO', 'LANES', 'BLOCK', 'constrain', 'log_sl
            'slow_head', 'Planar']
 
 # %% ../../nbs/01_flows/15_planar.ipynb #36603022
-import functools, math, torch
+import functools
+import math
+
 import numpy as np
+import torch
+
 from .base import Transform, check_choice, check_int, softplus
 from .kernels import by_reference, compile_together, fits, log, softplus_slope, tanh
 
 # %% ../../nbs/01_flows/15_planar.ipynb #abb80e78
-CONSTRAINTS = {"identity": math.log(math.e - 1), "paper": 0.}
-TINY = 1e-12                                                 # squared norm of w below which the constraint fades out
+CONSTRAINTS = {"identity": math.log(math.e - 1), "paper": 0.0}
+TINY = 1e-12  # squared norm of w below which the constraint fades out
+
 
 def constrain(u, w, c):
     "`(u_hat, 1 + w.u_hat)` for `u`, `w` `(..., D)`: Rezende & Mohamed 2015, appendix A.1, with the offset `c` in the softplus."
     alpha, norm2 = (w * u).sum(-1), (w * w).sum(-1)
-    slope = softplus(alpha + c)                              # 1 + m(alpha) > 0
-    fade = (norm2 / TINY).clamp(max=1)                       # 1, but for a vanishing w
+    slope = softplus(alpha + c)  # 1 + m(alpha) > 0
+    fade = (norm2 / TINY).clamp(max=1)  # 1, but for a vanishing w
     u_hat = u + ((slope - 1 - alpha) / norm2.clamp(min=TINY))[..., None] * w
     return u_hat, fade * slope + (1 - fade) * (1 + alpha)
 
@@ -36,7 +41,9 @@ def log_slope(h, slope):
 # %% ../../nbs/01_flows/15_planar.ipynb #1acc0aac
 def solve_slope(target, slope, rounds=40):
     "The root `a` of `a + m tanh(a) = target`, `m = slope - 1 > -1`: monotone Newton iterations, implicit derivatives up to the second."
-    slope = slope.clamp(min=torch.finfo(slope.dtype).tiny)   # one that underflowed would give 0/0 at target = 0
+    slope = slope.clamp(
+        min=torch.finfo(slope.dtype).tiny
+    )  # one that underflowed would give 0/0 at target = 0
     t, s = target.detach().abs(), slope.detach()
     m = s - 1
     a = torch.where(m > 0, torch.maximum(t / s, t - m), torch.minimum(t / s, t - m))
@@ -44,7 +51,7 @@ def solve_slope(target, slope, rounds=40):
         h = a.tanh()
         a = a - (a + m * h - t) / (h * h + (1 - h * h) * s)
     a = torch.where(target < 0, -a, a)
-    for _ in range(2):                                       # exact derivatives of first and second order
+    for _ in range(2):  # exact derivatives of first and second order
         h = a.tanh()
         a = a - (a + (slope - 1) * h - target) / (h * h + (1 - h * h) * slope)
     return a
@@ -59,6 +66,7 @@ def planar_stack(z, layers, slope):
         hidden.append(h)
     return z, log_slope(torch.stack(hidden, -1), slope).sum(-1)
 
+
 def planar_torch(z, u, w, b, c):
     "`z` `(..., D)` through the layers `u`, `w` `(..., K, D)`, `b` `(..., K)`, and the log-det."
     u_hat, slope = constrain(u, w, c)
@@ -68,23 +76,31 @@ def planar_torch(z, u, w, b, c):
 # %% ../../nbs/01_flows/15_planar.ipynb #8b79c5c9
 ZERO, LANES, BLOCK = np.uint64(0), np.uint64(16), np.uint64(256)
 
+
 def dot(x, i, y, j, n):
     t = x[i] * y[j]
-    for s in range(np.uint64(1), n): t += x[i + s] * y[j + s]
+    for s in range(np.uint64(1), n):
+        t += x[i + s] * y[j + s]
     return t
+
 
 def add(z, i, factor, x, j, n):
     "Add `factor` times `n` numbers of `x` to those of `z`."
-    for s in range(n): z[i + s] += factor * x[j + s]
+    for s in range(n):
+        z[i + s] += factor * x[j + s]
+
 
 def turn(x, i, y, n, D):
     "Copy `n` points to the columns of `y`."
     for d in range(D):
-        for s in range(n): y[d * BLOCK + s] = x[i + s * D + d]
+        for s in range(n):
+            y[d * BLOCK + s] = x[i + s * D + d]
+
 
 def turn_back(y, x, i, n, D):
     for d in range(D):
-        for s in range(n): x[i + s * D + d] = y[d * BLOCK + s]
+        for s in range(n):
+            x[i + s * D + d] = y[d * BLOCK + s]
 
 # %% ../../nbs/01_flows/15_planar.ipynb #e2eea952
 def constants(alpha, norm2, n, how):
@@ -95,13 +111,17 @@ def constants(alpha, norm2, n, how):
         fade, excess = min(norm2[k] / floor, one), s - one - alpha[k]
         alpha[k], norm2[k] = excess / max(norm2[k], floor), fade * s + (one - fade) * (one + alpha[k])
 
+
 def constants_back(alpha, norm2, g_rho, g_slope, n, how):
     "In the place of the gradients in `rho` and the slope of `n` layers: those in `w.u` and `|w|^2`."
     c, tiny, floor, one = how
     for k in range(n):
         s, sigmoid = softplus_slope(alpha[k] + c, one)
         fade, excess, larger = min(norm2[k] / floor, one), s - one - alpha[k], max(norm2[k], floor)
-        in_rho, in_slope = g_rho[k] / larger, g_slope[k] if fade * s + (one - fade) * (one + alpha[k]) >= tiny else one - one
+        in_rho, in_slope = (
+            g_rho[k] / larger,
+            g_slope[k] if fade * s + (one - fade) * (one + alpha[k]) >= tiny else one - one,
+        )
         g_rho[k] = in_rho * (sigmoid - one) + in_slope * (fade * sigmoid + (one - fade))
         g_slope[k] = in_slope * excess / floor if norm2[k] < floor else -in_rho * excess / larger
 
@@ -113,6 +133,7 @@ def bend(a, i, t, slope, n, how):
         h = tanh(a[i + s])
         a[i + s] = h
         t[s] += log(h * h + (one - h * h) * max(slope[s], tiny))
+
 
 def bend_back(a, h, i, l, r, slope, n, how):
     "From `a = g.u_hat`, the units `h` and the gradients `l` in the log-det: the gradients `a` in `w.z + b`, and `r` in the slope."
@@ -129,25 +150,35 @@ def wide_forward(sizes, how, z, u, w, b, y, log_det, hidden):
     rows, t, p = np.empty(D * BLOCK, z.dtype), np.empty(BLOCK, z.dtype), np.empty(BLOCK, z.dtype)
     rho, slope = np.empty(K, z.dtype), np.empty(K, z.dtype)
     for g in range(G):
-        for k in range(K): rho[k], slope[k] = dot(u, g * in_u + k * D, w, g * in_w + k * D, D), dot(w, g * in_w + k * D, w, g * in_w + k * D, D)
+        for k in range(K):
+            rho[k], slope[k] = (
+                dot(u, g * in_u + k * D, w, g * in_w + k * D, D),
+                dot(w, g * in_w + k * D, w, g * in_w + k * D, D),
+            )
         constants(rho, slope, K, how)
         for first in range(ZERO, S, BLOCK):
             n = min(BLOCK, S - first)
             turn(z, (g * S + first) * D, rows, n, D)
-            for s in range(n): t[s] = 0
+            for s in range(n):
+                t[s] = 0
             for k in range(K):
                 at, in_layer_u, in_layer_w = (g * K + k) * S + first, g * in_u + k * D, g * in_w + k * D
-                for s in range(n): hidden[at + s], p[s] = b[g * in_b + k], slope[k]
-                for d in range(D): add(hidden, at, w[in_layer_w + d], rows, d * BLOCK, n)
+                for s in range(n):
+                    hidden[at + s], p[s] = b[g * in_b + k], slope[k]
+                for d in range(D):
+                    add(hidden, at, w[in_layer_w + d], rows, d * BLOCK, n)
                 bend(hidden, at, t, p, n, how)
-                for d in range(D): add(rows, d * BLOCK, u[in_layer_u + d] + rho[k] * w[in_layer_w + d], hidden, at, n)
+                for d in range(D):
+                    add(rows, d * BLOCK, u[in_layer_u + d] + rho[k] * w[in_layer_w + d], hidden, at, n)
             turn_back(rows, y, (g * S + first) * D, n, D)
-            for s in range(n): log_det[g * S + first + s] = t[s]
+            for s in range(n):
+                log_det[g * S + first + s] = t[s]
 
 # %% ../../nbs/01_flows/15_planar.ipynb #c15254ba
 def layer_back(k, at, n, D, how, rows, cols, hidden, l, a, r, p, slope, rho, u, i, w, j, gu, gw, o):
     "One layer, `n` points: `rows` go from `z_k` to `z_(k-1)`, `cols` are their gradients; `gu` is that in `u_hat`."
-    for s in range(n): a[s], p[s] = 0, slope[k]
+    for s in range(n):
+        a[s], p[s] = 0, slope[k]
     for d in range(D):
         x = u[i + d] + rho[k] * w[j + d]
         add(rows, d * BLOCK, -x, hidden, at, n)
@@ -162,7 +193,12 @@ def layer_back(k, at, n, D, how, rows, cols, hidden, l, a, r, p, slope, rho, u, 
 def layers_back(u, i, w, j, gu, gw, o, K, D, how, g_slope):
     "From the gradients in `u_hat` and the slope of `K` layers to those in `u` and `w`."
     alpha, norm2, g_rho = np.empty(K, u.dtype), np.empty(K, u.dtype), np.empty(K, u.dtype)
-    for k in range(K): alpha[k], norm2[k], g_rho[k] = dot(u, i + k * D, w, j + k * D, D), dot(w, j + k * D, w, j + k * D, D), dot(gu, o + k * D, w, j + k * D, D)
+    for k in range(K):
+        alpha[k], norm2[k], g_rho[k] = (
+            dot(u, i + k * D, w, j + k * D, D),
+            dot(w, j + k * D, w, j + k * D, D),
+            dot(gu, o + k * D, w, j + k * D, D),
+        )
     constants_back(alpha, norm2, g_rho, g_slope, K, how)
     constants(alpha, norm2, K, how)
     for k in range(K):
@@ -176,22 +212,57 @@ def wide_backward(sizes, how, y, u, w, b, hidden, gy, gl, gz, gu, gw, gb):
     "Gradients in `z`, `u`, `w`, `b` from those in `y` and the log-det."
     G, S, K, D, in_u, in_w, in_b = sizes
     rows, cols, ones = np.empty(D * BLOCK, y.dtype), np.empty(D * BLOCK, y.dtype), np.ones(BLOCK, y.dtype)
-    l, a, r, p = np.empty(BLOCK, y.dtype), np.empty(BLOCK, y.dtype), np.empty(BLOCK, y.dtype), np.empty(BLOCK, y.dtype)
+    l, a, r, p = (
+        np.empty(BLOCK, y.dtype),
+        np.empty(BLOCK, y.dtype),
+        np.empty(BLOCK, y.dtype),
+        np.empty(BLOCK, y.dtype),
+    )
     rho, slope, g_slope = np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype)
     for g in range(G):
         i, j, o = g * in_u, g * in_w, g * K * D
-        for d in range(K * D): gu[o + d], gw[o + d] = 0, 0
-        for k in range(K): gb[g * K + k] = 0
-        for k in range(K): rho[k], slope[k], g_slope[k] = dot(u, i + k * D, w, j + k * D, D), dot(w, j + k * D, w, j + k * D, D), 0
+        for d in range(K * D):
+            gu[o + d], gw[o + d] = 0, 0
+        for k in range(K):
+            gb[g * K + k] = 0
+        for k in range(K):
+            rho[k], slope[k], g_slope[k] = (
+                dot(u, i + k * D, w, j + k * D, D),
+                dot(w, j + k * D, w, j + k * D, D),
+                0,
+            )
         constants(rho, slope, K, how)
         for first in range(ZERO, S, BLOCK):
             n = min(BLOCK, S - first)
             turn(y, (g * S + first) * D, rows, n, D)
             turn(gy, (g * S + first) * D, cols, n, D)
-            for s in range(n): l[s] = gl[g * S + first + s]
+            for s in range(n):
+                l[s] = gl[g * S + first + s]
             for back in range(K):
                 k = K - back - np.uint64(1)
-                layer_back(k, (g * K + k) * S + first, n, D, how, rows, cols, hidden, l, a, r, p, slope, rho, u, i + k * D, w, j + k * D, gu, gw, o + k * D)
+                layer_back(
+                    k,
+                    (g * K + k) * S + first,
+                    n,
+                    D,
+                    how,
+                    rows,
+                    cols,
+                    hidden,
+                    l,
+                    a,
+                    r,
+                    p,
+                    slope,
+                    rho,
+                    u,
+                    i + k * D,
+                    w,
+                    j + k * D,
+                    gu,
+                    gw,
+                    o + k * D,
+                )
                 g_slope[k] += dot(r, ZERO, ones, ZERO, n)
                 gb[g * K + k] += dot(a, ZERO, ones, ZERO, n)
             turn_back(cols, gz, (g * S + first) * D, n, D)
@@ -201,21 +272,34 @@ def wide_backward(sizes, how, y, u, w, b, hidden, gy, gl, gz, gu, gw, gb):
 def three_dots(u, i, w, j, z, o, D):
     "`(w.u, w.w, w.z)`."
     p, q, t = u[i] * w[j], w[j] * w[j], w[j] * z[o]
-    for d in range(np.uint64(1), D): p += u[i + d] * w[j + d]; q += w[j + d] * w[j + d]; t += w[j + d] * z[o + d]
+    for d in range(np.uint64(1), D):
+        p += u[i + d] * w[j + d]
+        q += w[j + d] * w[j + d]
+        t += w[j + d] * z[o + d]
     return p, q, t
 
 # %% ../../nbs/01_flows/15_planar.ipynb #aa82c6e5
 def narrow_forward(sizes, how, z, u, w, b, y, log_det, hidden):
     "Few points a group; everything as in `wide_forward`."
     G, S, K, D, in_u, in_w, in_b = sizes
-    t, rho, slope, a, group = np.empty(LANES, z.dtype), np.empty(LANES, z.dtype), np.empty(LANES, z.dtype), np.empty(LANES, z.dtype), np.empty(LANES, np.uint64)
+    t, rho, slope, a, group = (
+        np.empty(LANES, z.dtype),
+        np.empty(LANES, z.dtype),
+        np.empty(LANES, z.dtype),
+        np.empty(LANES, z.dtype),
+        np.empty(LANES, np.uint64),
+    )
     for first in range(ZERO, G * S, LANES):
         n = min(LANES, G * S - first)
-        for s in range(n): t[s], group[s] = 0, (first + s) // S
-        for d in range(first * D, (first + n) * D): y[d] = z[d]
+        for s in range(n):
+            t[s], group[s] = 0, (first + s) // S
+        for d in range(first * D, (first + n) * D):
+            y[d] = z[d]
         for k in range(K):
             for s in range(n):
-                rho[s], slope[s], a[s] = three_dots(u, group[s] * in_u + k * D, w, group[s] * in_w + k * D, y, (first + s) * D, D)
+                rho[s], slope[s], a[s] = three_dots(
+                    u, group[s] * in_u + k * D, w, group[s] * in_w + k * D, y, (first + s) * D, D
+                )
                 a[s] += b[group[s] * in_b + k]
             constants(rho, slope, n, how)
             bend(a, ZERO, t, slope, n, how)
@@ -223,21 +307,30 @@ def narrow_forward(sizes, how, z, u, w, b, y, log_det, hidden):
                 i, j, o = group[s] * in_u + k * D, group[s] * in_w + k * D, (first + s) * D
                 hidden[(first + s) * K + k] = a[s]
                 put(y, o, a[s], u, i, a[s] * rho[s], w, j, D, True)
-        for s in range(n): log_det[first + s] = t[s]
+        for s in range(n):
+            log_det[first + s] = t[s]
 
 # %% ../../nbs/01_flows/15_planar.ipynb #e18bdce0
 def four_dots(u, i, w, j, x, o, D):
     "`(w.u, w.w, x.u, x.w)`."
     p, q, a, t = u[i] * w[j], w[j] * w[j], x[o] * u[i], x[o] * w[j]
-    for d in range(np.uint64(1), D): p += u[i + d] * w[j + d]; q += w[j + d] * w[j + d]; a += x[o + d] * u[i + d]; t += x[o + d] * w[j + d]
+    for d in range(np.uint64(1), D):
+        p += u[i + d] * w[j + d]
+        q += w[j + d] * w[j + d]
+        a += x[o + d] * u[i + d]
+        t += x[o + d] * w[j + d]
     return p, q, a, t
+
 
 def put(z, i, a, x, j, b, y, k, n, more):
     "`a` times `n` numbers of `x` and `b` times those of `y`, in the place of those of `z`, or added to them if there are `more`."
     if more:
-        for d in range(n): z[i + d] += a * x[j + d] + b * y[k + d]
+        for d in range(n):
+            z[i + d] += a * x[j + d] + b * y[k + d]
     else:
-        for d in range(n): z[i + d] = a * x[j + d] + b * y[k + d]
+        for d in range(n):
+            z[i + d] = a * x[j + d] + b * y[k + d]
+
 
 def row_back(z, at, x, o, u, i, w, j, gu, gw, to, D, h, rho, a, g_alpha, g_norm2, more):
     "One layer of one point: `z` and its gradient `x` go one layer back; the gradients in `u` and `w` are written, or added if there are `more`."
@@ -251,54 +344,110 @@ def row_back(z, at, x, o, u, i, w, j, gu, gw, to, D, h, rho, a, g_alpha, g_norm2
 def narrow_backward(sizes, how, y, u, w, b, hidden, gy, gl, gz, gu, gw, gb):
     "Few points a group; everything as in `wide_backward`."
     G, S, K, D, in_u, in_w, in_b = sizes
-    rows, group, h, a, r, t = np.empty(LANES * D, y.dtype), np.empty(LANES, np.uint64), np.empty(LANES, y.dtype), np.empty(LANES, y.dtype), np.empty(LANES, y.dtype), np.empty(LANES, y.dtype)
-    alpha, norm2, rho, slope, l = np.empty(LANES, y.dtype), np.empty(LANES, y.dtype), np.empty(LANES, y.dtype), np.empty(LANES, y.dtype), np.empty(LANES, y.dtype)
+    rows, group, h, a, r, t = (
+        np.empty(LANES * D, y.dtype),
+        np.empty(LANES, np.uint64),
+        np.empty(LANES, y.dtype),
+        np.empty(LANES, y.dtype),
+        np.empty(LANES, y.dtype),
+        np.empty(LANES, y.dtype),
+    )
+    alpha, norm2, rho, slope, l = (
+        np.empty(LANES, y.dtype),
+        np.empty(LANES, y.dtype),
+        np.empty(LANES, y.dtype),
+        np.empty(LANES, y.dtype),
+        np.empty(LANES, y.dtype),
+    )
     for first in range(ZERO, G * S, LANES):
         n = min(LANES, G * S - first)
-        for s in range(n): group[s], l[s] = (first + s) // S, gl[first + s]
-        for d in range(n * D): rows[d], gz[first * D + d] = y[first * D + d], gy[first * D + d]
+        for s in range(n):
+            group[s], l[s] = (first + s) // S, gl[first + s]
+        for d in range(n * D):
+            rows[d], gz[first * D + d] = y[first * D + d], gy[first * D + d]
         for back in range(K):
             k = K - back - np.uint64(1)
             for s in range(n):
-                alpha[s], norm2[s], a[s], t[s] = four_dots(u, group[s] * in_u + k * D, w, group[s] * in_w + k * D, gz, (first + s) * D, D)
+                alpha[s], norm2[s], a[s], t[s] = four_dots(
+                    u, group[s] * in_u + k * D, w, group[s] * in_w + k * D, gz, (first + s) * D, D
+                )
                 rho[s], slope[s], h[s] = alpha[s], norm2[s], hidden[(first + s) * K + k]
             constants(rho, slope, n, how)
-            for s in range(n): a[s] += rho[s] * t[s]; t[s] *= h[s]                     # g.u_hat, and the gradient in rho
+            for s in range(n):
+                a[s] += rho[s] * t[s]
+                t[s] *= h[s]  # g.u_hat, and the gradient in rho
             bend_back(a, h, ZERO, l, r, slope, n, how)
             constants_back(alpha, norm2, t, r, n, how)
             for s in range(n):
                 to, more = (group[s] * K + k) * D, first + s > group[s] * S
-                row_back(rows, s * D, gz, (first + s) * D, u, group[s] * in_u + k * D, w, group[s] * in_w + k * D, gu, gw, to, D, h[s], rho[s], a[s], t[s], r[s], more)
+                row_back(
+                    rows,
+                    s * D,
+                    gz,
+                    (first + s) * D,
+                    u,
+                    group[s] * in_u + k * D,
+                    w,
+                    group[s] * in_w + k * D,
+                    gu,
+                    gw,
+                    to,
+                    D,
+                    h[s],
+                    rho[s],
+                    a[s],
+                    t[s],
+                    r[s],
+                    more,
+                )
                 gb[group[s] * K + k] = gb[group[s] * K + k] + a[s] if more else a[s]
 
 # %% ../../nbs/01_flows/15_planar.ipynb #af6e3af1
 @functools.cache
 def compiled():
     "The kernels as machine code, by name; `None` without numba."
-    kernels, helpers = (wide_forward, wide_backward, narrow_forward, narrow_backward, layers_back), (add, turn, turn_back, constants, constants_back, bend, bend_back, layer_back)
-    return compile_together(*kernels, helpers=helpers, inline=(softplus_slope, put, row_back, three_dots, four_dots), sums=(dot, three_dots, four_dots))
+    kernels, helpers = (
+        (wide_forward, wide_backward, narrow_forward, narrow_backward, layers_back),
+        (add, turn, turn_back, constants, constants_back, bend, bend_back, layer_back),
+    )
+    return compile_together(
+        *kernels,
+        helpers=helpers,
+        inline=(softplus_slope, put, row_back, three_dots, four_dots),
+        sums=(dot, three_dots, four_dots),
+    )
 
 # %% ../../nbs/01_flows/15_planar.ipynb #08617c34
 def by_group(x, G, S):
     "The numbers of `x` `(*samples, *batch, ...)`, group by group."
-    if G > 1 and S > 1: x = x.reshape(S, G, -1).transpose(0, 1)
+    if G > 1 and S > 1:
+        x = x.reshape(S, G, -1).transpose(0, 1)
     return x.detach().contiguous().view(-1).numpy()
+
 
 def from_groups(flat, shape, G, S):
     "The tensor of `shape = (*samples, *batch, ...)` whose numbers come group by group."
     return flat.view(G, S, -1).transpose(0, 1).reshape(shape) if G > 1 and S > 1 else flat.view(shape)
 
+
 def in_place(t, axes):
     "The numbers of `t`, which has `axes` axes after those of the batch, as they lie in memory, and the step from group to group."
-    t, size = t.detach(), t.shape[t.dim() - axes:].numel()
-    if t.is_contiguous() or t.dim() != axes + 1 or not t[0].is_contiguous(): return t.contiguous().view(-1).numpy(), size
+    t, size = t.detach(), t.shape[t.dim() - axes :].numel()
+    if t.is_contiguous() or t.dim() != axes + 1 or not t[0].is_contiguous():
+        return t.contiguous().view(-1).numpy(), size
     return t.as_strided(((len(t) - 1) * t.stride(0) + size,), (1,)).numpy(), t.stride(0)
+
 
 @functools.lru_cache(1000)
 def numbers(dtype, c, *sizes):
     "`sizes` and `how`, as the kernels know them."
     precision = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
-    return tuple(map(np.uint64, sizes)), (precision(c), np.finfo(precision).tiny, precision(TINY), precision(1))
+    return tuple(map(np.uint64, sizes)), (
+        precision(c),
+        np.finfo(precision).tiny,
+        precision(TINY),
+        precision(1),
+    )
 
 # %% ../../nbs/01_flows/15_planar.ipynb #bec9d828
 def launch(direction, z, u, w, b, c):
@@ -309,23 +458,40 @@ def launch(direction, z, u, w, b, c):
     kernel = getattr(compiled(), f"{'wide' if S >= 2 * D + 4 else 'narrow'}_{direction}")
     return functools.partial(kernel, *numbers(z.dtype, c, G, S, K, D, in_u, in_w, in_b)), (G, S), (u, w, b)
 
+
 def planar_numba(z, u, w, b, c):
     "As `planar_torch`, and the hidden units: `u`, `w` `(*batch, K, D)`, `b` `(*batch, K)`, `z` `(*samples, *batch, D)`."
     kernel, groups, tensors = launch("forward", z, u, w, b, c)
-    y, log_det, hidden = z.new_empty(z.numel()), z.new_empty(z.shape[:-1].numel()), z.new_empty(z.shape[:-1].numel() * u.shape[-2])
+    y, log_det, hidden = (
+        z.new_empty(z.numel()),
+        z.new_empty(z.shape[:-1].numel()),
+        z.new_empty(z.shape[:-1].numel() * u.shape[-2]),
+    )
     kernel(by_group(z, *groups), *tensors, y.numpy(), log_det.numpy(), hidden.numpy())
     return from_groups(y, z.shape, *groups), from_groups(log_det, z.shape[:-1], *groups), hidden
+
 
 def gradients_numba(y, u, w, b, hidden, gy, gl, c):
     "Gradients in `z`, `u`, `w`, `b`."
     kernel, groups, tensors = launch("backward", y, u, w, b, c)
     gz, gu, gw, gb = (y.new_empty(t.numel()) for t in (y, u, w, b))
-    kernel(by_group(y, *groups), *tensors, hidden.numpy(), by_group(gy, *groups), by_group(gl, *groups), gz.numpy(), gu.numpy(), gw.numpy(), gb.numpy())
+    kernel(
+        by_group(y, *groups),
+        *tensors,
+        hidden.numpy(),
+        by_group(gy, *groups),
+        by_group(gl, *groups),
+        gz.numpy(),
+        gu.numpy(),
+        gw.numpy(),
+        gb.numpy(),
+    )
     return from_groups(gz, y.shape, *groups), gu.view(u.shape), gw.view(w.shape), gb.view(b.shape)
 
 # %% ../../nbs/01_flows/15_planar.ipynb #65d493d0
 class PlanarKernel(torch.autograd.Function):
     "`planar_numba` with its gradients."
+
     @staticmethod
     def forward(ctx, z, u, w, b, c):
         y, log_det, hidden = planar_numba(z, u, w, b, c)
@@ -337,42 +503,62 @@ class PlanarKernel(torch.autograd.Function):
     def backward(ctx, gy, gl):
         z, u, w, b, y, hidden = ctx.saved_tensors
         if torch.is_grad_enabled() or not fits(gy, gl, rules=False):
-            return *by_reference(functools.partial(planar_torch, c=ctx.c), (z, u, w, b), ctx.needs_input_grad, (gy, gl)), None
+            return *by_reference(
+                functools.partial(planar_torch, c=ctx.c), (z, u, w, b), ctx.needs_input_grad, (gy, gl)
+            ), None
         return *gradients_numba(y, u, w, b, hidden, gy, gl, ctx.c), None
 
 # %% ../../nbs/01_flows/15_planar.ipynb #077fb880
 class MappedKernel(torch.autograd.Function):
     "`PlanarKernel` under `vmap`, where only the rule for it is ever called."
-    @staticmethod
-    def forward(z, u, w, b, c): return PlanarKernel.apply(z, u, w, b, c)
 
     @staticmethod
-    def setup_context(ctx, inputs, output): pass
+    def forward(z, u, w, b, c):
+        return PlanarKernel.apply(z, u, w, b, c)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def vmap(info, axes, z, u, w, b, c):
         samples = z.dim() - u.dim() + 1 - (axes[0] is not None) + (axes[1] is not None)
         shared = axes[1] is axes[2] is axes[3] is None
-        z, u, w, b = (t if shared and axis is None else t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0) for t, axis in zip((z, u, w, b), axes))
+        z, u, w, b = (
+            t
+            if shared and axis is None
+            else t.expand(info.batch_size, *t.shape)
+            if axis is None
+            else t.movedim(axis, 0)
+            for t, axis in zip((z, u, w, b), axes)
+        )
         at = 0 if shared else samples
         return planar_kernel(z.movedim(0, at), u, w, b, c), (at, at)
 
-def planar_kernel(*inputs): return (PlanarKernel if torch._C._functorch.maybe_current_level() is None else MappedKernel).apply(*inputs)
+
+def planar_kernel(*inputs):
+    return (PlanarKernel if torch._C._functorch.maybe_current_level() is None else MappedKernel).apply(
+        *inputs
+    )
 
 # %% ../../nbs/01_flows/15_planar.ipynb #f968810e
 def planar_layers(z, u, w, b, c):
     "The kernel where it fits, `planar_torch` elsewhere."
-    if not z.numel() or not fits(z, u, w, b): return planar_torch(z, u, w, b, c)
+    if not z.numel() or not fits(z, u, w, b):
+        return planar_torch(z, u, w, b, c)
     batch = u.shape[:-2]
-    if batch.numel() == 1: u, w, b = u.reshape(u.shape[-2:]), w.reshape(w.shape[-2:]), b.reshape(b.shape[-1:])
-    elif batch != z.shape[z.dim() - 1 - len(batch):-1]:
-        u, w, b = (t.expand(*z.shape[z.dim() - 1 - len(batch):-1], *t.shape[len(batch):]) for t in (u, w, b))
+    if batch.numel() == 1:
+        u, w, b = u.reshape(u.shape[-2:]), w.reshape(w.shape[-2:]), b.reshape(b.shape[-1:])
+    elif batch != z.shape[z.dim() - 1 - len(batch) : -1]:
+        u, w, b = (
+            t.expand(*z.shape[z.dim() - 1 - len(batch) : -1], *t.shape[len(batch) :]) for t in (u, w, b)
+        )
     return planar_kernel(z, u, w, b, c)
 
 # %% ../../nbs/01_flows/15_planar.ipynb #46d1c19c
 def slow_head(length):
     "The rate of an amortised head relative to the other weights, for a stack of `length` layers."
-    return .1 * math.sqrt(10 / check_int("length", length))
+    return 0.1 * math.sqrt(10 / check_int("length", length))
 
 # %% ../../nbs/01_flows/15_planar.ipynb #4d2b27b8
 class Planar(Transform):
@@ -381,21 +567,33 @@ class Planar(Transform):
     `u`, `w`: `(..., K, dim)`, `b`: `(..., K)`, uniform within `+-sqrt(2/dim)` at the start. `constraint`: "identity" (`u = 0` is the identity map) or "paper".
     Forward O(K dim); inverse: iterative, 40 rounds on scalars a layer. Source: Rezende & Mohamed 2015, eqs. 10-12 and appendix A.1.
     """
+
     inverse_kind, derived_axis = "iterative", {"u_hat": -2, "slope": -1}
 
     def __init__(self, dim, length=1, context_dim=None, constraint="identity"):
-        self.constraint, self.head_scale = check_choice("constraint", constraint, CONSTRAINTS), slow_head(length)
+        self.constraint, self.head_scale = (
+            check_choice("constraint", constraint, CONSTRAINTS),
+            slow_head(length),
+        )
         super().__init__(dim, length, context_dim)
 
     def initial(self):
         bound, K, D = math.sqrt(2 / self.dim), self.length, self.dim
-        return {name: torch.empty(size).uniform_(-bound, bound) for name, size in [("u", (K, D)), ("w", (K, D)), ("b", (K,))]}
+        return {
+            name: torch.empty(size).uniform_(-bound, bound)
+            for name, size in [("u", (K, D)), ("w", (K, D)), ("b", (K,))]
+        }
 
-    def extra_repr(self): return f"{super().extra_repr()}, constraint={self.constraint!r}"
-    def push_stack(self, z, u, w, b): return planar_layers(z, u, w, b, CONSTRAINTS[self.constraint])
+    def extra_repr(self):
+        return f"{super().extra_repr()}, constraint={self.constraint!r}"
+
+    def push_stack(self, z, u, w, b):
+        return planar_layers(z, u, w, b, CONSTRAINTS[self.constraint])
+
     def pull_stack(self, y, u, w, b):
         u_hat, slope = constrain(u, w, CONSTRAINTS[self.constraint])
         return super().pull_stack(y, u_hat=u_hat, slope=slope, w=w, b=b)
+
     def pull(self, y, u_hat, w, b, slope):
         h = solve_slope((y * w).sum(-1) + b, slope).tanh()
         return y - u_hat * h[..., None], -log_slope(h, slope)

@@ -6,7 +6,10 @@
 __all__ = ['PReLU']
 
 # %% ../../nbs/01_flows/11_prelu.ipynb #a97c2c56
-import math, torch
+import math
+
+import torch
+
 from .base import Transform, bounded, check_limit, check_positive
 
 # %% ../../nbs/01_flows/11_prelu.ipynb #0d0ca791
@@ -16,19 +19,25 @@ class PReLU(Transform):
     `log_alpha`: `(..., dim)`, `ln(alpha)` at the start. `max_log_scale`: bounds `|log_alpha|` smoothly. Inverse: closed form, same cost.
     Raises `ValueError` unless `alpha` is finite and above 0, and `max_log_scale` `None` or above 0. Source: Pires 2020, figures 3.2 and 3.3, where one `alpha` serves all dimensions.
     """
-    def __init__(self, dim, length=1, context_dim=None, alpha=.25, max_log_scale=None):
+
+    def __init__(self, dim, length=1, context_dim=None, alpha=0.25, max_log_scale=None):
         self.alpha = check_positive("alpha", alpha)
         self.max_log_scale = check_limit(max_log_scale)
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, alpha={self.alpha}, max_log_scale={self.max_log_scale}"
-    def initial(self): return {"log_alpha": torch.full((self.length, self.dim), math.log(self.alpha))}
-    def prepare(self, log_alpha): return {"log_alpha": bounded(log_alpha, self.max_log_scale)}
+    def extra_repr(self):
+        return f"{super().extra_repr()}, alpha={self.alpha}, max_log_scale={self.max_log_scale}"
+
+    def initial(self):
+        return {"log_alpha": torch.full((self.length, self.dim), math.log(self.alpha))}
+
+    def prepare(self, log_alpha):
+        return {"log_alpha": bounded(log_alpha, self.max_log_scale)}
 
     def push(self, z, log_alpha):
-        log_slope = torch.where(z < 0, log_alpha, 0.)
+        log_slope = torch.where(z < 0, log_alpha, 0.0)
         return z * log_slope.exp(), log_slope.sum(-1)
 
     def pull(self, y, log_alpha):
-        log_slope = torch.where(y < 0, log_alpha, 0.)
+        log_slope = torch.where(y < 0, log_alpha, 0.0)
         return y * (-log_slope).exp(), -log_slope.sum(-1)

@@ -6,22 +6,31 @@
 __all__ = ['onednn', 'works', 'chosen', 'halved', 'OneDNN', 'suits', 'linear']
 
 # %% ../../nbs/01_flows/08_product.ipynb #405746ce
-import functools, os, torch
+import functools
+import os
 from pathlib import Path
+
+import torch
 from torch.nn.functional import linear as linear_torch
-from .kernels import watched, in_memory
+
+from .kernels import in_memory, watched
 
 # %% ../../nbs/01_flows/08_product.ipynb #f92fdcad
 def onednn(x, weight, bias=None, relu=False):
     "`x W^T + b`, rectified if wanted, by oneDNN, for `x` `(..., in)`, in single precision."
-    y = torch.ops.mkldnn._linear_pointwise(x, weight, None if bias is None else bias.contiguous(), "none", [], "")
-    return y.relu_() if relu else y                          # its own rectifier would turn a nan into a zero
+    y = torch.ops.mkldnn._linear_pointwise(
+        x, weight, None if bias is None else bias.contiguous(), "none", [], ""
+    )
+    return y.relu_() if relu else y  # its own rectifier would turn a nan into a zero
+
 
 def works():
     "Whether oneDNN's linear layer is there and agrees with a product in double precision, as it is and transposed."
     x, w = (torch.linspace(-1, 1, n * 33, dtype=torch.float32, device="cpu").view(n, 33) for n in (7, 5))
-    try: found = onednn(x, w), onednn(w, x), onednn(w.t(), x.t()[:, :5])
-    except (AttributeError, RuntimeError): return False
+    try:
+        found = onednn(x, w), onednn(w, x), onednn(w.t(), x.t()[:, :5])
+    except (AttributeError, RuntimeError):
+        return False
     exact = [(a.double() @ b.double()).float() for a, b in ((x, w.t()), (w, x.t()), (w.t(), x[:5]))]
     return all(torch.allclose(f, e, rtol=1e-5, atol=1e-5) for f, e in zip(found, exact))
 
@@ -30,18 +39,27 @@ def works():
 def chosen():
     "`onednn` or `torch`: the library for products of this process; raises `ValueError` for another word in `NORMFLOW_VI_PRODUCT`."
     asked = os.environ.get("NORMFLOW_VI_PRODUCT", "auto")
-    if asked not in ("auto", "torch", "onednn"): raise ValueError(f"NORMFLOW_VI_PRODUCT={asked!r}: allowed are auto, torch, onednn")
-    if asked == "torch" or not torch.backends.mkldnn.is_available() or not works(): return "torch"
+    if asked not in ("auto", "torch", "onednn"):
+        raise ValueError(f"NORMFLOW_VI_PRODUCT={asked!r}: allowed are auto, torch, onednn")
+    if asked == "torch" or not torch.backends.mkldnn.is_available() or not works():
+        return "torch"
     return "onednn" if asked == "onednn" or halved() else "torch"
+
 
 def halved():
     "Whether this processor has wide vector instructions which MKL leaves unused: AVX-512, and not Intel's."
     cpuinfo = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and cpuinfo.exists()
+        and "AuthenticAMD" in cpuinfo.read_text()
+    )
 
 # %% ../../nbs/01_flows/08_product.ipynb #a73b52ec
 class OneDNN(torch.autograd.Function):
     "`onednn` with its gradients, for `x` `(rows, in)`."
+
     @staticmethod
     def forward(ctx, x, weight, bias, relu):
         y = onednn(x, weight, bias, relu)
@@ -51,18 +69,38 @@ class OneDNN(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, weight, y = ctx.saved_tensors
-        plain = not (torch.is_grad_enabled() or watched() or torch._C._functorch.maybe_current_level() is not None) and in_memory(g, torch.float32)
+        plain = not (
+            torch.is_grad_enabled() or watched() or torch._C._functorch.maybe_current_level() is not None
+        ) and in_memory(g, torch.float32)
         product = onednn if plain else linear_torch
-        if y is not None: g = g * (y > 0) if torch.is_grad_enabled() else torch.ops.aten.threshold_backward(g, y, 0)
+        if y is not None:
+            g = g * (y > 0) if torch.is_grad_enabled() else torch.ops.aten.threshold_backward(g, y, 0)
         wants = ctx.needs_input_grad
-        return (product(g, weight.t()) if wants[0] else None, product(g.t(), x.t()) if wants[1] else None, g.sum(0) if wants[2] else None, None)
+        return (
+            product(g, weight.t()) if wants[0] else None,
+            product(g.t(), x.t()) if wants[1] else None,
+            g.sum(0) if wants[2] else None,
+            None,
+        )
 
 # %% ../../nbs/01_flows/08_product.ipynb #bc181c7d
 def suits(x, weight, bias):
     "Whether these are plain tensors in single precision on a CPU where oneDNN is the faster one."
     given = [t for t in (x, weight, bias) if t is not None]
-    fit = x.dtype == torch.float32 and weight.dim() == 2 and x.numel() > 0 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
-    return fit and all(in_memory(t, x.dtype) for t in given) and chosen() == "onednn" and not torch.is_autocast_enabled("cpu")
+    fit = (
+        x.dtype == torch.float32
+        and weight.dim() == 2
+        and x.numel() > 0
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+    return (
+        fit
+        and all(in_memory(t, x.dtype) for t in given)
+        and chosen() == "onednn"
+        and not torch.is_autocast_enabled("cpu")
+    )
+
 
 def linear(x, weight, bias=None, relu=False):
     "`relu(x W^T + b)`, or without the rectifier, `(..., in) -> (..., out)`; torch's own unless all is plain single precision on a CPU where oneDNN is faster."

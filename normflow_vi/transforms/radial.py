@@ -6,7 +6,10 @@
 __all__ = ['CONSTRAINTS', 'FLOOR', 'stretches', 'lengths', 'distance', 'solve_radius', 'radial_stack', 'Radial']
 
 # %% ../../nbs/01_flows/16_radial.ipynb #3e288cbf
-import math, torch
+import math
+
+import torch
+
 from .base import Transform, check_choice, softplus
 from .planar import slow_head
 
@@ -18,7 +21,8 @@ def stretches(r, alpha, m):
 
 # %% ../../nbs/01_flows/16_radial.ipynb #a50e963b
 CONSTRAINTS = ("identity", "paper")
-FLOOR = 1e-12                                                # shortest length alpha or m
+FLOOR = 1e-12  # shortest length alpha or m
+
 
 def lengths(a, b, constraint):
     "`(alpha, m)`, both positive, from free numbers: Rezende & Mohamed 2015, appendix A.2, with `beta_hat = m - alpha`."
@@ -29,13 +33,15 @@ def distance(d):
     "`|d|` along the last axis; its derivatives at `d = 0` are 0."
     square = (d * d).sum(-1)
     zero = square == 0
-    return torch.where(zero, 0., torch.where(zero, 1., square).sqrt())                       # the inner one keeps 1/0 out of the gradient
+    return torch.where(
+        zero, 0.0, torch.where(zero, 1.0, square).sqrt()
+    )  # the inner one keeps 1/0 out of the gradient
 
 # %% ../../nbs/01_flows/16_radial.ipynb #4a5eb648
 def solve_radius(t, alpha, m):
     "The root `r >= 0` of `r (r + m) / (r + alpha) = t >= 0`, in the form that does not cancel."
     x = t - m
-    sign = torch.where(x < 0, -1., 1.)                       # not abs: the root is smooth at x = 0, where abs has no slope
+    sign = torch.where(x < 0, -1.0, 1.0)  # not abs: the root is smooth at x = 0, where abs has no slope
     q = (sign * x + (x * x + 4 * alpha * t).sqrt()) / 2
     return torch.where(x < 0, alpha * t / q, q)
 
@@ -58,19 +64,33 @@ class Radial(Transform):
     "identity" (`b = 0` is the identity map) or "paper". At `z0` the log-det has a kink; its gradient there is 0.
     Both directions O(K dim), closed form. Source: Rezende & Mohamed 2015, eq. 14 and appendix A.2.
     """
+
     derived_axis = {"alpha": -1, "m": -1}
 
     def __init__(self, dim, length=1, context_dim=None, constraint="identity"):
-        self.constraint, self.head_scale = check_choice("constraint", constraint, CONSTRAINTS), slow_head(length)
+        self.constraint, self.head_scale = (
+            check_choice("constraint", constraint, CONSTRAINTS),
+            slow_head(length),
+        )
         super().__init__(dim, length, context_dim)
 
     def initial(self):
-        K, one = self.length, math.log(math.e - 1)           # softplus(one) = 1
-        return {"z0": torch.randn(K, self.dim) / math.sqrt(self.dim), "a": torch.full((K,), one), "b": torch.zeros(K)}
+        K, one = self.length, math.log(math.e - 1)  # softplus(one) = 1
+        return {
+            "z0": torch.randn(K, self.dim) / math.sqrt(self.dim),
+            "a": torch.full((K,), one),
+            "b": torch.zeros(K),
+        }
 
-    def extra_repr(self): return f"{super().extra_repr()}, constraint={self.constraint!r}"
-    def prepare(self, z0, a, b): return dict(zip(("alpha", "m"), lengths(a, b, self.constraint)), z0=z0)
-    def push_stack(self, z, **tensors): return radial_stack(z, self.unstacked(tensors), tensors["alpha"], tensors["m"])
+    def extra_repr(self):
+        return f"{super().extra_repr()}, constraint={self.constraint!r}"
+
+    def prepare(self, z0, a, b):
+        return dict(zip(("alpha", "m"), lengths(a, b, self.constraint)), z0=z0)
+
+    def push_stack(self, z, **tensors):
+        return radial_stack(z, self.unstacked(tensors), tensors["alpha"], tensors["m"])
+
     def pull(self, y, z0, alpha, m):
         along, outward = stretches(solve_radius(distance(y - z0), alpha, m), alpha, m)
         return z0 + (y - z0) / along[..., None], -(self.dim - 1) * along.log() - outward.log()

@@ -10,30 +10,35 @@ __all__ = ['FLOOR', 'OFFSET', 'LANES', 'VALUE', 'BIN', 'X0', 'X1', 'Y0', 'Y1', '
            'backward_kernel', 'compiled', 'arrays', 'RQSpline', 'axis_first', 'spline', 'Spline']
 
 # %% ../../nbs/04_cif/05_spline.ipynb #4a3c0753
-import functools, math, torch
+import functools
+import math
+
 import numpy as np
+import torch
 from torch.nn.functional import pad
+
 from .base import check_int, check_positive, softplus
 from .kernels import by_reference, compile_together, exp, fits, log, softplus_slope
 from .laws import Law
 
 # %% ../../nbs/04_cif/05_spline.ipynb #6159f4bb
-FLOOR = 1e-3                                                 # least width and height of a bin, as a share of 2B, and least slope at a knot
-OFFSET = math.log(math.expm1(1 - FLOOR))                     # softplus(OFFSET) + FLOOR = 1
+FLOOR = 1e-3  # least width and height of a bin, as a share of 2B, and least slope at a knot
+OFFSET = math.log(math.expm1(1 - FLOOR))  # softplus(OFFSET) + FLOOR = 1
+
 
 def knots(theta, bins, bound):
     "`x`, `y` and slope of all knots, `(..., 3, bins + 1)`, for `theta` `(..., 3 bins - 1)`: widths, heights and inner slopes before softmax and softplus."
-    shares = FLOOR + (1 - FLOOR * bins) * theta[..., :2 * bins].unflatten(-1, (2, bins)).softmax(-1)
+    shares = FLOOR + (1 - FLOOR * bins) * theta[..., : 2 * bins].unflatten(-1, (2, bins)).softmax(-1)
     inner = bound * (2 * shares[..., :-1].cumsum(-1) - 1)
     places = pad(pad(inner, (1, 0), value=-bound), (0, 1), value=bound)
-    slopes = pad(softplus(theta[..., 2 * bins:] + OFFSET) + FLOOR, (1, 1), value=1.)
+    slopes = pad(softplus(theta[..., 2 * bins :] + OFFSET) + FLOOR, (1, 1), value=1.0)
     return torch.cat([places, slopes[..., None, :]], -2)
 
 # %% ../../nbs/04_cif/05_spline.ipynb #2a7ca3cf
 def ends(value, table, row):
     "The knots `(x, y, slope)` at the left and right end of the bin that holds `value` `(...)`; `row` 0: `value` is an `x`, 1: a `y`."
     past = (value[..., None] >= table[..., row, 1:-1]).to(table.dtype)
-    mask = (pad(past, (1, 0), value=1.) - pad(past, (0, 1)))[..., None, :]
+    mask = (pad(past, (1, 0), value=1.0) - pad(past, (0, 1)))[..., None, :]
     return (mask * table[..., :-1]).sum(-1).unbind(-1), (mask * table[..., 1:]).sum(-1).unbind(-1)
 
 # %% ../../nbs/04_cif/05_spline.ipynb #0ff0746c
@@ -41,10 +46,11 @@ def place(value, left, right):
     "Where `value` is between `left` and `right`: its distances to both as parts of the whole, each in [0, 1]."
     return (value - left) / (right - left), (right - value) / (right - left)
 
+
 def curve(xi, eta, s, d0, d1):
     "Part of the height reached at `xi = 1 - eta`, and the log-slope of the spline there; Durkan et al. 2019, eqs. 4 and 5, without differences."
-    beta = s * (xi * xi + eta * eta) + (d0 + d1) * xi * eta                                     # >= min(s, (d0 + d1) / 2) > 0
-    bracket = d1 * xi * xi + 2 * s * xi * eta + d0 * eta * eta                                  # >= min(d1, s, d0) > 0
+    beta = s * (xi * xi + eta * eta) + (d0 + d1) * xi * eta  # >= min(s, (d0 + d1) / 2) > 0
+    bracket = d1 * xi * xi + 2 * s * xi * eta + d0 * eta * eta  # >= min(d1, s, d0) > 0
     return xi * (s * xi + d0 * eta) / beta, 2 * (s / beta).log() + bracket.log()
 
 # %% ../../nbs/04_cif/05_spline.ipynb #df9d24c8
@@ -52,8 +58,11 @@ def uncurve(tau, rest, s, d0, d1):
     "`(xi, eta)`, where the part `tau = 1 - rest` of the height is reached: the quadratic of Durkan et al. 2019, eqs. 6-8, in the odds `xi / eta`."
     b = d0 * rest - d1 * tau
     rises = b >= 0
-    u = torch.where(rises, b, -b) + (b * b + 4 * s * s * tau * rest).sqrt()                      # > 0, as is the square root
-    up, down = torch.where(rises, 2 * s * tau, u), torch.where(rises, u, 2 * s * rest)           # their quotient is the odds
+    u = torch.where(rises, b, -b) + (b * b + 4 * s * s * tau * rest).sqrt()  # > 0, as is the square root
+    up, down = (
+        torch.where(rises, 2 * s * tau, u),
+        torch.where(rises, u, 2 * s * rest),
+    )  # their quotient is the odds
     return up / (up + down), down / (up + down)
 
 # %% ../../nbs/04_cif/05_spline.ipynb #bd46b843
@@ -63,12 +72,13 @@ def clipped_bin(value, theta, bins, bound, row):
     (x0, y0, d0), (x1, y1, d1) = ends(value, knots(theta, bins, bound), row)
     return value, (x0, x1), (y0, y1), ((y1 - y0) / (x1 - x0), d0, d1)
 
+
 def rq_spline(z, theta, bins, bound):
     "`(y, log dy/dz)`, both `(..., n)`, for `z` `(..., n)` and `theta` `(..., n, 3 bins - 1)`."
     clipped, x, (y0, y1), slopes = clipped_bin(z, theta, bins, bound, 0)
     part, log_slope = curve(*place(clipped, *x), *slopes)
     inside = z.abs() < bound
-    return torch.where(inside, y0 + (y1 - y0) * part, z), torch.where(inside, log_slope, 0.)
+    return torch.where(inside, y0 + (y1 - y0) * part, z), torch.where(inside, log_slope, 0.0)
 
 # %% ../../nbs/04_cif/05_spline.ipynb #3c517e1c
 def rq_spline_inverse(y, theta, bins, bound):
@@ -76,39 +86,50 @@ def rq_spline_inverse(y, theta, bins, bound):
     clipped, (x0, x1), heights, slopes = clipped_bin(y, theta, bins, bound, 1)
     xi, eta = uncurve(*place(clipped, *heights), *slopes)
     inside = y.abs() < bound
-    return torch.where(inside, x0 + (x1 - x0) * xi, y), torch.where(inside, -curve(xi, eta, *slopes)[1], 0.)
+    return torch.where(inside, x0 + (x1 - x0) * xi, y), torch.where(inside, -curve(xi, eta, *slopes)[1], 0.0)
 
 # %% ../../nbs/04_cif/05_spline.ipynb #092db768
 LANES = 128
-VALUE, BIN, X0, X1, Y0, Y1, RAW0, RAW1, X_UNIT, Y_UNIT, X_SUM, Y_SUM, X_END, Y_END, OUT, SLOPE, ROWS = range(0, 17 * LANES, LANES)
-ZERO, ONE = np.float32(0), np.float32(1)                     # exact, and of either precision
+VALUE, BIN, X0, X1, Y0, Y1, RAW0, RAW1, X_UNIT, Y_UNIT, X_SUM, Y_SUM, X_END, Y_END, OUT, SLOPE, ROWS = range(
+    0, 17 * LANES, LANES
+)
+ZERO, ONE = np.float32(0), np.float32(1)  # exact, and of either precision
+
 
 def load(value, theta, first, bound, t, s):
     "The numbers from `first` on, clipped, and their parameters, a lane each; returns how many. Lanes left over hold zeros."
     n = min(len(value) - first, LANES)
     for i in range(n):
         v = value[first + i]
-        v = v if v < bound else bound                        # and so is one that is not a number
+        v = v if v < bound else bound  # and so is one that is not a number
         s[VALUE + i] = v if v > -bound else -bound
-        for j in range(theta.shape[1]): t[j, i] = theta[first + i, j]
+        for j in range(theta.shape[1]):
+            t[j, i] = theta[first + i, j]
     for i in range(n, LANES):
         s[VALUE + i] = s[OUT + i] = s[SLOPE + i] = ZERO
-        for j in range(theta.shape[1]): t[j, i] = ZERO
+        for j in range(theta.shape[1]):
+            t[j, i] = ZERO
     return n
 
 # %% ../../nbs/04_cif/05_spline.ipynb #43466970
 def exponentials(t, s, start, unit, bins):
     "Rows `start, ..., start + bins - 1` become exponentials; times `s[unit]`, they sum to `1 - FLOOR bins`."
     rest = s.dtype.type(1 - FLOOR * bins)
-    for i in range(LANES): s[unit + i] = t[start, i]
+    for i in range(LANES):
+        s[unit + i] = t[start, i]
     for k in range(start + 1, start + bins):
-        for i in range(LANES): s[unit + i] = max(s[unit + i], t[k, i])
+        for i in range(LANES):
+            s[unit + i] = max(s[unit + i], t[k, i])
     for k in range(start, start + bins):
-        for i in range(LANES): t[k, i] = exp(t[k, i] - s[unit + i])
-    for i in range(LANES): s[unit + i] = ZERO
+        for i in range(LANES):
+            t[k, i] = exp(t[k, i] - s[unit + i])
+    for i in range(LANES):
+        s[unit + i] = ZERO
     for k in range(start, start + bins):
-        for i in range(LANES): s[unit + i] += t[k, i]
-    for i in range(LANES): s[unit + i] = rest / s[unit + i]
+        for i in range(LANES):
+            s[unit + i] += t[k, i]
+    for i in range(LANES):
+        s[unit + i] = rest / s[unit + i]
 
 # %% ../../nbs/04_cif/05_spline.ipynb #92565163
 def find(t, s, bins, bound, inverse):
@@ -120,9 +141,17 @@ def find(t, s, bins, bound, inverse):
     for k in range(bins):
         this, opens, last = np.float32(k), ONE if k > 0 else ZERO, k == bins - 1
         for i in range(LANES):
-            x, y = s[X_SUM + i] + (floor + t[k, i] * s[X_UNIT + i]), s[Y_SUM + i] + (floor + t[bins + k, i] * s[Y_UNIT + i])
-            x0, y0, x1, y1 = s[X_END + i], s[Y_END + i], bound if last else bound * (x + x - ONE), bound if last else bound * (y + y - ONE)
-            raw0, raw1 = opens * t[2 * bins + k - 1, i], t[2 * bins + k, i]                       # the last row of t is zero
+            x, y = (
+                s[X_SUM + i] + (floor + t[k, i] * s[X_UNIT + i]),
+                s[Y_SUM + i] + (floor + t[bins + k, i] * s[Y_UNIT + i]),
+            )
+            x0, y0, x1, y1 = (
+                s[X_END + i],
+                s[Y_END + i],
+                bound if last else bound * (x + x - ONE),
+                bound if last else bound * (y + y - ONE),
+            )
+            raw0, raw1 = opens * t[2 * bins + k - 1, i], t[2 * bins + k, i]  # the last row of t is zero
             before = s[BIN + i], s[X0 + i], s[X1 + i], s[Y0 + i], s[Y1 + i], s[RAW0 + i], s[RAW1 + i]
             take = (s[VALUE + i] >= (y0 if inverse else x0)) | (k == 0)
             s[BIN + i] = this if take else before[0]
@@ -135,8 +164,19 @@ def find(t, s, bins, bound, inverse):
 def inside_bin(s, i, inverse):
     "Of lane `i`: `xi`, `eta`, slopes `m, d0, d1` (on average, left, right), derivatives of the softplus left and right, width and height of the bin."
     real = s.dtype.type
-    value, x0, x1, y0, y1, offset, floor = s[VALUE + i], s[X0 + i], s[X1 + i], s[Y0 + i], s[Y1 + i], real(OFFSET), real(FLOOR)
-    (d0, turn0), (d1, turn1) = softplus_slope(s[RAW0 + i] + offset, real(1)), softplus_slope(s[RAW1 + i] + offset, real(1))
+    value, x0, x1, y0, y1, offset, floor = (
+        s[VALUE + i],
+        s[X0 + i],
+        s[X1 + i],
+        s[Y0 + i],
+        s[Y1 + i],
+        real(OFFSET),
+        real(FLOOR),
+    )
+    (d0, turn0), (d1, turn1) = (
+        softplus_slope(s[RAW0 + i] + offset, real(1)),
+        softplus_slope(s[RAW1 + i] + offset, real(1)),
+    )
     d0, d1, m = d0 + floor, d1 + floor, (y1 - y0) / (x1 - x0)
     if inverse:
         tau, rest = place(value, y0, y1)
@@ -144,71 +184,117 @@ def inside_bin(s, i, inverse):
         u = abs(b) + math.sqrt(b * b + rise * fall)
         up, down = rise if b >= ZERO else u, u if b >= ZERO else fall
         xi, eta = up / (up + down), down / (up + down)
-    else: xi, eta = place(value, x0, x1)
+    else:
+        xi, eta = place(value, x0, x1)
     return xi, eta, m, d0, d1, turn0, turn1, x1 - x0, y1 - y0
 
 # %% ../../nbs/04_cif/05_spline.ipynb #d0e5e09e
 def located(value, theta, first, bins, bound, inverse, t, s):
     "Load the lanes from `first` on and find their bins; returns how many lanes are taken."
     n = load(value, theta, first, bound, t, s)
-    exponentials(t, s, 0, X_UNIT, bins); exponentials(t, s, bins, Y_UNIT, bins)
+    exponentials(t, s, 0, X_UNIT, bins)
+    exponentials(t, s, bins, Y_UNIT, bins)
     find(t, s, bins, bound, inverse)
     return n
 
+
 def forward_kernel(value, theta, bins, bound, inverse, out, slope):
     "`rq_spline` or its inverse, for `value` `(n,)` and `theta` `(n, 3 bins - 1)`, into `out` and `slope`."
-    t, s, bound = np.zeros((3 * bins, LANES), value.dtype), np.zeros(ROWS, value.dtype), value.dtype.type(bound)
+    t, s, bound = (
+        np.zeros((3 * bins, LANES), value.dtype),
+        np.zeros(ROWS, value.dtype),
+        value.dtype.type(bound),
+    )
     for first in range(0, len(value), LANES):
         n = located(value, theta, first, bins, bound, inverse, t, s)
         for i in range(LANES):
             xi, eta, m, d0, d1, turn0, turn1, width, height = inside_bin(s, i, inverse)
-            beta, bracket = m * (xi * xi + eta * eta) + (d0 + d1) * xi * eta, d1 * xi * xi + (m + m) * xi * eta + d0 * eta * eta
-            half, x, y = log(m / beta), s[X0 + i] + width * xi, s[Y0 + i] + height * (xi * (m * xi + d0 * eta) / beta)
+            beta, bracket = (
+                m * (xi * xi + eta * eta) + (d0 + d1) * xi * eta,
+                d1 * xi * xi + (m + m) * xi * eta + d0 * eta * eta,
+            )
+            half, x, y = (
+                log(m / beta),
+                s[X0 + i] + width * xi,
+                s[Y0 + i] + height * (xi * (m * xi + d0 * eta) / beta),
+            )
             s[OUT + i], s[SLOPE + i] = x if inverse else y, half + half + log(bracket)
         for i in range(n):
             a, log_slope = value[first + i], -s[SLOPE + i] if inverse else s[SLOPE + i]
-            out[first + i], slope[first + i] = s[OUT + i] if abs(a) < bound else a, log_slope if abs(a) < bound else ZERO
+            out[first + i], slope[first + i] = (
+                s[OUT + i] if abs(a) < bound else a,
+                log_slope if abs(a) < bound else ZERO,
+            )
 
 # %% ../../nbs/04_cif/05_spline.ipynb #d620102d
 def bin_gradient(a, l, xi, eta, m, d0, d1, width, height, inverse):
     "Gradients in the value, in `x0, x1, y0, y1`, and in the slopes `d0, d1`, from those in the result, `a`, and in the log-slope, `l`."
     xx, xe, ee = xi * xi, xi * eta, eta * eta
     per_beta, per_bracket = ONE / (m * (xx + ee) + (d0 + d1) * xe), ONE / (d1 * xx + (m + m) * xe + d0 * ee)
-    part, rate, two = xi * (m * xi + d0 * eta) * per_beta, (m * per_beta) * (per_beta / per_bracket), per_beta + per_beta
-    bend = (d1 * xi + m * (eta - xi) - d0 * eta) * (per_bracket + per_bracket) - (xi - eta) * (m + m - d0 - d1) * two
+    part, rate, two = (
+        xi * (m * xi + d0 * eta) * per_beta,
+        (m * per_beta) * (per_beta / per_bracket),
+        per_beta + per_beta,
+    )
+    bend = (d1 * xi + m * (eta - xi) - d0 * eta) * (per_bracket + per_bracket) - (xi - eta) * (
+        m + m - d0 - d1
+    ) * two
     l = -l if inverse else l
     a = -(a + l * bend / width) / (m * rate) if inverse else a
     g_xi, b = a * height * rate + l * bend, a * height * per_beta
     g_m = b * (xx - part * (xx + ee)) + l * ((ONE + ONE) / m - two * (xx + ee) + (xe + xe) * per_bracket)
-    g_d0, g_d1 = b * xe * (ONE - part) + l * (ee * per_bracket - two * xe), -b * xe * part + l * (xx * per_bracket - two * xe)
+    g_d0, g_d1 = (
+        b * xe * (ONE - part) + l * (ee * per_bracket - two * xe),
+        -b * xe * part + l * (xx * per_bracket - two * xe),
+    )
     y1, stretch = a * part + g_m / width, g_m * m / width
-    return -a if inverse else g_xi / width, stretch - g_xi * eta / width, -stretch - g_xi * xi / width, a - y1, y1, g_d0, g_d1
+    return (
+        -a if inverse else g_xi / width,
+        stretch - g_xi * eta / width,
+        -stretch - g_xi * xi / width,
+        a - y1,
+        y1,
+        g_d0,
+        g_d1,
+    )
 
 # %% ../../nbs/04_cif/05_spline.ipynb #a942aaa7
 def share_gradient(t, s, bins, start, unit, low, high, total):
     "Rows `start, ..., start + bins - 1`, exponentials, become gradients before the softmax; a share left of the bin has gradient `s[low]`, the bin's own `s[high]`."
     per_rest = s.dtype.type(1 / (1 - FLOOR * bins))
-    for i in range(LANES): s[total + i] = ZERO
+    for i in range(LANES):
+        s[total + i] = ZERO
     for k in range(bins):
         this = np.float32(k)
         for i in range(LANES):
             a, b, at = s[low + i], s[high + i], s[BIN + i]
             s[total + i] += t[start + k, i] * (a if this < at else (b if this == at else ZERO))
-    for i in range(LANES): s[total + i] *= s[unit + i] * per_rest
+    for i in range(LANES):
+        s[total + i] *= s[unit + i] * per_rest
     for k in range(bins):
         this = np.float32(k)
         for i in range(LANES):
             a, b, at = s[low + i], s[high + i], s[BIN + i]
-            t[start + k, i] *= s[unit + i] * ((a if this < at else (b if this == at else ZERO)) - s[total + i])
+            t[start + k, i] *= s[unit + i] * (
+                (a if this < at else (b if this == at else ZERO)) - s[total + i]
+            )
 
 # %% ../../nbs/04_cif/05_spline.ipynb #cdcb7d63
 def lane_gradients(s, bound, inverse):
     "Gradients of all lanes inside their bins, in place of what they belong to; those in the ends of the bin as gradients in the shares before it and in its own, since a knot is `bound (2 sum - 1)`."
     for i in range(LANES):
         xi, eta, m, d0, d1, turn0, turn1, width, height = inside_bin(s, i, inverse)
-        g, x0, x1, y0, y1, g_d0, g_d1 = bin_gradient(s[OUT + i], s[SLOPE + i], xi, eta, m, d0, d1, width, height, inverse)
+        g, x0, x1, y0, y1, g_d0, g_d1 = bin_gradient(
+            s[OUT + i], s[SLOPE + i], xi, eta, m, d0, d1, width, height, inverse
+        )
         s[OUT + i], s[RAW0 + i], s[RAW1 + i] = g, g_d0 * turn0, g_d1 * turn1
-        s[X0 + i], s[X1 + i], s[Y0 + i], s[Y1 + i] = (bound + bound) * (x0 + x1), (bound + bound) * x1, (bound + bound) * (y0 + y1), (bound + bound) * y1
+        s[X0 + i], s[X1 + i], s[Y0 + i], s[Y1 + i] = (
+            (bound + bound) * (x0 + x1),
+            (bound + bound) * x1,
+            (bound + bound) * (y0 + y1),
+            (bound + bound) * y1,
+        )
+
 
 def slope_gradient(t, s, bins):
     "Rows of the slopes: all zero but those at the two ends of the bin."
@@ -221,25 +307,37 @@ def slope_gradient(t, s, bins):
 # %% ../../nbs/04_cif/05_spline.ipynb #e3d810be
 def backward_kernel(value, theta, g_out, g_slope, bins, bound, inverse, g_value, g_theta):
     "The gradients of `forward_kernel` in `value` and `theta`."
-    t, s, bound = np.zeros((3 * bins, LANES), value.dtype), np.zeros(ROWS, value.dtype), value.dtype.type(bound)
+    t, s, bound = (
+        np.zeros((3 * bins, LANES), value.dtype),
+        np.zeros(ROWS, value.dtype),
+        value.dtype.type(bound),
+    )
     for first in range(0, len(value), LANES):
         n = located(value, theta, first, bins, bound, inverse, t, s)
         for i in range(n):
             a, b, inside = g_out[first + i], g_slope[first + i], abs(value[first + i]) < bound
             s[OUT + i], s[SLOPE + i] = a if inside else ZERO, b if inside else ZERO
         lane_gradients(s, bound, inverse)
-        share_gradient(t, s, bins, 0, X_UNIT, X0, X1, X_SUM); share_gradient(t, s, bins, bins, Y_UNIT, Y0, Y1, Y_SUM)
+        share_gradient(t, s, bins, 0, X_UNIT, X0, X1, X_SUM)
+        share_gradient(t, s, bins, bins, Y_UNIT, Y0, Y1, Y_SUM)
         slope_gradient(t, s, bins)
         for i in range(n):
             g_value[first + i] = s[OUT + i] if abs(value[first + i]) < bound else g_out[first + i]
-            for j in range(theta.shape[1]): g_theta[first + i, j] = t[j, i]
+            for j in range(theta.shape[1]):
+                g_theta[first + i, j] = t[j, i]
 
 # %% ../../nbs/04_cif/05_spline.ipynb #ec097d39
 @functools.cache
 def compiled():
     "Both kernels as machine code, by name."
     helpers = load, exponentials, find, located, lane_gradients, share_gradient, slope_gradient
-    return compile_together(forward_kernel, backward_kernel, helpers=helpers, inline=(place, softplus_slope, inside_bin, bin_gradient))
+    return compile_together(
+        forward_kernel,
+        backward_kernel,
+        helpers=helpers,
+        inline=(place, softplus_slope, inside_bin, bin_gradient),
+    )
+
 
 def arrays(value, theta, *gradients):
     "Arrays of the kernels: `(n,)`, `(n, 3 bins - 1)`, and the others as the first."
@@ -249,36 +347,57 @@ def arrays(value, theta, *gradients):
 # %% ../../nbs/04_cif/05_spline.ipynb #095bc6c3
 class RQSpline(torch.autograd.Function):
     "`reference(value, theta, bins, bound)`, which is `rq_spline` or its inverse, by the kernels: `value` `(...)`, `theta` `(..., 3 bins - 1)`."
+
     @staticmethod
     def forward(value, theta, reference, bins, bound):
         out, slope = (torch.empty(value.shape, dtype=value.dtype) for _ in range(2))
-        compiled().forward_kernel(*arrays(value, theta), bins, bound, reference is rq_spline_inverse, out.view(-1).numpy(), slope.view(-1).numpy())
+        compiled().forward_kernel(
+            *arrays(value, theta),
+            bins,
+            bound,
+            reference is rq_spline_inverse,
+            out.view(-1).numpy(),
+            slope.view(-1).numpy(),
+        )
         return out, slope
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[:2]); ctx.how = inputs[2:]
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.how = inputs[2:]
 
     @staticmethod
     def backward(ctx, *gradients):
         inputs, (reference, bins, bound) = ctx.saved_tensors, ctx.how
         if not fits(*inputs, *gradients, rules=False):
-            return *by_reference(lambda *t: reference(*t, bins, bound), inputs, ctx.needs_input_grad, gradients), None, None, None
+            return (
+                *by_reference(lambda *t: reference(*t, bins, bound), inputs, ctx.needs_input_grad, gradients),
+                None,
+                None,
+                None,
+            )
         found = [torch.empty(t.shape, dtype=t.dtype) for t in inputs]
-        compiled().backward_kernel(*arrays(*inputs, *gradients), bins, bound, reference is rq_spline_inverse, *arrays(*found))
+        compiled().backward_kernel(
+            *arrays(*inputs, *gradients), bins, bound, reference is rq_spline_inverse, *arrays(*found)
+        )
         return *found, None, None, None
 
     @staticmethod
     def vmap(info, axes, value, theta, *how):
-        return spline(*(axis_first(t, axis, info.batch_size) for t, axis in zip((value, theta), axes)), *how), (0, 0)
+        return spline(
+            *(axis_first(t, axis, info.batch_size) for t, axis in zip((value, theta), axes)), *how
+        ), (0, 0)
 
 # %% ../../nbs/04_cif/05_spline.ipynb #7ba97a0b
 def axis_first(t, axis, size):
     "`t` with its mapped axis in front; one that is not mapped is repeated."
     return t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
 
+
 def spline(value, theta, reference, bins, bound):
     "`reference(value, theta, bins, bound)`, by the kernels where they may run."
-    if theta.shape[-1] != 3 * bins - 1 or not fits(value, theta): return reference(value, theta, bins, bound)
+    if theta.shape[-1] != 3 * bins - 1 or not fits(value, theta):
+        return reference(value, theta, bins, bound)
     if value.shape != theta.shape[:-1]:
         shape = torch.broadcast_shapes(value.shape, theta.shape[:-1])
         value, theta = value.expand(shape), theta.expand(*shape, -1)
@@ -291,13 +410,24 @@ class Spline(Law):
     `push`, `pull`: values `(..., n)`, `theta` `(..., n, 3 bins - 1)`; log-slopes in nats. Both directions in closed form, O(bins) a number. Raises
     `ValueError` unless `2 <= bins < 1000` (one bin has no freedom, 1000 least widths fill the interval) and `bound > 0`. Source: Durkan et al. 2019, section 3.1.
     """
-    def __init__(self, bins=8, bound=3.):
-        if check_int("bins", bins, 2) * FLOOR >= 1: raise ValueError(f"bins={bins}: expected fewer than {1 / FLOOR:g}, each takes at least {FLOOR} of the interval")
+
+    def __init__(self, bins=8, bound=3.0):
+        if check_int("bins", bins, 2) * FLOOR >= 1:
+            raise ValueError(
+                f"bins={bins}: expected fewer than {1 / FLOOR:g}, each takes at least {FLOOR} of the interval"
+            )
         self.bins, self.bound = bins, float(check_positive("bound", bound))
 
     @property
-    def size(self): return 3 * self.bins - 1
+    def size(self):
+        return 3 * self.bins - 1
+
     @property
-    def start(self): return (0.,) * self.size
-    def push(self, z, theta): return spline(z, theta, rq_spline, self.bins, self.bound)
-    def pull(self, y, theta): return spline(y, theta, rq_spline_inverse, self.bins, self.bound)
+    def start(self):
+        return (0.0,) * self.size
+
+    def push(self, z, theta):
+        return spline(z, theta, rq_spline, self.bins, self.bound)
+
+    def pull(self, y, theta):
+        return spline(y, theta, rq_spline_inverse, self.bins, self.bound)

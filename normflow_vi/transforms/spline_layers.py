@@ -17,7 +17,20 @@ class SplineCoupling(Coupling):
     `bins`, `bound`: see `Spline`; outside `[-bound, bound]` a layer is the identity. Other options and errors as in `Coupling`. Both directions: closed form, one network
     evaluation a layer. Source: Durkan et al. 2019, section 3.2, RQ-NSF (C).
     """
-    def __init__(self, dim, length=1, context_dim=None, hidden=(64, 64), activation="relu", bins=8, bound=3., mask="half", shape=None, mix=None):
+
+    def __init__(
+        self,
+        dim,
+        length=1,
+        context_dim=None,
+        hidden=(64, 64),
+        activation="relu",
+        bins=8,
+        bound=3.0,
+        mask="half",
+        shape=None,
+        mix=None,
+    ):
         super().__init__(dim, Spline(bins, bound), length, context_dim, hidden, activation, mask, shape, mix)
 
 # %% ../../nbs/04_cif/10_spline_layers.ipynb #9a66a388
@@ -27,7 +40,19 @@ class SplineAutoregressive(Autoregressive):
     Parallel direction: `forward`, the sampling direction, one network evaluation a layer. Inverse: sequential over the variables. `Inverse(SplineAutoregressive(...))` is the form for
     density estimation. `bins`, `bound`: see `Spline`. Other options and errors as in `Autoregressive`. Source: Durkan et al. 2019, section 3.2, RQ-NSF (AR).
     """
+
     forward_kind, inverse_kind = "closed form", "sequential"
 
-    def __init__(self, dim, length=1, context_dim=None, hidden=(64, 64), activation="relu", bins=8, bound=3., order="alternate", residual=False):
+    def __init__(
+        self,
+        dim,
+        length=1,
+        context_dim=None,
+        hidden=(64, 64),
+        activation="relu",
+        bins=8,
+        bound=3.0,
+        order="alternate",
+        residual=False,
+    ):
         super().__init__(dim, Spline(bins, bound), length, context_dim, hidden, activation, order, residual)

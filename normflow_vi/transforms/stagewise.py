@@ -7,8 +7,12 @@ __all__ = ['KERNEL_ACTIVATIONS', 'stage_edges', 'affine_parts', 'in_reading_orde
            'sweep', 'stage_tables', 'compiled', 'stagewise_numba', 'kernel_fits', 'stagewise']
 
 # %% ../../nbs/03_iaf/15_stagewise.ipynb #74be94b3
-import functools, math, torch
+import functools
+import math
+
 import numpy as np
+import torch
+
 from .conditioner import ACTIVATIONS
 from .kernels import fits, machine_code
 from .laws import Gate, ScaleShift
@@ -25,32 +29,52 @@ def stage_edges(dim, hidden, least=1):
 def affine_parts(layer, context):
     "Lists of the weights of a network and of its offsets: biases, and what the context adds to them."
     count = sum(name.startswith("weight_") for name in layer)
-    offsets = [layer[f"bias_{i}"] + (context.to(layer[f"bias_{i}"].dtype) @ layer[f"context_{i}"] if f"context_{i}" in layer else 0.) for i in range(count)]
+    offsets = [
+        layer[f"bias_{i}"]
+        + (context.to(layer[f"bias_{i}"].dtype) @ layer[f"context_{i}"] if f"context_{i}" in layer else 0.0)
+        for i in range(count)
+    ]
     return [layer[f"weight_{i}"] for i in range(count)], offsets
+
 
 def in_reading_order(weights, offsets, sequence):
     "The same with the rows of the first and the columns of the last layer in the order in which the variables are read."
-    def columns(t): return t.unflatten(-1, (sequence.shape[-1], -1))[..., sequence, :].flatten(-2)
+
+    def columns(t):
+        return t.unflatten(-1, (sequence.shape[-1], -1))[..., sequence, :].flatten(-2)
+
     weights = [weights[0][sequence], *weights[1:]]
     return [*weights[:-1], columns(weights[-1])], [*offsets[:-1], columns(offsets[-1])]
 
 # %% ../../nbs/03_iaf/15_stagewise.ipynb #7d35ceec
 def stagewise_torch(b, step, layer, edges, sequence, context=None, activation="relu", residual=False):
     "`a` with `a_i = step(b_i, theta_i(a_1, ..., a_{i-1}))` in the order `sequence`, and the sum of the log-slopes; `layer`: the tensors of one masked network."
-    (weights, offsets), act, slopes = in_reading_order(*affine_parts(layer, context), sequence), ACTIVATIONS[activation], []
+    (weights, offsets), act, slopes = (
+        in_reading_order(*affine_parts(layer, context), sequence),
+        ACTIVATIONS[activation],
+        [],
+    )
     b, size = b[..., sequence], offsets[-1].shape[-1] // b.shape[-1]
     known = [b[..., :0]] * len(weights)
-    def affine(i, start, stop): return known[i] @ weights[i][:known[i].shape[-1], start:stop] + offsets[i][..., start:stop]
-    def extend(i, found): known[i] = torch.cat([known[i], found], -1)
+
+    def affine(i, start, stop):
+        return known[i] @ weights[i][: known[i].shape[-1], start:stop] + offsets[i][..., start:stop]
+
+    def extend(i, found):
+        known[i] = torch.cat([known[i], found], -1)
+
     for s, (start, stop) in enumerate(zip(edges[0], edges[0][1:])):
         if stop > start:
             theta = affine(-1, size * start, size * stop).unflatten(-1, (stop - start, size))
             a, slope = step(b[..., start:stop], theta)
-            extend(0, a); slopes.append(slope)
-        if s == len(edges[0]) - 2: break                                  # the last variables feed nothing
+            extend(0, a)
+            slopes.append(slope)
+        if s == len(edges[0]) - 2:
+            break  # the last variables feed nothing
         for i, units in enumerate(edges[1:]):
             h = affine(i, units[s], units[s + 1])
-            if residual and i % 2 == 0: h = entering = h + entering if i else h
+            if residual and i % 2 == 0:
+                h = entering = h + entering if i else h
             extend(i + 1, act(h))
     return known[0][..., sequence.argsort(-1)], torch.cat(slopes, -1).sum(-1)
 
@@ -59,16 +83,21 @@ def settle(acc, first, last, at, act):
     "Activate unit `at` of the samples `first, ..., last - 1`."
     for n in range(first, last):
         h = acc[n, at]
-        if act == 0: acc[n, at] = max(h, 0.)
-        elif act == 1: acc[n, at] = math.tanh(h)
-        elif h < 0: acc[n, at] = math.expm1(h)
+        if act == 0:
+            acc[n, at] = max(h, 0.0)
+        elif act == 1:
+            acc[n, at] = math.tanh(h)
+        elif h < 0:
+            acc[n, at] = math.expm1(h)
+
 
 def spread(acc, row, first, last, at, to):
     "Add unit `at` times its row of weights to the units from `to` on: the inner loop of all."
     to = np.uint64(to)
     for n in range(np.uint64(first), np.uint64(last)):
         x = acc[n, at]
-        for j in range(np.uint64(len(row))): acc[n, to + j] += x * row[j]
+        for j in range(np.uint64(len(row))):
+            acc[n, to + j] += x * row[j]
 
 # %% ../../nbs/03_iaf/15_stagewise.ipynb #e10e20f9
 def move(acc, slopes, first, last, i, theta, gated, inverse, limit):
@@ -76,7 +105,7 @@ def move(acc, slopes, first, last, i, theta, gated, inverse, limit):
     for n in range(first, last):
         x, m, t = acc[n, i], acc[n, theta + 2 * i], acc[n, theta + 2 * i + 1]
         if gated:
-            log_slope = min(t, 0.) - math.log1p(math.exp(-abs(t)))
+            log_slope = min(t, 0.0) - math.log1p(math.exp(-abs(t)))
             moved = x + math.exp(-t) * (x - m) if inverse else x / (1 + math.exp(-t)) + m / (1 + math.exp(t))
         else:
             log_slope = limit * math.tanh(t / limit) if limit > 0 else t
@@ -123,23 +152,41 @@ def compiled():
 def stagewise_numba(b, step, layer, edges, sequence, context=None, activation="relu"):
     "As `stagewise_torch`, without gradients and for networks that are not residual."
     weights, offsets = affine_parts(layer, context)
-    acc = torch.cat([b, *(offset.expand(*b.shape[:-1], -1) for offset in offsets)], -1).reshape(-1, b.shape[-1] + sum(offset.shape[-1] for offset in offsets)).detach()
+    acc = (
+        torch.cat([b, *(offset.expand(*b.shape[:-1], -1) for offset in offsets)], -1)
+        .reshape(-1, b.shape[-1] + sum(offset.shape[-1] for offset in offsets))
+        .detach()
+    )
     slopes, law = acc.new_zeros(len(acc)), step.__self__
     arrays = tuple(weight.detach().contiguous().numpy() for weight in weights)
-    compiled()(acc.numpy(), slopes.numpy(), arrays, *stage_tables(edges, bool(sequence[0] > 0)), KERNEL_ACTIVATIONS.index(activation), isinstance(law, Gate),
-               step.__name__ == "pull", float(getattr(law, "max_log_scale", None) or 0.))
-    return acc[:, :b.shape[-1]].reshape(b.shape), slopes.reshape(b.shape[:-1])
+    compiled()(
+        acc.numpy(),
+        slopes.numpy(),
+        arrays,
+        *stage_tables(edges, bool(sequence[0] > 0)),
+        KERNEL_ACTIVATIONS.index(activation),
+        isinstance(law, Gate),
+        step.__name__ == "pull",
+        float(getattr(law, "max_log_scale", None) or 0.0),
+    )
+    return acc[:, : b.shape[-1]].reshape(b.shape), slopes.reshape(b.shape[:-1])
 
 # %% ../../nbs/03_iaf/15_stagewise.ipynb #d35c5591
-KERNEL_ACTIVATIONS = ("relu", "tanh", "elu")                # as the kernel numbers them
+KERNEL_ACTIVATIONS = ("relu", "tanh", "elu")  # as the kernel numbers them
+
 
 def kernel_fits(step, tensors, residual):
     "Whether the kernel may take the place of the reference: a law it knows, and plain CPU tensors of one precision that nobody watches."
-    return not residual and type(getattr(step, "__self__", None)) in (ScaleShift, Gate) and fits(*tensors, rules=False)
+    return (
+        not residual
+        and type(getattr(step, "__self__", None)) in (ScaleShift, Gate)
+        and fits(*tensors, rules=False)
+    )
 
 # %% ../../nbs/03_iaf/15_stagewise.ipynb #e77f18c3
 def stagewise(b, step, layer, edges, sequence, context=None, activation="relu", residual=False):
     "`stagewise_numba` where it fits, `stagewise_torch` elsewhere."
     tensors = [b, *layer.values()] + ([] if context is None else [context.to(b.dtype)])
-    if activation in KERNEL_ACTIVATIONS and kernel_fits(step, tensors, residual): return stagewise_numba(b, step, layer, edges, sequence, context, activation)
+    if activation in KERNEL_ACTIVATIONS and kernel_fits(step, tensors, residual):
+        return stagewise_numba(b, step, layer, edges, sequence, context, activation)
     return stagewise_torch(b, step, layer, edges, sequence, context, activation, residual)

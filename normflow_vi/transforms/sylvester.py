@@ -7,7 +7,10 @@ __all__ = ['CONSTRAINTS', 'orthonormal', 'admissible', 'both_tanh', 'solve_units
            'Sylvester']
 
 # %% ../../nbs/01_flows/17_sylvester.ipynb #3c01de1d
-import math, torch
+import math
+
+import torch
+
 from .base import Transform, check_choice, check_int
 from .linear import compact, times
 from .planar import log_slope, slow_head, solve_slope
@@ -24,21 +27,30 @@ def admissible(r, r_tilde):
     theta = (r * r_tilde / 2).asinh()
     return r * theta.sigmoid(), r_tilde, theta.exp()
 
+
 def both_tanh(r, r_tilde):
     "`(r, r_tilde, 1 + r r_tilde)` with both numbers between -1 and 1: van den Berg et al. 2018."
-    return r.tanh(), r_tilde.tanh(), 2 * ((2 * r).sigmoid() * (2 * r_tilde).sigmoid() + (-2 * r).sigmoid() * (-2 * r_tilde).sigmoid())
+    return (
+        r.tanh(),
+        r_tilde.tanh(),
+        2 * ((2 * r).sigmoid() * (2 * r_tilde).sigmoid() + (-2 * r).sigmoid() * (-2 * r_tilde).sigmoid()),
+    )
+
 
 CONSTRAINTS = {"identity": admissible, "paper": both_tanh}
 
 # %% ../../nbs/01_flows/17_sylvester.ipynb #5f793486
 def solve_units(v, r, r_tilde, b, slope):
     "The hidden units `h` `(..., M)` for which `v = x + R h` and `h = tanh(R_tilde x + b)`, last to first."
-    h = x = v[..., :0]                                       # those found so far
+    h = x = v[..., :0]  # those found so far
     for i in reversed(range(v.shape[-1])):
-        rest = v[..., i] - (r[..., i, i + 1:] * h).sum(-1)
-        offset = b[..., i] + (r_tilde[..., i, i + 1:] * x).sum(-1)
+        rest = v[..., i] - (r[..., i, i + 1 :] * h).sum(-1)
+        offset = b[..., i] + (r_tilde[..., i, i + 1 :] * x).sum(-1)
         unit = solve_slope(r_tilde[..., i, i] * rest + offset, slope[..., i]).tanh()
-        h, x = torch.cat([unit[..., None], h], -1), torch.cat([(rest - r[..., i, i] * unit)[..., None], x], -1)
+        h, x = (
+            torch.cat([unit[..., None], h], -1),
+            torch.cat([(rest - r[..., i, i] * unit)[..., None], x], -1),
+        )
     return h
 
 # %% ../../nbs/01_flows/17_sylvester.ipynb #b3db6ba3
@@ -54,11 +66,18 @@ def sizes(dim, kind, bottleneck, reflections):
     "`(M, number of reflections)` of a Sylvester flow; raise `ValueError` for what its kind does not have."
     check_int("dim", dim)
     if check_choice("kind", kind, ("orthogonal", "householder")) == "householder":
-        if bottleneck is not None: raise ValueError(f"bottleneck={bottleneck!r}: only kind='orthogonal' has one; a householder flow has dim={dim} hidden units")
+        if bottleneck is not None:
+            raise ValueError(
+                f"bottleneck={bottleneck!r}: only kind='orthogonal' has one; a householder flow has dim={dim} hidden units"
+            )
         return dim, check_int("reflections", min(dim, 8) if reflections is None else reflections)
-    if reflections is not None: raise ValueError(f"reflections={reflections!r}: only kind='householder' has a number of its own; an orthogonal flow has one a hidden unit")
+    if reflections is not None:
+        raise ValueError(
+            f"reflections={reflections!r}: only kind='householder' has a number of its own; an orthogonal flow has one a hidden unit"
+        )
     units = check_int("bottleneck", min(dim, 8) if bottleneck is None else bottleneck)
-    if units > dim: raise ValueError(f"bottleneck={units}: expected at most dim={dim}")
+    if units > dim:
+        raise ValueError(f"bottleneck={units}: expected at most dim={dim}")
     return units, units
 
 # %% ../../nbs/01_flows/17_sylvester.ipynb #8fb49383
@@ -78,20 +97,43 @@ class Sylvester(Transform):
     `constraint`: "identity" (every `r_ii r_tilde_ii > -1`) or "paper" (tanh of both). `v`: `(..., K, n, dim)`, `square`: `(..., K, M, M)`, `diagonal`, `b`: `(..., K, M)`. Forward O(K dim M),
     and O(K dim n (n + M)) once a call; inverse: iterative, `M` roots of 40 rounds a layer, one after the other. Raises `ValueError` naming what does not fit. Source: van den Berg et al. 2018, theorems 1 and 2.
     """
+
     inverse_kind, derived_axis = "iterative", {"q": -3, "r": -3, "r_tilde": -3, "A": -3, "B": -3, "slope": -2}
-    def __init__(self, dim, length=1, context_dim=None, kind="orthogonal", bottleneck=None, reflections=None, constraint="identity"):
+
+    def __init__(
+        self,
+        dim,
+        length=1,
+        context_dim=None,
+        kind="orthogonal",
+        bottleneck=None,
+        reflections=None,
+        constraint="identity",
+    ):
         self.kind, (self.bottleneck, self.reflections) = kind, sizes(dim, kind, bottleneck, reflections)
-        self.constraint, self.head_scale = check_choice("constraint", constraint, CONSTRAINTS), slow_head(length)
+        self.constraint, self.head_scale = (
+            check_choice("constraint", constraint, CONSTRAINTS),
+            slow_head(length),
+        )
         super().__init__(dim, length, context_dim)
 
     def initial(self):
         M, bound = self.bottleneck, math.sqrt(2 / self.bottleneck)
-        rest = {name: torch.empty(self.length, *size).uniform_(-bound, bound) for name, size in {"square": (M, M), "diagonal": (M,), "b": (M,)}.items()}
+        rest = {
+            name: torch.empty(self.length, *size).uniform_(-bound, bound)
+            for name, size in {"square": (M, M), "diagonal": (M,), "b": (M,)}.items()
+        }
         return {"v": torch.randn(self.length, self.reflections, self.dim)} | rest
 
-    def extra_repr(self): return f"{super().extra_repr()}, kind={self.kind!r}, bottleneck={self.bottleneck}, reflections={self.reflections}, constraint={self.constraint!r}"
-    def prepare(self, **free): return matrices(constraint=self.constraint, **free)
-    def push_stack(self, z, slope, **tensors): return sylvester_stack(z, self.unstacked(tensors), slope)
+    def extra_repr(self):
+        return f"{super().extra_repr()}, kind={self.kind!r}, bottleneck={self.bottleneck}, reflections={self.reflections}, constraint={self.constraint!r}"
+
+    def prepare(self, **free):
+        return matrices(constraint=self.constraint, **free)
+
+    def push_stack(self, z, slope, **tensors):
+        return sylvester_stack(z, self.unstacked(tensors), slope)
+
     def pull(self, y, q, r, r_tilde, A, B, b, slope):
         h = solve_units(times(q.mT, y), r, r_tilde, b, slope)
         return y - times(A, h), -log_slope(h, slope).sum(-1)

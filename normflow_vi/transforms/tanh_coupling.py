@@ -6,7 +6,11 @@
 __all__ = ['tanh_couplings', 'turns', 'unmixed', 'orthogonal_layers', 'TanhCoupling']
 
 # %% ../../nbs/01_flows/21_tanh_coupling.ipynb #ec5aabbe
-import itertools, math, torch
+import itertools
+import math
+
+import torch
+
 from .base import Transform, check_choice
 from .coupling import MATRICES
 from .permutation import haar, polished
@@ -23,8 +27,12 @@ def tanh_couplings(z, mixes, u, w, b):
 # %% ../../nbs/01_flows/21_tanh_coupling.ipynb #194cae02
 def turns(mix, length, dim):
     "`R_k = Q_k ... Q_1`, `(K, D, D)`, in double precision, for the mixes `Q_k` by that name."
-    if mix == "ortho": return haar(length, dim)              # products of independent uniform rotations are independent and uniform themselves
+    if mix == "ortho":
+        return haar(
+            length, dim
+        )  # products of independent uniform rotations are independent and uniform themselves
     return torch.stack([*itertools.accumulate(MATRICES[mix](length, dim).double(), lambda turn, Q: Q @ turn)])
+
 
 def unmixed(turn, u, w):
     "`(u~, w~)` `(..., K, D)` of the planar layers."
@@ -45,20 +53,37 @@ class TanhCoupling(Transform):
     undone afterwards. Buffer `turn`: `(K, dim, dim)`, the mixes so far multiplied, drawn from torch's global generator. Both directions O(K dim + dim^2) a point, and O(K dim^2) for each `u`, `w`; inverse: closed form.
     Raises `ValueError` for another `mix`. Source: Rezende & Mohamed 2015 (NICE-perm, NICE-ortho); Dinh et al. 2015.
     """
+
     def __init__(self, dim, length=1, context_dim=None, mix="perm"):
         self.mix, self.head_scale = check_choice("mix", mix, MATRICES), slow_head(length)
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self): return f"{super().extra_repr()}, mix={self.mix!r}"
-    def constants(self): return {"turn": turns(self.mix, self.length, self.dim).to(torch.get_default_dtype())}
+    def extra_repr(self):
+        return f"{super().extra_repr()}, mix={self.mix!r}"
+
+    def constants(self):
+        return {"turn": turns(self.mix, self.length, self.dim).to(torch.get_default_dtype())}
+
     def initial(self):
         bound, K, half = math.sqrt(2 / self.dim), self.length, self.dim // 2
-        return {name: torch.empty(size).uniform_(-bound, bound) for name, size in [("u", (K, self.dim - half)), ("w", (K, half)), ("b", (K,))]}
+        return {
+            name: torch.empty(size).uniform_(-bound, bound)
+            for name, size in [("u", (K, self.dim - half)), ("w", (K, half)), ("b", (K,))]
+        }
 
-    def constants_of(self, k): return {"turn": self.turn[k:k + 1] @ (self.turn[k - 1].mT if k else torch.eye(self.dim).to(self.turn))}
+    def constants_of(self, k):
+        return {
+            "turn": self.turn[k : k + 1] @ (self.turn[k - 1].mT if k else torch.eye(self.dim).to(self.turn))
+        }
 
     def prepare(self, turn, u, w, b):
-        if self.mix == "ortho": turn = polished(turn)
+        if self.mix == "ortho":
+            turn = polished(turn)
         return dict(zip(("u", "w"), unmixed(turn, u, w))) | {"b": b, "end": turn[-1]}
-    def push_stack(self, z, u, w, b, end): y, zero = orthogonal_layers(z, u, w, b); return y @ end.mT, zero
-    def pull_stack(self, y, u, w, b, end): return orthogonal_layers(y @ end, -u.flip(-2), w.flip(-2), b.flip(-1))
+
+    def push_stack(self, z, u, w, b, end):
+        y, zero = orthogonal_layers(z, u, w, b)
+        return y @ end.mT, zero
+
+    def pull_stack(self, y, u, w, b, end):
+        return orthogonal_layers(y @ end, -u.flip(-2), w.flip(-2), b.flip(-1))
