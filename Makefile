@@ -31,7 +31,7 @@ test-full: test
 	@python -m pytest -q -n 2 -m full
 
 readme: setup
-	@python -c "from normflow_vi.readme import write; print(write())"
+	@python -c "from normflow_vi.reproduce.readme import write; print(write())"
 
 lab: setup
 	jupyter lab nbs

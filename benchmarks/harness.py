@@ -12,7 +12,8 @@ from unittest import mock
 
 import torch
 
-from normflow_vi.transforms import kernels, product
+from normflow_vi.numerics import compiling as kernels
+from normflow_vi.numerics import product
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ import torch
 from models import image_trainer
 from torch.profiler import ProfilerActivity, profile
 
-from normflow_vi.training import undisturbed
+from normflow_vi.utils.modules import undisturbed
 
 parser = argparse.ArgumentParser(description="time joint runs of an image model")
 parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

@@ -16,10 +16,10 @@ import sys
 import torch
 from harness import interleaved, report, torch_only
 
+from normflow_vi.numerics.compiling import has_numba
 from normflow_vi.transforms.autoregressive import MaskedAutoregressive
 from normflow_vi.transforms.base import fetch
 from normflow_vi.transforms.conditioner import network
-from normflow_vi.transforms.kernels import has_numba
 
 parser = argparse.ArgumentParser(description="time the slow direction of a masked autoregressive flow")
 parser.add_argument("--peers", help="folder with nflows and zuko")

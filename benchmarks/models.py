@@ -5,12 +5,12 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, linear, softplus
 
 from normflow_vi.data import Batches, Split
+from normflow_vi.engine.trainer import Optimizer, Trainer
 from normflow_vi.experiments import energies
 from normflow_vi.fitting import density_loss
+from normflow_vi.models.vae import dlgm
 from normflow_vi.objectives import free_energy
 from normflow_vi.targets import U1
-from normflow_vi.training import Optimizer, Trainer
-from normflow_vi.vae import dlgm
 
 BITS = Split(
     (torch.rand(5000, 784, generator=torch.Generator().manual_seed(0)) < 0.13).to(torch.uint8), None, "static"

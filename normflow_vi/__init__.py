@@ -7,12 +7,12 @@ __all__ = []
 
 # %% ../nbs/90_engine/99_package.ipynb #abea1dfd
 from .data import load_data
-from .fitted import Fit
 from .fitting import fit
+from .fitting.fitted import Fit
 from .flows import Flow
+from .models.vae import VAE
 from .objectives import Estimate
 from .transforms import Chain, Inverse
-from .vae import VAE
 
 __version__ = "0.1.0"
 __all__ = ["Chain", "Estimate", "Fit", "Flow", "Inverse", "VAE", "fit", "load_data"]

@@ -16,8 +16,7 @@ import traceback
 from pathlib import Path
 
 from . import __version__, experiments
-from .records import Record, Store, records_root
-from normflow_vi.runner import (
+from normflow_vi.reproduce.jobs import (
     DATA,
     DEVICES,
     ParameterError,
@@ -29,7 +28,8 @@ from normflow_vi.runner import (
     work,
     write_unit,
 )
-from .settings import PROFILES, project_root
+from .results.store import Record, Store, records_root
+from .utils.settings import PROFILES, project_root
 
 # %% ../nbs/90_engine/80_cli.ipynb #7285fd5a
 def selected(only):
@@ -65,7 +65,7 @@ def check_data(data, plans):
 # %% ../nbs/90_engine/80_cli.ipynb #1559ece4
 def reproduce_one(experiment, plan, profile, data, device, engine, retrain):
     "Complete an experiment's plan and execute its notebook; the reason of a failure, or `None`."
-    from normflow_vi import report
+    from normflow_vi.reproduce import report
 
     try:
         complete(plan, device, retrain=retrain, engine=engine)
@@ -77,7 +77,7 @@ def reproduce_one(experiment, plan, profile, data, device, engine, retrain):
 # %% ../nbs/90_engine/80_cli.ipynb #5b2119c7
 def reproduce(profile="quick", only=None, device="auto", data="auto", engine="local", retrain=False):
     "Reproduce the report, or a part of it; returns what failed, a line each."
-    from normflow_vi import report, status
+    from normflow_vi.reproduce import report, status
 
     (chosen, chapters), device = selected(only), resolve_device(device)
     check_data(data, [e.plan(profile, data) for e in chosen])
@@ -199,7 +199,7 @@ def _reproduce(a):
 
 
 def _status(a):
-    from normflow_vi import status
+    from normflow_vi.reproduce import status
 
     table, problems = status.rows()
     print(json.dumps(table, indent=1, ensure_ascii=False) if a.json else status.text(table, a.all))
@@ -219,7 +219,7 @@ def _merge(a):
 
 # %% ../nbs/90_engine/80_cli.ipynb #e03af54a
 def _report(a):
-    from normflow_vi import report
+    from normflow_vi.reproduce import report
 
     path, failures = report.make()
     print(f"report: {path}")
@@ -240,7 +240,7 @@ def _run(a):
 
 
 def _notebook(a):
-    from normflow_vi.report import takes_parameters
+    from normflow_vi.reproduce.report import takes_parameters
 
     path = (project_root() / a.notebook).resolve()
     if (

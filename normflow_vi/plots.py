@@ -8,7 +8,7 @@ __all__ = ['FAMILY_COLOURS', 'PART_STYLES', 'colour', 'show_density', 'show_imag
 # %% ../nbs/90_engine/35_plots.ipynb #a3d354c6
 from pathlib import Path
 
-from .files import atomic_write
+from .utils.files import atomic_write
 
 FAMILY_COLOURS = {
     "diagonal": "#666666",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.func import functional_call, vmap
 
-from normflow_vi.cases import CASES
-from normflow_vi.contract import Case, Direction, drawn
+from normflow_vi.testing.cases import CASES
+from normflow_vi.testing.contract import Case, Direction, drawn
 
 CASE = {case.name: case for case in CASES}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from normflow_vi.annealed import (
+from normflow_vi.evaluate.annealed import (
     ACCEPTANCE,
     FIRST,
     Annealed,

@@ -12,7 +12,7 @@ from scipy import integrate, stats
 
 from normflow_vi import Flow, fit
 from normflow_vi.flows import RealNVP
-from normflow_vi.schools import SCHOOLS, eight_schools
+from normflow_vi.targets.schools import SCHOOLS, eight_schools
 from normflow_vi.transforms import Affine
 
 PAGE = Path(__file__).parent.parent / "nbs" / "01_flows" / "70_answers.ipynb"

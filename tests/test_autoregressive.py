@@ -6,12 +6,13 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from helpers import dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
 from torch.func import functional_call, jacrev, vmap
 
-from normflow_vi.contract import Direction
-from normflow_vi.contract import contexts as context_of
-from normflow_vi.transforms import kernels, made, stagewise
+from helpers import dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
+from normflow_vi.numerics import compiling as kernels
+from normflow_vi.testing.contract import Direction
+from normflow_vi.testing.contract import contexts as context_of
+from normflow_vi.transforms import made, stagewise
 from normflow_vi.transforms.autoregressive import Autoregressive, InverseAutoregressive, MaskedAutoregressive
 from normflow_vi.transforms.base import fetch
 from normflow_vi.transforms.conditioner import network

@@ -15,8 +15,17 @@ from torch.distributions import (
     constraints,
 )
 
-from normflow_vi import Flow, calibration
-from normflow_vi.calibration import Calibration, chance_inside, fit_each, log_joint, pointwise, rank, sbc
+from normflow_vi import Flow
+from normflow_vi.evaluate import calibration
+from normflow_vi.evaluate.calibration import (
+    Calibration,
+    chance_inside,
+    fit_each,
+    log_joint,
+    pointwise,
+    rank,
+    sbc,
+)
 from normflow_vi.transforms import PLU, Affine, Chain
 
 # Conjugate models with exact posteriors, which can be made too narrow or shifted by so many of their standard deviations.

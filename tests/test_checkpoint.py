@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import damage
 
-from normflow_vi.checkpoint import MAGIC, Damaged, latest, pack, path_of, save, unpack
-from normflow_vi.files import sha256
+from helpers import damage
+from normflow_vi.engine.checkpoint import MAGIC, Damaged, latest, pack, path_of, save, unpack
+from normflow_vi.utils.files import sha256
 
 
 def state(step):
@@ -171,7 +171,7 @@ def test_unpack_names_damage():
 
 FULL_DISK = """
 import os, resource, sys, torch, signal
-from normflow_vi.checkpoint import save
+from normflow_vi.engine.checkpoint import save
 folder, limits = sys.argv[1], [int(x) for x in sys.argv[2:]]
 for limit in limits:
     if (child := os.fork()) == 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from normflow_vi import experiments, report
+from normflow_vi import experiments
 from normflow_vi.data import Data, Split
 from normflow_vi.experiments import vae_cifar
 from normflow_vi.experiments.vae_cifar import (
@@ -26,9 +26,10 @@ from normflow_vi.experiments.vae_cifar import (
     shares,
     train,
 )
-from normflow_vi.records import Record, Run, Store, records_root
-from normflow_vi.runner import place
-from normflow_vi.status import join, published
+from normflow_vi.reproduce import report
+from normflow_vi.reproduce.jobs import place
+from normflow_vi.reproduce.status import join, published
+from normflow_vi.results.store import Record, Run, Store, records_root
 
 ROOT = Path(__file__).parent.parent
 SHAPE = (32, 32, 3)
@@ -177,7 +178,7 @@ def test_the_pixels_add_up_to_the_likelihood():
         each.sum(-1), model.log_joint(x, z)["log_likelihood"]
     )
     mean, raw = model.decoder(z).chunk(2, -1)  # one pixel by hand, with the published formula
-    from normflow_vi.likelihoods import limited
+    from normflow_vi.models.likelihoods import limited
 
     y, v = 1e-4 + (1 - 2e-4) * x[4, 100], limited(raw[1, 4, 100])
     by_hand = (

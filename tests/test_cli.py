@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_runner import NOTEBOOK, PRODUCTS, make_project, project, read, snapshot, trial
+from test_runner import NOTEBOOK, PRODUCTS, make_project, project, read, snapshot, trial  # noqa: F401
 
-from normflow_vi import cli, report, status
-from normflow_vi.records import Record, Store
-from normflow_vi.runner import Manifest, execute
+from normflow_vi import cli
+from normflow_vi.reproduce import report, status
+from normflow_vi.reproduce.jobs import Manifest, execute
+from normflow_vi.results.store import Record, Store
 
 ROOT = Path(__file__).parent.parent
 

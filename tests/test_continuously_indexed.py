@@ -5,13 +5,14 @@ import math
 import mpmath
 import pytest
 import torch
-from helpers import caught, dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
 from torch.func import functional_call, stack_module_state, vmap
 
-from normflow_vi import Chain, Flow, cases, fit
-from normflow_vi.contract import C, Case, Direction, walk
+from helpers import caught, dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
+from normflow_vi import Chain, Flow, fit
 from normflow_vi.evaluate import log_marginal
 from normflow_vi.objectives import elbo, free_energy
+from normflow_vi.testing import cases
+from normflow_vi.testing.contract import C, Case, Direction, walk
 from normflow_vi.transforms import Affine, Planar
 from normflow_vi.transforms.continuously_indexed import FORMS, ContinuouslyIndexed, log_normal_at
 from normflow_vi.transforms.coupling import AffineCoupling

@@ -4,9 +4,9 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from helpers import dtypes, emitting, exact, many_draws, moved, near, over_draws, scales, tensors_of
 from torch.func import jacrev, vmap
 
+from helpers import dtypes, emitting, exact, many_draws, moved, near, over_draws, scales, tensors_of
 from normflow_vi.transforms import Affine, Chain
 from normflow_vi.transforms.conf import ConvolutionCoupling, Convolve
 from normflow_vi.transforms.convolution import (

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from normflow_vi.experiments import vae_convolution as page
-from normflow_vi.posteriors import posterior
-from normflow_vi.records import Record, Store
-from normflow_vi.status import join, published
+from normflow_vi.models.posteriors import posterior
+from normflow_vi.reproduce.status import join, published
+from normflow_vi.results.store import Record, Store
 
 
 def draws(mean, factor, S, images=60):

@@ -6,10 +6,10 @@ import math
 import mpmath
 import pytest
 import torch
-from helpers import caught, dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
 from torch.func import jacrev
 
-from normflow_vi.contract import C
+from helpers import caught, dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
+from normflow_vi.testing.contract import C
 from normflow_vi.transforms.coupling import AdditiveCoupling, AffineCoupling, Coupling, conditioning
 from normflow_vi.transforms.laws import Gate, ScaleShift, Shift
 

@@ -36,7 +36,6 @@ from normflow_vi.data import (
     bernoulli,
     content_hash,
     content_sha256,
-    fetch,
     find,
     image_set,
     load_data,
@@ -46,8 +45,8 @@ from normflow_vi.data import (
     resolve,
     thresholds,
 )
-from normflow_vi.files import sha256
-from normflow_vi.transforms.kernels import has_numba
+from normflow_vi.numerics.compiling import has_numba
+from normflow_vi.utils.files import sha256
 
 CONNECT_SECONDS = module.CONNECT_SECONDS  # as shipped; some tests shorten it
 MNIST = [file.name for file in SOURCES["mnist"].layouts[0].files]

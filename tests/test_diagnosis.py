@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import genpareto, norm
 
-from normflow_vi.diagnosis import (
+from normflow_vi.evaluate.diagnosis import (
     effective_sample_size,
     generalised_pareto,
     k_hat,

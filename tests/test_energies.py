@@ -8,9 +8,9 @@ import torch
 
 from normflow_vi import flows
 from normflow_vi.experiments import energies
-from normflow_vi.records import Record, Run, Store
-from normflow_vi.runner import read_unit, units, write_unit
-from normflow_vi.status import join, published
+from normflow_vi.reproduce.jobs import read_unit, units, write_unit
+from normflow_vi.reproduce.status import join, published
+from normflow_vi.results.store import Record, Run, Store
 from normflow_vi.targets import ENERGIES
 
 CHEAP = {

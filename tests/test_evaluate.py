@@ -8,10 +8,10 @@ from torch import nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import softplus
 
-from normflow_vi.diagnosis import effective_sample_size, k_hat, log_mean_weight, tail_size
 from normflow_vi.evaluate import ais, emitted, log_marginal, rows_of, streamed, tail_shapes
+from normflow_vi.evaluate.diagnosis import effective_sample_size, k_hat, log_mean_weight, tail_size
 from normflow_vi.flows import FlowDistribution
-from normflow_vi.posteriors import FAMILIES, posterior
+from normflow_vi.models.posteriors import FAMILIES, posterior
 from normflow_vi.transforms.base import Amortised
 
 

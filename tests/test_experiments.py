@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from normflow_vi import experiments, report
-from normflow_vi.records import Store, records_root
-from normflow_vi.runner import complete, place
+from normflow_vi import experiments
+from normflow_vi.reproduce import report
+from normflow_vi.reproduce.jobs import complete, place
+from normflow_vi.results.store import Store, records_root
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,6 @@ from torch.distributions import (
     Dirichlet,
     Distribution,
     Gamma,
-    HalfCauchy,
     Independent,
     Laplace,
     Normal,
@@ -17,15 +16,15 @@ from torch.distributions import (
 )
 
 from normflow_vi import Chain, Flow, Inverse, fit
-from normflow_vi.cases import CASES
-from normflow_vi.contract import drawn
-from normflow_vi.diagnosis import risen
+from normflow_vi.engine.trainer import NonFinite
+from normflow_vi.evaluate.diagnosis import risen
 from normflow_vi.fitting import redrawn
 from normflow_vi.flows import MAF, NICE, NSF, Place, RealNVP
-from normflow_vi.placing import place_density, place_samples
+from normflow_vi.flows.placing import place_density, place_samples
+from normflow_vi.flows.tracing import layers_of, origin, way_of_draws
 from normflow_vi.targets import U1, U2_box, lattice, u2
-from normflow_vi.tracing import layers_of, origin, way_of_draws
-from normflow_vi.training import NonFinite
+from normflow_vi.testing.cases import CASES
+from normflow_vi.testing.contract import drawn
 from normflow_vi.transforms import Affine, Permutation, Planar
 
 

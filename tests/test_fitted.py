@@ -16,22 +16,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import damage
 from torch import nn
-from torch.distributions import Independent, Laplace, MultivariateNormal, Normal, constraints
+from torch.distributions import Independent, Laplace, MultivariateNormal, constraints
 
-import normflow_vi.files
-from normflow_vi import diagnosis
-from normflow_vi.cases import CASES
-from normflow_vi.checkpoint import MAGIC, Damaged, pack
-from normflow_vi.contract import drawn
-from normflow_vi.files import sha256
-from normflow_vi.fitted import FORMAT, Fit, trusted, verdict
+import normflow_vi.utils.files
+from helpers import damage
+from normflow_vi.engine.checkpoint import MAGIC, Damaged, pack
+from normflow_vi.engine.trainer import History
+from normflow_vi.evaluate import diagnosis
+from normflow_vi.fitting.fitted import FORMAT, Fit, trusted, verdict
 from normflow_vi.flows import Flow
 from normflow_vi.objectives import Estimate, estimate
-from normflow_vi.training import History
+from normflow_vi.testing.cases import CASES
+from normflow_vi.testing.contract import drawn
 from normflow_vi.transforms import Affine, Chain, Planar, Transform
 from normflow_vi.transforms.laws import Law
+from normflow_vi.utils.files import sha256
 
 LOG_Z = math.log(2 * math.pi)
 
@@ -536,7 +536,7 @@ def hostile(target):
         Payload(exec, code),
         Payload(subprocess.call, ["touch", str(target)]),
         Payload(open, str(target), "w"),
-        Payload(normflow_vi.files.atomic_write, str(target), b"x"),
+        Payload(normflow_vi.utils.files.atomic_write, str(target), b"x"),
         Payload(functools.partial(os.system, touch)),
         Payload(functools.partial, os.system, touch),
         objects,

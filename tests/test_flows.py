@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from helpers import dtypes
 from torch.distributions import (
     Exponential,
     Gamma,
@@ -20,6 +19,7 @@ from torch.distributions import (
     transforms,
 )
 
+from helpers import dtypes
 from normflow_vi import Chain, Flow, Inverse
 from normflow_vi.transforms import Affine, Planar
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from normflow_vi.evaluate import log_marginal
-from normflow_vi.gaps import Gaps, freed, gaps
-from normflow_vi.posteriors import FAMILIES, posterior
+from normflow_vi.evaluate.gaps import Gaps, freed, gaps
+from normflow_vi.models.posteriors import FAMILIES, posterior
 
 SIGMA = 0.7
 

@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
-from helpers import CASE
 from torch import nn
-from torch.distributions import Independent, Normal, constraints
+from torch.distributions import Normal, constraints
 from torch.func import functional_call, grad, vmap
 
+from helpers import CASE
 from normflow_vi import Chain, Flow
-from normflow_vi.contract import C, drawn
-from normflow_vi.gradients import GRADIENTS, path_draws, stopped_log_prob
+from normflow_vi.engine.trainer import OneRun, StackedRuns
 from normflow_vi.objectives import elbo, forward_kl, free_energy, importance_weighted, renyi
-from normflow_vi.training import OneRun, StackedRuns
+from normflow_vi.objectives.gradients import GRADIENTS, path_draws, stopped_log_prob
+from normflow_vi.testing.contract import C, drawn
 from normflow_vi.transforms import Affine, BatchNorm, Inverse, Planar
 from normflow_vi.transforms.continuously_indexed import ContinuouslyIndexed
 from normflow_vi.transforms.coupling import AffineCoupling
@@ -442,7 +442,7 @@ class Fixed(ContinuouslyIndexed):
 
 @paths
 def test_trains_under_the_engine(gradient):
-    from normflow_vi.training import Optimizer, Trainer
+    from normflow_vi.engine.trainer import Optimizer, Trainer
 
     models = [gaussian(1.0, 2.0, 2).float() for _ in range(2)]
     loss = lambda q, batch, step, generator: free_energy(

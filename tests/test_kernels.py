@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import caught
 from torch.func import functional_call, jacfwd, jacrev, vmap
 
-from normflow_vi.training import StackedRuns
-from normflow_vi.transforms import Planar, kernels, planar
+from helpers import caught
+from normflow_vi.engine.trainer import StackedRuns
+from normflow_vi.numerics import compiling as kernels
+from normflow_vi.transforms import Planar, planar
 from normflow_vi.transforms.planar import planar_layers, planar_torch
 
 KERNELS = ("wide_forward", "wide_backward", "narrow_forward", "narrow_backward")

@@ -5,14 +5,14 @@ import math
 import mpmath
 import pytest
 import torch
-from helpers import CASE, caught, dtypes, emitting, exact, many_draws, moved, near, scales
 from torch.func import functional_call, stack_module_state, vmap
 
-from normflow_vi.cases import used
-from normflow_vi.contract import contexts, drawn
+from helpers import CASE, caught, dtypes, emitting, exact, many_draws, moved, near, scales
+from normflow_vi.engine.trainer import Optimizer, Trainer
 from normflow_vi.flows import Flow
 from normflow_vi.objectives import estimate
-from normflow_vi.training import Optimizer, Trainer
+from normflow_vi.testing.cases import used
+from normflow_vi.testing.contract import contexts, drawn
 from normflow_vi.transforms.affine import Affine
 from normflow_vi.transforms.base import Chain, Inverse
 from normflow_vi.transforms.batchnorm import BatchNorm

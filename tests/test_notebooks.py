@@ -203,7 +203,7 @@ def without_outputs(text):
 
 
 def test_readme_is_that_of_the_index():
-    from normflow_vi.readme import readme
+    from normflow_vi.reproduce.readme import readme
 
     committed = (ROOT / "README.md").read_text()
     assert without_outputs(readme()).split() == without_outputs(committed).split(), "run make readme"

@@ -151,7 +151,7 @@ def test_parts_and_sum_of_a_joint_agree():
 
 def test_a_whole_loss_traces_to_one_graph():
     "Model, posterior and annealed free energy of a batch: nothing in it breaks the graph."
-    from normflow_vi.vae import dlgm
+    from normflow_vi.models.vae import dlgm
 
     model, x = dlgm(torch.full((20,), 0.2), length=3, dim=4, hidden=(8, 8)), (torch.rand(5, 20) < 0.2).float()
 

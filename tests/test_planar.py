@@ -3,9 +3,9 @@
 import mpmath
 import pytest
 import torch
-from helpers import dtypes, emitting, exact, many_draws, moved, near, scales
 from torch.func import grad, jacrev
 
+from helpers import dtypes, emitting, exact, many_draws, moved, near, scales
 from normflow_vi.transforms import Planar
 from normflow_vi.transforms.planar import CONSTRAINTS, constrain, solve_slope
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import CASE, plant
 
-from normflow_vi.contract import walk
-from normflow_vi.transforms import kernels
+from helpers import CASE, plant
+from normflow_vi.numerics import compiling as kernels
+from normflow_vi.testing.contract import walk
 
 CHECKS = (
     "reaches",

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, MultivariateNormal, kl_divergence
 
-from normflow_vi.experiments import posteriors, programs
+from normflow_vi.experiments import programs
+from normflow_vi.experiments import vae_posteriors as posteriors
 from normflow_vi.flows import Flow
-from normflow_vi.networks import MLP
+from normflow_vi.models.networks import MLP
+from normflow_vi.models.vae import VAE
 from normflow_vi.objectives import elbo
 from normflow_vi.transforms import Affine
-from normflow_vi.vae import VAE
 
 
 def normal(mean, covariance):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from normflow_vi.posteriors import FAMILIES, options_of, posterior
+from normflow_vi.models.posteriors import FAMILIES, options_of, posterior
 from normflow_vi.transforms.convolution import filtered
 
 C = 6

@@ -14,8 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from normflow_vi.files import sha256
-from normflow_vi.records import (
+from normflow_vi.results.store import (
     ARRAYS_LIMIT,
     VERDICTS,
     DamagedRecord,
@@ -31,6 +30,7 @@ from normflow_vi.records import (
     records_root,
     verdict,
 )
+from normflow_vi.utils.files import sha256
 
 
 def run(seed=0, profile="quick", **more):
@@ -240,7 +240,7 @@ def test_weights_that_cannot_be_kept(tmp_path, monkeypatch, wrong):
     import torch
 
     if wrong == "large":
-        monkeypatch.setattr("normflow_vi.records.WEIGHTS_LIMIT", 1000)
+        monkeypatch.setattr("normflow_vi.results.store.WEIGHTS_LIMIT", 1000)
     given = wrong if wrong == "text" else torch.zeros(300) if wrong == "large" else torch.tensor([wrong])
     with pytest.raises(ValueError, match="weights"):
         Record(run(), {}, weights={"w": given}).save(tmp_path)
@@ -481,7 +481,7 @@ def test_verdicts_are_complete():
 
 
 def test_every_published_metric_has_a_direction():
-    from normflow_vi.status import published
+    from normflow_vi.reproduce.status import published
 
     metrics = {n["metric"] for n in published() if n["value"] is not None}
     assert len(metrics) > 20 and all(lower_is_better(m) in (True, False) for m in metrics)
@@ -494,7 +494,7 @@ def test_every_published_metric_has_a_direction():
 
 def test_code_hash_follows_the_imports(tmp_path, monkeypatch):
     """A change of meaning in what is imported changes the hash; comments, empty lines and other modules do not."""
-    import normflow_vi.records as records
+    import normflow_vi.results.store as records
 
     top = tmp_path / "normflow_vi"
     top.mkdir()

@@ -5,9 +5,9 @@ import math
 import mpmath
 import pytest
 import torch
-from helpers import caught, dtypes, emitting, exact, many_draws, moved, near, scales
 from torch.func import grad, jacrev, vmap
 
+from helpers import caught, dtypes, emitting, exact, many_draws, moved, near, scales
 from normflow_vi.transforms.planar import Planar, planar_stack
 from normflow_vi.transforms.radial import Radial, distance, lengths, solve_radius
 from normflow_vi.transforms.sylvester import Sylvester, orthonormal

@@ -1,7 +1,6 @@
 """The runner: bad parameters are refused before anything runs; workers and notebooks fail in every way, and earlier results stay."""
 
 import json
-import os
 import platform
 import random
 import signal
@@ -14,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from normflow_vi import experiments
-from normflow_vi.files import Busy, exclusive
-from normflow_vi.records import Record, Run, Store
-from normflow_vi.runner import (
+from normflow_vi.reproduce.jobs import (
     Job,
     Manifest,
     ParameterError,
@@ -34,12 +31,14 @@ from normflow_vi.runner import (
     work_folder,
     write_unit,
 )
+from normflow_vi.results.store import Record, Run, Store
+from normflow_vi.utils.files import Busy, exclusive
 
 EXPERIMENT = """
 import os, time
 from pathlib import Path
 from normflow_vi.experiments import Experiment
-from normflow_vi.records import Record, Run
+from normflow_vi.results.store import Record, Run
 def plan(profile, data="auto"):
     return [Run("trial", 1, "none", "none", "", "planar", 2, seed, profile, {"updates": 20}) for seed in (0, 1)]
 def train(runs, folder, device, progress):
@@ -381,7 +380,7 @@ def test_units_follow_the_experiments_engine(project, monkeypatch):
 
 def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkeypatch):
     "With a `trainer` the choice is measured; runs that were begun in one way are not begun again in the other."
-    from normflow_vi import training
+    from normflow_vi.engine import trainer as training
 
     runs, module, asked = [trial(0), trial(1)], sys.modules[experiments.module_of("trial")], []
     monkeypatch.setattr(
@@ -423,7 +422,7 @@ def test_one_process_a_unit(project):
     assert Store().find(trial(0)) is None
 
 
-COMPLETE = """import sys; from normflow_vi import cli; from normflow_vi.records import Run; from normflow_vi.runner import complete
+COMPLETE = """import sys; from normflow_vi import cli; from normflow_vi.results.store import Run; from normflow_vi.reproduce.jobs import complete
 import signal; signal.signal(signal.SIGTERM, cli._terminate)
 complete([Run("trial", 1, "none", "none", "", "planar", 2, {seed}, "quick", {{"updates": 20}})], "cpu")"""
 

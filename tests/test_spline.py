@@ -3,9 +3,9 @@
 import mpmath
 import pytest
 import torch
-from helpers import caught, dtypes, exact, many_draws, near, scales
 from torch.func import jacrev
 
+from helpers import caught, dtypes, exact, many_draws, near, scales
 from normflow_vi.transforms import Inverse
 from normflow_vi.transforms import spline as module
 from normflow_vi.transforms.spline import Spline, knots

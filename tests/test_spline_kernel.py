@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import caught, dtypes, scales
 from test_spline import and_knots, thetas
 
-from normflow_vi.transforms import kernels
+from helpers import caught, dtypes, scales
+from normflow_vi.numerics import compiling as kernels
 from normflow_vi.transforms import spline as module
 
 REFERENCES = {"push": module.rq_spline, "pull": module.rq_spline_inverse}

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import normflow_vi.records as records
-from normflow_vi import cli, experiments, status
-from normflow_vi.files import sha256
-from normflow_vi.records import Measured, Record, Run
-from normflow_vi.runner import Manifest, notebook_code
+import normflow_vi.results.store as records
+from normflow_vi import cli, experiments
+from normflow_vi.reproduce import status
+from normflow_vi.reproduce.jobs import Manifest, notebook_code
+from normflow_vi.results.store import Measured, Record, Run
+from normflow_vi.utils.files import sha256
 
 ROOT = Path(__file__).parent.parent
 KEYS = [
@@ -63,7 +64,7 @@ class Trial:
 
 @pytest.fixture
 def with_experiments(monkeypatch):
-    monkeypatch.setattr(experiments, "module_of", lambda name: "normflow_vi.files")
+    monkeypatch.setattr(experiments, "module_of", lambda name: "normflow_vi.utils.files")
     return lambda *found: monkeypatch.setattr(experiments, "all", lambda: list(found))
 
 
@@ -126,9 +127,9 @@ def test_measured_rows_are_joined(with_experiments, capsys):
 
 
 def test_earlier_code_is_marked(with_experiments):
-    from normflow_vi.records import code_sha256
+    from normflow_vi.results.store import code_sha256
 
-    now = code_sha256("normflow_vi.files")
+    now = code_sha256("normflow_vi.utils.files")
     with_experiments(Trial(measured(codes=(now, "other")), measured("Fig 4c", "NF K=20", codes=(now, now))))
     assert {r["row"]: r["state"] for r in status.rows()[0] if r["value"] is not None} == {
         "NF K=10": "earlier code",
@@ -272,7 +273,7 @@ def test_figures_go_out_of_date(tmp_path, monkeypatch):
 
     for folder in (notebook.parent, figure.parent):
         folder.mkdir(parents=True)
-    write("from normflow_vi.files import sha256")
+    write("from normflow_vi.utils.files import sha256")
     assert state() == "not made"
     figure.write_bytes(b"picture")
     manifest = Manifest(
@@ -296,9 +297,9 @@ def test_figures_go_out_of_date(tmp_path, monkeypatch):
     assert state() == "damaged"
     figure.write_bytes(b"picture")
     assert state() == "made"
-    write("from normflow_vi.files import atomic_write")
+    write("from normflow_vi.utils.files import atomic_write")
     assert state() == "out of date"
-    write("from normflow_vi.files import sha256")
+    write("from normflow_vi.utils.files import sha256")
     assert state() == "made"
     monkeypatch.setattr(status, "notebook_code", lambda path: "another")
     status._present.cache_clear()

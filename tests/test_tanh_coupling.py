@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers import CASE, caught
 
-from normflow_vi.contract import walk
+from helpers import CASE, caught
+from normflow_vi.testing.contract import walk
 from normflow_vi.transforms import TanhCoupling
 from normflow_vi.transforms.permutation import polished
 from normflow_vi.transforms.tanh_coupling import turns

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +18,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from normflow_vi import Flow, checkpoint, files
-from normflow_vi.training import (
+from normflow_vi import Flow
+from normflow_vi.engine import checkpoint
+from normflow_vi.engine.trainer import (
     Interrupted,
     Missing,
     NonFinite,
@@ -32,6 +32,7 @@ from normflow_vi.training import (
     rate,
 )
 from normflow_vi.transforms import Planar
+from normflow_vi.utils import files
 
 # A training in which every item of a checkpoint matters: a buffer that moves and enters the loss, noise, data without replacement, dropout from
 # torch's global stream, an annealed loss, momentum, decay, a clip that bites, a schedule, and a best step before the end.

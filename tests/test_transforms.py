@@ -4,12 +4,12 @@ import inspect
 
 import pytest
 import torch
-from helpers import CASE
 from torch.func import functional_call, stack_module_state, vmap
 
+from helpers import CASE
 from normflow_vi import Flow, transforms
-from normflow_vi.cases import CASES
-from normflow_vi.contract import CHECKS, C, Case, Direction, drawn, stacked
+from normflow_vi.testing.cases import CASES
+from normflow_vi.testing.contract import CHECKS, C, Case, Direction, drawn, stacked
 from normflow_vi.transforms import *
 from normflow_vi.transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 

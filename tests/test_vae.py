@@ -10,12 +10,12 @@ from torch.distributions import MultivariateNormal
 from normflow_vi import Chain, Flow
 from normflow_vi.data import load_data
 from normflow_vi.flows import RealNVP
-from normflow_vi.likelihoods import Bernoulli, DiscretisedLogistic, Gaussian, LogitNormal
-from normflow_vi.networks import MLP, GatedConvDecoder, GatedConvEncoder, ResNetDecoder, ResNetEncoder
+from normflow_vi.models.likelihoods import Bernoulli, DiscretisedLogistic, Gaussian, LogitNormal
+from normflow_vi.models.networks import MLP, GatedConvDecoder, GatedConvEncoder, ResNetDecoder, ResNetEncoder
+from normflow_vi.models.posteriors import posterior
+from normflow_vi.models.vae import VAE, check_uses_latents, dlgm, independent_pixels_nll
 from normflow_vi.objectives import annealing, free_energy, importance_weighted
-from normflow_vi.posteriors import posterior
 from normflow_vi.transforms import PLU, Affine
-from normflow_vi.vae import VAE, check_uses_latents, dlgm, independent_pixels_nll
 
 LIKELIHOODS = {
     "bernoulli": lambda dim: Bernoulli(),

@@ -54,7 +54,7 @@ MODULES = (
     "normflow_vi.experiments.theory",
     "normflow_vi.experiments.energies",
     "normflow_vi.experiments.answers",
-    "normflow_vi.experiments.posteriors",
+    "normflow_vi.experiments.vae_posteriors",
     "normflow_vi.experiments.vae_mnist",
     "normflow_vi.experiments.vae_evaluation",
     "normflow_vi.experiments.vae_cifar",

@@ -13,14 +13,15 @@ __all__ = ['RECIPE', 'TARGETS', 'AXIS', 'OUR_NICE', 'NARROW', 'FAMILIES', 'PAPER
 import numpy as np
 import torch
 
+from ..engine.trainer import Optimizer, Trainer
 from . import Experiment
 from ..flows import IAF, NICE, Flow, RealNVP
 from ..objectives import annealing, elbo, free_energy
-from ..records import Record, Run, measured
-from ..settings import settings
+from ..results.store import Record, Run, measured
 from ..targets import ENERGIES
-from ..training import Optimizer, Trainer, evaluating
 from ..transforms import Affine, Chain, Planar, Radial, SplineCoupling
+from ..utils.modules import evaluating
+from ..utils.settings import settings
 
 RECIPE = 2
 TARGETS = (

@@ -14,17 +14,18 @@ import torch
 from torch import nn
 
 from ..data import SOURCES, Batches, DataNotFound, content_sha256, find, load_data
+from ..engine.trainer import Optimizer
 from ..evaluate import log_marginal
 from . import Experiment
 from .vae_mnist import as_bytes, curves, image_loss, trained, trainer_of
-from ..likelihoods import LogitNormal
-from ..networks import MLP
+from ..models.likelihoods import LogitNormal
+from ..models.networks import MLP
+from ..models.posteriors import posterior
+from ..models.vae import VAE
 from ..objectives import estimate
-from ..posteriors import posterior
-from ..records import Record, Run, Store, measured, records_root
-from ..settings import settings
-from ..training import Optimizer, evaluating
-from ..vae import VAE
+from ..results.store import Record, Run, Store, measured, records_root
+from ..utils.modules import evaluating
+from ..utils.settings import settings
 
 RECIPE = 1
 SIDE, DIM = 8, 30  # pixels of a patch's edge; latent dimensions

@@ -17,11 +17,11 @@ import torch
 from ..data import resolve
 from ..evaluate import log_marginal
 from . import Experiment, vae_mnist
+from ..models.posteriors import posterior
 from ..objectives import estimate
-from ..posteriors import posterior
-from ..records import measured
-from ..settings import settings
-from ..training import evaluating, undisturbed
+from ..results.store import measured
+from ..utils.modules import evaluating, undisturbed
+from ..utils.settings import settings
 
 # %% ../../nbs/02_vae_nf/38_convolution_plan.ipynb #6c55c928
 LENGTHS = {

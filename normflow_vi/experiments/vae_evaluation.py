@@ -14,12 +14,12 @@ import torch
 
 from ..data import content_sha256, resolve
 from ..evaluate import ais, bidirectional, blocks_of, marginal_of, posteriors
+from ..evaluate.gaps import gaps
 from . import Experiment, vae_mnist
-from ..gaps import gaps
 from ..objectives import estimate
-from ..records import Record, Run, Store
-from ..settings import settings
-from ..training import evaluating, seed_of
+from ..results.store import Record, Run, Store
+from ..utils.modules import derive_seed, evaluating
+from ..utils.settings import settings
 
 RECIPE = 2
 
@@ -148,7 +148,7 @@ def judged(model, x, z, run, generator):
     "What every evaluator says of each of the images `x`, and the `curve` of the importance-weighted bound; with `z`, they are simulated, and there are bounds from above."
 
     def seed(use):
-        return seed_of(
+        return derive_seed(
             "real" if z is None else "simulated", use, run.seed
         )  # none is run.seed itself, which z was drawn with
 
@@ -225,7 +225,7 @@ def one_record(run, device="cpu"):
             run.get("gap_steps"),
             run.get("gap_draws"),
             samples=min(1000, run.get("samples")),
-            seed=seed_of("gaps", run.seed),
+            seed=derive_seed("gaps", run.seed),
         )
     values = {key: v for name, of in found.items() for key, v in means(name, of).items()}
     parts = {

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 
 from ..data import Batches, content_sha256, load_data, resolve, titled
+from ..engine.trainer import Optimizer, Trainer
 from ..evaluate import log_marginal
 from . import Experiment
+from ..models.vae import dlgm
 from ..objectives import annealing, free_energy
-from ..records import Record, Run, halved, measured
-from ..settings import settings
-from ..training import Optimizer, Trainer, evaluating
-from ..transforms.base import Amortised, check_choice
-from ..vae import dlgm
+from ..results.store import Record, Run, halved, measured
+from ..transforms.base import Amortised
+from ..utils.checks import check_choice
+from ..utils.modules import evaluating
+from ..utils.settings import settings
 
 RECIPE = 2
 

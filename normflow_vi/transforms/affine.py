@@ -8,7 +8,8 @@ __all__ = ['Affine']
 # %% ../../nbs/01_flows/10_affine.ipynb #118a089b
 import torch
 
-from .base import Transform, bounded, check_limit
+from .base import Transform, bounded
+from ..utils.checks import check_limit
 
 # %% ../../nbs/01_flows/10_affine.ipynb #3e7874f7
 class Affine(Transform):

@@ -8,11 +8,12 @@ __all__ = ['MaskedNetworks', 'Autoregressive', 'affine_law', 'InverseAutoregress
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #45db74aa
 import torch
 
-from .base import Transform, check_choice
+from .base import Transform
 from .conditioner import check_network, network
 from .laws import Gate, ScaleShift, check_law
 from .made import masked, masks, start_made
 from .stagewise import stage_edges, stagewise
+from ..utils.checks import check_choice
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #0384b347
 class MaskedNetworks(Transform):

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import nn
 
-from .product import linear
+from ..numerics.product import linear
 
 KINDS = (
     "closed form",
@@ -22,6 +22,15 @@ KINDS = (
     "iterative",
     "none",
 )  # what a direction costs, best first; "none": it does not exist
+from normflow_vi.utils.checks import (
+    check_choice,
+    check_int,
+    check_limit,
+    check_positive,
+    check_tensor,
+    check_widths,
+    first_false,
+)
 
 # %% ../../nbs/01_flows/05_transform.ipynb #5dd1c85c
 class Owned(nn.Module):

@@ -8,7 +8,8 @@ __all__ = ['batch_statistics', 'BatchNorm', 'push_batch']
 # %% ../../nbs/01_flows/12_batchnorm.ipynb #07e8cd99
 import torch
 
-from .base import Transform, bounded, check_limit, check_positive, run_layers
+from .base import Transform, bounded, run_layers
+from ..utils.checks import check_limit, check_positive
 
 # %% ../../nbs/01_flows/12_batchnorm.ipynb #cf2abd91
 def batch_statistics(z):

@@ -11,7 +11,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from .base import check_choice, check_widths
+from ..utils.checks import check_choice, check_widths
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "elu": F.elu}
 

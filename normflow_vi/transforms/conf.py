@@ -8,10 +8,11 @@ __all__ = ['Convolve', 'ConvolutionCoupling']
 # %% ../../nbs/02_vae_nf/35_conf.ipynb #d605a6b9
 import torch
 
-from .base import bounded, check_limit
+from .base import bounded
 from .convolution import all_gains, filtered
 from .coupling import Coupling
 from .laws import Law
+from ..utils.checks import check_limit
 
 # %% ../../nbs/02_vae_nf/35_conf.ipynb #23202409
 class Convolve(Law):

@@ -11,19 +11,9 @@ import math
 
 import torch
 
-from normflow_vi.transforms.base import (
-    Combinator,
-    Transform,
-    bounded,
-    check_call,
-    check_choice,
-    check_int,
-    check_limit,
-    check_tensor,
-    check_transform,
-    fetch,
-)
+from .base import Combinator, Transform, bounded, check_call, check_transform, fetch
 from .conditioner import check_network, network, start_network
+from ..utils.checks import check_choice, check_int, check_limit, check_tensor
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #8a2d55dc
 def log_normal(eps, log_std):

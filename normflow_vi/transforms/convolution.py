@@ -13,7 +13,8 @@ import torch
 from torch.fft import irfft, rfft
 from torch.nn.functional import pad
 
-from .base import Transform, bounded, check_limit, check_positive
+from .base import Transform, bounded
+from ..utils.checks import check_limit, check_positive
 
 # %% ../../nbs/02_vae_nf/30_convolution.ipynb #70eecea8
 def filtered(x, log_gain, phase):

@@ -11,10 +11,11 @@ import math
 
 import torch
 
-from .base import Transform, check_choice, check_int
+from .base import Transform
 from .conditioner import check_network, network, start_network
 from .laws import ScaleShift, Shift, check_law
 from .permutation import haar, polished, shuffles
+from ..utils.checks import check_choice, check_int
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #1049249c
 def half(shape):

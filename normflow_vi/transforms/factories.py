@@ -8,12 +8,13 @@ __all__ = ['MIXES', 'rounds', 'mixer', 'NICE', 'RealNVP', 'MAF', 'IAF', 'NSF', '
 # %% ../../nbs/04_cif/20_factories.ipynb #3d26d9a5
 from .affine import Affine
 from .autoregressive import InverseAutoregressive, MaskedAutoregressive
-from .base import Chain, check_choice, check_int
+from .base import Chain
 from .continuously_indexed import ContinuouslyIndexed
 from .coupling import AdditiveCoupling, AffineCoupling
 from .linear import PLU
 from .permutation import Orthogonal, Permutation
 from .spline_layers import SplineAutoregressive, SplineCoupling
+from ..utils.checks import check_choice, check_int
 
 MIXES = {"perm": Permutation, "ortho": Orthogonal, "plu": PLU}
 

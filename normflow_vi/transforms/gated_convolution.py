@@ -8,8 +8,9 @@ __all__ = ['ScaledConvolution', 'GatedConvolution']
 # %% ../../nbs/02_vae_nf/37_gated_convolution.ipynb #ed423ed1
 import torch
 
-from .base import Transform, bounded, check_limit, check_positive
+from .base import Transform, bounded
 from .convolution import CircularConvolution, all_gains, filtered, slog, slog_inverse
+from ..utils.checks import check_limit, check_positive
 
 # %% ../../nbs/02_vae_nf/37_gated_convolution.ipynb #99561cf1
 class ScaledConvolution(Transform):

@@ -9,7 +9,8 @@ __all__ = ['Law', 'check_law', 'Shift', 'ScaleShift', 'Gate']
 import torch
 from torch.nn.functional import logsigmoid
 
-from .base import bounded, check_limit
+from .base import bounded
+from ..utils.checks import check_limit
 
 # %% ../../nbs/01_flows/19_laws.ipynb #c2e756e1
 class Law:

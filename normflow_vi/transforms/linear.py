@@ -10,8 +10,9 @@ import math
 
 import torch
 
-from .base import Transform, bounded, check_int, check_limit
+from .base import Transform, bounded
 from .permutation import shuffles
+from ..utils.checks import check_int, check_limit
 
 # %% ../../nbs/01_flows/14_linear.ipynb #d4b4ccf1
 def triangles(lu, limit=None):

@@ -8,7 +8,8 @@ __all__ = ['shuffles', 'Permutation', 'haar', 'polished', 'Orthogonal']
 # %% ../../nbs/01_flows/13_permutation.ipynb #e73124fc
 import torch
 
-from .base import Transform, check_choice
+from .base import Transform
+from ..utils.checks import check_choice
 
 # %% ../../nbs/01_flows/13_permutation.ipynb #d573386f
 def shuffles(n, dim):

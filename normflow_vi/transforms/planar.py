@@ -17,8 +17,9 @@ import math
 import numpy as np
 import torch
 
-from .base import Transform, check_choice, check_int, softplus
-from .kernels import by_reference, compile_together, fits, log, softplus_slope, tanh
+from ..numerics.compiling import by_reference, compile_together, fits, log, softplus_slope, tanh
+from .base import Transform, softplus
+from ..utils.checks import check_choice, check_int
 
 # %% ../../nbs/01_flows/15_planar.ipynb #abb80e78
 CONSTRAINTS = {"identity": math.log(math.e - 1), "paper": 0.0}

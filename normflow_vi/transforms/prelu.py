@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from .base import Transform, bounded, check_limit, check_positive
+from .base import Transform, bounded
+from ..utils.checks import check_limit, check_positive
 
 # %% ../../nbs/01_flows/11_prelu.ipynb #0d0ca791
 class PReLU(Transform):

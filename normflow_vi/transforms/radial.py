@@ -10,8 +10,9 @@ import math
 
 import torch
 
-from .base import Transform, check_choice, softplus
+from .base import Transform, softplus
 from .planar import slow_head
+from ..utils.checks import check_choice
 
 # %% ../../nbs/01_flows/16_radial.ipynb #e7f1b296
 def stretches(r, alpha, m):

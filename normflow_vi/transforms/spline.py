@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from .base import check_int, check_positive, softplus
-from .kernels import by_reference, compile_together, exp, fits, log, softplus_slope
+from ..numerics.compiling import by_reference, compile_together, exp, fits, log, softplus_slope
+from .base import softplus
 from .laws import Law
+from ..utils.checks import check_int, check_positive
 
 # %% ../../nbs/04_cif/05_spline.ipynb #6159f4bb
 FLOOR = 1e-3  # least width and height of a bin, as a share of 2B, and least slope at a knot

@@ -13,8 +13,8 @@ import math
 import numpy as np
 import torch
 
+from ..numerics.compiling import fits, machine_code
 from .conditioner import ACTIVATIONS
-from .kernels import fits, machine_code
 from .laws import Gate, ScaleShift
 from .made import hidden_degrees
 

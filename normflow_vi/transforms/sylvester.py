@@ -11,9 +11,10 @@ import math
 
 import torch
 
-from .base import Transform, check_choice, check_int
+from .base import Transform
 from .linear import compact, times
 from .planar import log_slope, slow_head, solve_slope
+from ..utils.checks import check_choice, check_int
 
 # %% ../../nbs/01_flows/17_sylvester.ipynb #44f37a07
 def orthonormal(v, columns):

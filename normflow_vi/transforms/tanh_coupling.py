@@ -11,10 +11,11 @@ import math
 
 import torch
 
-from .base import Transform, check_choice
+from .base import Transform
 from .coupling import MATRICES
 from .permutation import haar, polished
 from .planar import CONSTRAINTS, planar_layers, slow_head
+from ..utils.checks import check_choice
 
 # %% ../../nbs/01_flows/21_tanh_coupling.ipynb #c88acff3
 def tanh_couplings(z, mixes, u, w, b):
