@@ -45,6 +45,7 @@ CHAPTERS = {
     "04_cif": "Continuously-indexed flows",
     "05_vmonf": "Mixtures of flows",
     "06_mnist_results": "All results",
+    "80_plans": "Appendix: what is trained",
     "90_engine": "Appendix: the engine",
 }
 SINGLE_LIMIT = 20_000_000  # bytes of the one-file report
