@@ -19,7 +19,7 @@ from harness import interleaved, report, torch_only
 from normflow_vi.numerics.compiling import has_numba
 from normflow_vi.transforms.autoregressive import MaskedAutoregressive
 from normflow_vi.transforms.base import fetch
-from normflow_vi.transforms.conditioner import network
+from normflow_vi.transforms.conditioner import run_network
 
 parser = argparse.ArgumentParser(description="time the slow direction of a masked autoregressive flow")
 parser.add_argument("--peers", help="folder with nflows and zuko")
@@ -46,7 +46,7 @@ def passes(model=maf, z=z):
     for layer in model.unstacked(model.masked("closed form", fetch(model, None, z.dtype))):
         x = torch.zeros_like(z)
         for i in layer["sequence"].tolist():
-            theta = network(x, layer).unflatten(-1, (model.dim, 2))
+            theta = run_network(x, layer).unflatten(-1, (model.dim, 2))
             moved, log_slope = model.law.push(z, theta)
             x[:, i] = moved[:, i]
         z, total = x, total + log_slope.sum(-1)

@@ -24,13 +24,10 @@ def plant(monkeypatch, place, found, wrong):
     function = pkgutil.resolve_name(f"normflow_vi.transforms.{place}")
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(found) == 1, f"{place}: {found!r} occurs {source.count(found)} times"
-    scope = {}
-    exec(
-        compile(
-            "class Planted:\n" + textwrap.indent(source.replace(found, wrong), "    "), "planted", "exec"
-        ),
-        scope,
-    )  # in a class: `super()` keeps its meaning
+    source = source.replace(found, wrong).removeprefix("@patch\n")  # which would change the class itself
+    text = "class Planted:\n" + textwrap.indent(source, "    ")  # in a class: `super()` keeps its meaning
+    scope = dict(function.__globals__)
+    exec(compile(text, "planted", "exec"), scope)
     monkeypatch.setattr(function, "__code__", vars(scope["Planted"])[function.__name__].__code__)
 
 

@@ -15,7 +15,7 @@ from normflow_vi.testing.contract import contexts as context_of
 from normflow_vi.transforms import made, stagewise
 from normflow_vi.transforms.autoregressive import Autoregressive, InverseAutoregressive, MaskedAutoregressive
 from normflow_vi.transforms.base import fetch
-from normflow_vi.transforms.conditioner import network
+from normflow_vi.transforms.conditioner import run_network
 from normflow_vi.transforms.laws import ScaleShift, Shift
 
 # Hidden widths below, equal to and above D = 5, none, several layers, residual blocks.
@@ -50,7 +50,7 @@ def by_passes(transform, value, context=None):
     for layer in layers if forward else reversed(layers):
         found = torch.zeros_like(value)
         for i in layer["sequence"].tolist():
-            theta = network(found, layer, context, transform.activation, transform.residual).unflatten(
+            theta = run_network(found, layer, context, transform.activation, transform.residual).unflatten(
                 -1, (transform.dim, transform.law.size)
             )
             changed, log_slope = step(value, theta)

@@ -13,9 +13,9 @@ from normflow_vi.transforms.convolution import (
     CircularConvolution,
     SLog,
     SymmetricConvolution,
+    _cosine_basis,
     all_gains,
-    cosine_basis,
-    filtered,
+    convolve,
 )
 
 DOUBLE = torch.zeros((), dtype=torch.float64)
@@ -124,12 +124,14 @@ def test_determinants_in_extended_precision(n, scale, digits):
             )
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 5e-7), (torch.float64, 1e-13)])
 def test_cosine_basis_is_orthogonal_to_working_precision(dtype, atol):
-    "Also where the parameters are in single precision and only the values are not."
+    "The product is taken in double precision: how far a machine's own product rounds is not asked here."
     for n in (1, 2, 40, 784):
-        basis = cosine_basis(n, torch.zeros((), dtype=dtype))
-        assert basis.dtype == dtype and (basis @ basis.T - torch.eye(n)).abs().max() <= atol
+        basis = _cosine_basis(n, torch.zeros((), dtype=dtype))
+        assert basis.dtype == dtype
+        product = basis.double() @ basis.double().T
+        assert (product - torch.eye(n)).abs().max() <= atol
     layer = SymmetricConvolution(40)
     matrix = jacrev(lambda z: layer.forward(z)[0])(torch.randn(40, dtype=dtype)).detach()
     assert matrix.dtype == dtype and (matrix - torch.eye(40)).abs().max() <= atol
@@ -148,7 +150,7 @@ def test_every_filter_with_positive_sums_is_reached(n):
             wave = 1 - 2 * (torch.arange(n) % 2).double()
             w = w + wave * (1e-3 + (-(w * wave).sum()).clamp(min=0) / n * 1.1)
         spectrum = torch.fft.rfft(w)
-        found = filtered(
+        found = convolve(
             torch.eye(n, dtype=torch.float64)[0], spectrum.abs().log(), spectrum.angle()[1 : (n + 1) // 2]
         )
         assert torch.allclose(found, w, atol=1e-10)
@@ -200,7 +202,7 @@ def test_multiplication_and_convolution():
         *(p[0] for p in layers.transforms[1].parameters()),
     )
     y, log_det = layers.forward(x)
-    assert torch.allclose(y - layers.forward(0 * x)[0], filtered(d * x, log_gain, phase))
+    assert torch.allclose(y - layers.forward(0 * x)[0], convolve(d * x, log_gain, phase))
     assert torch.allclose(log_det, all_gains(log_gain, 6).sum() + d.log().sum())
 
 

@@ -10,7 +10,7 @@ from torch.func import jacrev
 
 from helpers import caught, dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
 from normflow_vi.testing.contract import C
-from normflow_vi.transforms.coupling import AdditiveCoupling, AffineCoupling, Coupling, conditioning
+from normflow_vi.transforms.coupling import AdditiveCoupling, AffineCoupling, Coupling, _conditioning_entries
 from normflow_vi.transforms.laws import Gate, ScaleShift, Shift
 
 EYE = {n: torch.eye(n, dtype=torch.float64) for n in range(1, 25)}
@@ -39,23 +39,23 @@ def jacobian(transform, z):
 @pytest.mark.parametrize("shape", [(1,), (5,), (6,), (3, 4), (1, 3, 3), (4, 2, 3)])
 def test_masks_are_what_they_say(shape):
     entries, size = list(itertools.product(*map(range, shape))), math.prod(shape)
-    assert conditioning("half", size, shape).tolist() == [i < size // 2 for i in range(size)]
-    assert conditioning("checkerboard", size, shape).tolist() == [
+    assert _conditioning_entries("half", size, shape).tolist() == [i < size // 2 for i in range(size)]
+    assert _conditioning_entries("checkerboard", size, shape).tolist() == [
         sum(entry[-2:]) % 2 == 1 for entry in entries
     ]
     if len(shape) == 1 or shape[0] > 1:
-        assert conditioning("channel", size, shape).tolist() == [
+        assert _conditioning_entries("channel", size, shape).tolist() == [
             entry[0] < shape[0] // 2 for entry in entries
         ]
     for name in ("half", "checkerboard"):
-        assert conditioning(name, size, shape, length=2).sum() <= size // 2
+        assert _conditioning_entries(name, size, shape, length=2).sum() <= size // 2
 
 
 @each_mask
 def test_layers_alternate(mask, dim, shape):
     transform = AdditiveCoupling(dim, 5, mask=mask, shape=shape, hidden=())
     order, back = transform.order, transform.back
-    chosen = conditioning(mask, dim, shape)
+    chosen = _conditioning_entries(mask, dim, shape)
     kept = int(chosen.sum())
     assert torch.equal(order.gather(1, back), torch.arange(dim).expand(5, -1)) and torch.equal(
         back.gather(1, order), torch.arange(dim).expand(5, -1)
@@ -70,7 +70,7 @@ def test_layers_alternate(mask, dim, shape):
 @each_mask
 @pytest.mark.parametrize("law", [Shift(), ScaleShift(), Gate()], ids=lambda law: type(law).__name__)
 def test_jacobian_has_exact_zeros_where_the_mask_says_so(mask, dim, shape, law):
-    z, chosen = torch.randn(dim, dtype=torch.float64), conditioning(mask, dim, shape)
+    z, chosen = torch.randn(dim, dtype=torch.float64), _conditioning_entries(mask, dim, shape)
     matrix = jacobian(moved(Coupling(dim, law, mask=mask, shape=shape, hidden=(7,), activation="tanh")), z)
     assert torch.equal(matrix[chosen], EYE[dim][chosen])  # kept entries
     others = matrix[~chosen]
@@ -237,7 +237,7 @@ def test_layers_that_never_alternate_are_caught(monkeypatch):
     caught(
         monkeypatch,
         lambda: test_layers_alternate("half", 5, None),
-        "coupling.alternating",
+        "coupling._alternate_orders",
         "order.flip(-1) if k % 2 else order",
         "order",
     )

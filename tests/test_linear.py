@@ -16,8 +16,8 @@ from normflow_vi.testing.contract import contexts, drawn
 from normflow_vi.transforms.affine import Affine
 from normflow_vi.transforms.base import Chain, Inverse
 from normflow_vi.transforms.batchnorm import BatchNorm
-from normflow_vi.transforms.linear import PLU, Householder, compact, times
-from normflow_vi.transforms.permutation import Orthogonal, Permutation, haar
+from normflow_vi.transforms.linear import PLU, Householder, compact_reflections, matvec
+from normflow_vi.transforms.permutation import Orthogonal, Permutation, draw_rotations
 from normflow_vi.transforms.prelu import PReLU
 
 # Closed forms in extended precision, from the owned tensors of one layer.
@@ -116,7 +116,7 @@ def test_is_orthogonal_in_double_precision_however_it_was_stored(make, dim):
 def test_haar_prefers_no_direction():
     "E Q_ij = 0, E Q_ij^2 = 1 / D, E Q_ij^4 = 3 / (D (D + 2)), for every entry; both determinants are equally likely."
     torch.manual_seed(0)
-    q = haar(20_000, 4)
+    q = draw_rotations(20_000, 4)
     assert (
         q.mean(0).abs().max() < 0.02
         and (q.square().mean(0) - 1 / 4).abs().max() < 0.01
@@ -136,14 +136,14 @@ def test_householder_survives_vectors_that_are_parallel_short_or_zero():
         v * torch.tensor([[1e-14], [1.0], [1e14], [0.0]]).double(),
     ):
         changed = changed.clone().requires_grad_()
-        kept, r = compact(changed)
+        kept, r = compact_reflections(changed)
         q = eye - kept.mT @ r
         assert (q @ q.T - eye).abs().max() < 1e-12 and torch.allclose(
             torch.linalg.det(q), torch.ones((), dtype=torch.float64)
         )
-        times(q, torch.ones(4).double()).sin().sum().backward()
+        matvec(q, torch.ones(4).double()).sin().sum().backward()
         assert changed.grad.isfinite().all()
-    (same, small), (v, r) = compact(1e-14 * v), compact(v)  # of any length but 0
+    (same, small), (v, r) = compact_reflections(1e-14 * v), compact_reflections(v)  # of any length but 0
     assert torch.allclose(same.mT @ small, v.mT @ r)
 
 
@@ -447,7 +447,7 @@ def test_the_sign_fix_is_needed(monkeypatch):
     caught(
         monkeypatch,
         test_haar_prefers_no_direction,
-        "permutation.haar",
+        "permutation.draw_rotations",
         " * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]",
         "",
     )

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import MultivariateNormal, Normal
 
 from normflow_vi.models.posteriors import FAMILIES, options_of, posterior
-from normflow_vi.transforms.convolution import filtered
+from normflow_vi.transforms.convolution import convolve
 
 C = 6
 families = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "diagonal"])
@@ -40,7 +40,7 @@ def test_linear_families_are_gaussians(family):
     else:
         L, shift = (
             torch.stack(
-                [filtered(unit.expand(9, 5), **second) for unit in torch.eye(5, dtype=torch.float64)], -1
+                [convolve(unit.expand(9, 5), **second) for unit in torch.eye(5, dtype=torch.float64)], -1
             ),
             0.0,
         )

@@ -9,8 +9,8 @@ from torch.func import grad, jacrev, vmap
 
 from helpers import caught, dtypes, emitting, exact, many_draws, moved, near, scales
 from normflow_vi.transforms.planar import Planar, planar_stack
-from normflow_vi.transforms.radial import Radial, distance, lengths, solve_radius
-from normflow_vi.transforms.sylvester import Sylvester, orthonormal
+from normflow_vi.transforms.radial import Radial, _norm, _positive_lengths, _solve_radius
+from normflow_vi.transforms.sylvester import Sylvester, _orthonormal_columns
 
 FAMILIES = {
     "radial": lambda dim, length=1, context_dim=None: Radial(dim, length, context_dim),
@@ -199,15 +199,15 @@ def test_radial_at_its_centre(dim, dtype):
 def test_radial_gradients_are_finite_close_to_the_centre():
     for size in (1e-300, 1e-160, 1e-30, 1e-8):
         z = torch.full((3,), size, dtype=torch.float64)
-        assert grad(distance)(z).isfinite().all() and grad(distance)(z).norm() <= 1.001
-        assert distance(z) == pytest.approx(size * math.sqrt(3), rel=1e-6, abs=1e-150)
+        assert grad(_norm)(z).isfinite().all() and grad(_norm)(z).norm() <= 1.001
+        assert _norm(z) == pytest.approx(size * math.sqrt(3), rel=1e-6, abs=1e-150)
 
 
 def test_lengths_have_all_their_digits():
     "Also where a softplus goes over to its asymptote."
     a = torch.linspace(-60, 60, 1000, dtype=torch.float64)
     assert torch.allclose(
-        lengths(a, a, "paper")[1],
+        _positive_lengths(a, a, "paper")[1],
         torch.logaddexp(a, torch.zeros(1000, dtype=torch.float64)) + FLOOR,
         rtol=1e-14,
         atol=0,
@@ -217,16 +217,16 @@ def test_lengths_have_all_their_digits():
 def test_the_radius_has_all_its_digits_and_slopes():
     "Where `m` is far larger than `t`, and at `t = m`, where the two forms of the root meet."
     alpha, m, t = (torch.tensor(v, dtype=torch.float64) for v in (1.0, [1e4, 1e8, 1e12], [1e-3, 1.0, 10.0]))
-    r = solve_radius(t, alpha, m)
+    r = _solve_radius(t, alpha, m)
     assert torch.allclose(r * (r + m) / (r + alpha), t, rtol=1e-14)
-    at, slope = torch.ones((), dtype=torch.float64), lambda t: solve_radius(t, 2 * alpha, alpha)
+    at, slope = torch.ones((), dtype=torch.float64), lambda t: _solve_radius(t, 2 * alpha, alpha)
     assert abs(grad(slope)(at) - (slope(at + 1e-6) - slope(at - 1e-6)) / 2e-6) < 1e-8
 
 
 def test_layers_start_at_the_size_that_they_document():
     assert (
         abs(Radial(400, 50).source.z0.std() * 20 - 1) < 0.05
-        and (lengths(*(Radial(2).source()[n] for n in "ab"), "identity")[0] - 1).abs() < 1e-6
+        and (_positive_lengths(*(Radial(2).source()[n] for n in "ab"), "identity")[0] - 1).abs() < 1e-6
     )
     for tensor, size in (
         (Planar(8, 50).source.u, 0.5),
@@ -261,7 +261,7 @@ def test_columns_are_orthonormal(shape, scale):
     for noise in (1.0, 1e-3, 1e-9):
         v = scale * (1 + noise * torch.randn(draws, n, dim, dtype=torch.float64))
         for dtype, error in ((torch.float64, 1e-14), (torch.float32, 1e-5)):
-            q = orthonormal(v.to(dtype), columns)
+            q = _orthonormal_columns(v.to(dtype), columns)
             assert (q.mT @ q - torch.eye(columns, dtype=dtype)).abs().max() < error
 
 
@@ -285,7 +285,7 @@ def test_a_plain_norm_is_caught_at_the_centre(monkeypatch):
     caught(
         monkeypatch,
         lambda: test_radial_at_its_centre(2, torch.float64),
-        "radial.distance",
-        "torch.where(zero, 0., torch.where(zero, 1., square).sqrt())",
+        "radial._norm",
+        "torch.where(zero, 0.0, safe.sqrt())",
         "square.sqrt()",
     )

@@ -7,15 +7,15 @@ import torch
 from helpers import CASE, caught
 from normflow_vi.testing.contract import walk
 from normflow_vi.transforms import TanhCoupling
-from normflow_vi.transforms.permutation import polished
-from normflow_vi.transforms.tanh_coupling import turns
+from normflow_vi.transforms.permutation import polish_rotation
+from normflow_vi.transforms.tanh_coupling import _multiply_mixes
 
 mixes = pytest.mark.parametrize("mix", ["perm", "ortho"])
 
 
 def each(turn):
     "`Q_1, ..., Q_K` from `R_k = Q_k ... Q_1`."
-    turn = polished(turn.double()).numpy()
+    turn = polish_rotation(turn.double()).numpy()
     return [turn[0], *(turn[k] @ turn[k - 1].T for k in range(1, len(turn)))]
 
 
@@ -38,7 +38,7 @@ def test_against_numpy(mix, dim):
 
 
 def test_mixes_are_permutations_other_than_the_identity():
-    for Q in each(turns("perm", 50, 3)):
+    for Q in each(_multiply_mixes("perm", 50, 3)):
         assert (
             np.isin(Q, (0, 1)).all()
             and (Q.sum(0) == 1).all()
@@ -49,7 +49,7 @@ def test_mixes_are_permutations_other_than_the_identity():
 
 def test_rotations_are_uniform():
     "Of `Q_k`, not only of their products: both signs of the determinant, and `E Q_11^4 = 3 / (D (D + 2))`."
-    Q = np.stack(each(turns("ortho", 4000, 3)))
+    Q = np.stack(each(_multiply_mixes("ortho", 4000, 3)))
     fourth = Q[:, 0, 0] ** 4
     assert (
         abs((np.linalg.det(Q) > 0).mean() - 0.5) < 4 * 0.5 / 4000**0.5
@@ -91,13 +91,13 @@ def test_the_mix_comes_back_with_the_model():
 @pytest.mark.parametrize(
     "place, found, wrong",
     [
-        ("unmixed", "A, B = turn", "B, A = turn.flip(-2)"),
-        ("unmixed", "turn.tensor_split", "turn.mT.tensor_split"),
+        ("_unmix", "A, B = turn", "B, A = turn.flip(-2)"),
+        ("_unmix", "turn.tensor_split", "turn.mT.tensor_split"),
         ("TanhCoupling.push_stack", "end.mT", "end"),
         ("TanhCoupling.pull_stack", "-u.flip", "u.flip"),
         ("TanhCoupling.pull_stack", "b.flip(-1)", "b"),
         ("TanhCoupling.pull_stack", "y @ end", "y @ end.mT"),
-        ("orthogonal_layers", "y.new_zeros(y.shape[:-1])", "y.new_full(y.shape[:-1], 1e-16)"),
+        ("_push_orthogonal", "y.new_zeros(y.shape[:-1])", "y.new_full(y.shape[:-1], 1e-16)"),
     ],
 )
 def test_planted_bugs(monkeypatch, place, found, wrong):
@@ -113,7 +113,7 @@ def test_a_rotation_that_stays_in_single_precision_is_noticed(monkeypatch):
         monkeypatch,
         lambda: walk(CASE["tanh-coupling-ortho"], ("double",)),
         "tanh_coupling.TanhCoupling.prepare",
-        "turn = polished(turn)",
+        "turn = polish_rotation(turn)",
         "pass",
     )
 

@@ -9,7 +9,7 @@ __all__ = ['MaskedNetworks', 'Autoregressive', 'affine_law', 'InverseAutoregress
 import torch
 
 from .base import Transform
-from .conditioner import check_network, network
+from .conditioner import check_network, run_network
 from .laws import Gate, ScaleShift, check_law
 from .made import masked, masks, start_made
 from .stagewise import stage_edges, stagewise
@@ -103,7 +103,7 @@ class Autoregressive(MaskedNetworks):
             )
         moved, log_slope = step(
             value,
-            network(value, layer, context, self.activation, self.residual).unflatten(
+            run_network(value, layer, context, self.activation, self.residual).unflatten(
                 -1, (self.dim, self.law.size)
             ),
         )

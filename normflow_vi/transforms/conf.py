@@ -6,60 +6,70 @@
 __all__ = ['Convolve', 'ConvolutionCoupling']
 
 # %% ../../nbs/01_flows/23_conf.ipynb #d605a6b9
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .base import bounded
-from .convolution import all_gains, filtered
+from .convolution import all_gains, convolve
 from .coupling import Coupling
 from .laws import Law
 from ..utils.checks import check_limit
 
 # %% ../../nbs/01_flows/23_conf.ipynb #23202409
 class Convolve(Law):
-    "`y = w (*) (d . z) + t` with `(t, log d, log-gains and phases of w)` of size 3 an entry; not elementwise, so for couplings only. Karami et al. 2019."
+    """`y = w (*) (d . z) + t` with `(t, log d, log-gains and phases of w)` of size 3 an entry.
+
+    Not elementwise, so for couplings only. `max_log_scale` bounds log-gains and `log d` smoothly.
+    Source: Karami et al. 2019.
+    """
 
     size, start = 3, (0.0, 0.0, 0.0)
 
-    def __init__(self, max_log_scale=None):
+    def __init__(self, max_log_scale: float | None = None):
         self.max_log_scale = check_limit(max_log_scale)
 
-    def parts(self, theta):
+    def _parts(self, theta):
         shift, log_scale, spectrum = theta.unbind(-1)
         log_gain, phase = spectrum.tensor_split([spectrum.shape[-1] // 2 + 1], -1)
-        return shift, bounded(log_scale, self.max_log_scale), bounded(log_gain, self.max_log_scale), phase
+        log_scale, log_gain = (bounded(part, self.max_log_scale) for part in (log_scale, log_gain))
+        return shift, log_scale, log_gain, phase
 
-    def push(self, z, theta):
-        shift, log_scale, log_gain, phase = self.parts(theta)
-        return filtered(log_scale.exp() * z, log_gain, phase) + shift, log_scale + all_gains(
-            log_gain, z.shape[-1]
-        )
+    def push(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale, log_gain, phase = self._parts(theta)
+        y = convolve(log_scale.exp() * z, log_gain, phase) + shift
+        return y, log_scale + all_gains(log_gain, z.shape[-1])
 
-    def pull(self, y, theta):
-        shift, log_scale, log_gain, phase = self.parts(theta)
-        return (-log_scale).exp() * filtered(y - shift, -log_gain, -phase), -log_scale - all_gains(
-            log_gain, y.shape[-1]
-        )
+    def pull(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale, log_gain, phase = self._parts(theta)
+        z = (-log_scale).exp() * convolve(y - shift, -log_gain, -phase)
+        return z, -log_scale - all_gains(log_gain, y.shape[-1])
 
 # %% ../../nbs/01_flows/23_conf.ipynb #b9808048
 class ConvolutionCoupling(Coupling):
-    """`length` coupling layers with circular convolutions, `y_B = w(x_A) (*) (d(x_A) . x_B) + t(x_A)`; `log|det| = sum_n log|w^_n(x_A)| + sum_i log d_i(x_A)`.
+    """`length` coupling layers with circular convolutions, `y_B = w(x_A) (*) (d(x_A) . x_B) + t(x_A)`.
 
-    Options as in `Coupling`. `max_log_scale` bounds each log-gain of `w` and each `log d_i` smoothly and is `None` or above 0. Both directions: one network evaluation and
-    O(dim log dim) a layer. Source: Karami et al. 2019 (CONF), data-adaptive convolution.
+    `log|det| = sum_n log|w^_n(x_A)| + sum_i log d_i(x_A)`. `max_log_scale` bounds each log-gain of `w`
+    and each `log d_i` smoothly and is `None` or above 0. `options`: those of `Coupling`, by keyword.
+    Both directions: one network evaluation and O(dim log dim) a layer.
+    Source: Karami et al. 2019 (CONF), data-adaptive convolution.
+
+    >>> y, log_det = ConvolutionCoupling(dim=6, hidden=(8,)).forward(torch.ones(2, 6))
+    >>> y.shape
+    torch.Size([2, 6])
     """
 
     def __init__(
         self,
-        dim,
-        length=1,
-        context_dim=None,
-        hidden=(64, 64),
-        activation="relu",
-        mask="half",
-        shape=None,
-        mix=None,
-        max_log_scale=None,
+        dim: int,
+        length: int = 1,
+        context_dim: int | None = None,
+        hidden: tuple[int, ...] = (64, 64),
+        activation: str = "relu",
+        *,
+        max_log_scale: float | None = None,
+        **options: Any,
     ):
-        super().__init__(
-            dim, Convolve(max_log_scale), length, context_dim, hidden, activation, mask, shape, mix
-        )
+        law = Convolve(max_log_scale)
+        super().__init__(dim, law, length, context_dim, hidden, activation, **options)

@@ -12,7 +12,7 @@ import math
 import torch
 
 from .base import Combinator, Transform, bounded, check_call, check_transform, fetch
-from .conditioner import check_network, network, start_network
+from .conditioner import check_network, run_network, start_network
 from ..utils.checks import check_choice, check_int, check_limit, check_tensor
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #8a2d55dc
@@ -79,7 +79,7 @@ class IndexNetworks(Transform):
 
     def read(self, prefix, x, tensors):
         "What the network `prefix` says at `x`: `(location, log_scale)`."
-        out = network(
+        out = run_network(
             x.to(tensors[f"{prefix}weight_0"].dtype),
             tensors,
             tensors["context"],

@@ -7,6 +7,7 @@ __all__ = ['Law', 'check_law', 'Shift', 'ScaleShift', 'Gate']
 
 # %% ../../nbs/01_flows/19_laws.ipynb #72394db4
 import torch
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .base import bounded
@@ -14,16 +15,18 @@ from ..utils.checks import check_limit
 
 # %% ../../nbs/01_flows/19_laws.ipynb #c2e756e1
 class Law:
-    "What all laws share: they print with their options, which is how models of one shape are told from others."
+    """What all laws share: they print with their options, by which models of one shape are told apart.
 
-    def __repr__(self):
-        return (
-            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
-        )
+    `size`: how many parameters an entry takes; `start`: their values at the start, before the network.
+    """
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({options})"
 
 
-def check_law(law):
-    "Return `law` if it is one."
+def check_law(law: Law) -> Law:
+    "Return `law` if it is one; raise `TypeError` otherwise."
     if not isinstance(law, Law):
         raise TypeError(f"law: expected a Law, such as ScaleShift(), got {law!r}")
     return law
@@ -34,26 +37,29 @@ class Shift(Law):
 
     size, start = 1, (0.0,)
 
-    def push(self, z, theta):
+    def push(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         return z + theta[..., 0], torch.zeros_like(z)
 
-    def pull(self, y, theta):
+    def pull(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         return y - theta[..., 0], torch.zeros_like(y)
 
 # %% ../../nbs/01_flows/19_laws.ipynb #ed970bac
 class ScaleShift(Law):
-    "`y = t + exp(s) z`; Dinh et al. 2017 (RealNVP); Papamakarios et al. 2017 (MAF). `max_log_scale` bounds `|s|` smoothly."
+    """`y = t + exp(s) z`; `max_log_scale` bounds `|s|` smoothly.
+
+    Source: Dinh et al. 2017 (RealNVP); Papamakarios et al. 2017 (MAF).
+    """
 
     size, start = 2, (0.0, 0.0)
 
-    def __init__(self, max_log_scale=None):
+    def __init__(self, max_log_scale: float | None = None):
         self.max_log_scale = check_limit(max_log_scale)
 
-    def push(self, z, theta):
+    def push(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = theta[..., 0], bounded(theta[..., 1], self.max_log_scale)
         return shift + log_scale.exp() * z, log_scale.expand_as(z)
 
-    def pull(self, y, theta):
+    def pull(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = theta[..., 0], bounded(theta[..., 1], self.max_log_scale)
         return (y - shift) * (-log_scale).exp(), -log_scale.expand_as(y)
 
@@ -63,12 +69,11 @@ class Gate(Law):
 
     size, start = 2, (0.0, 1.5)
 
-    def push(self, z, theta):
+    def push(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         m, s = theta[..., 0], theta[..., 1]
         return torch.sigmoid(s) * z + torch.sigmoid(-s) * m, logsigmoid(s).expand_as(z)
 
-    def pull(self, y, theta):
+    def pull(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         m, s = theta[..., 0], theta[..., 1]
-        return y + (-s).exp() * (y - m), -logsigmoid(s).expand_as(
-            y
-        )  # (y - (1 - sigma) m) / sigma, since 1 / sigma = 1 + exp(-s)
+        z = y + (-s).exp() * (y - m)  # (y - (1 - sigma) m) / sigma, since 1 / sigma = 1 + exp(-s)
+        return z, -logsigmoid(s).expand_as(y)

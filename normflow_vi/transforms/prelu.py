@@ -9,36 +9,51 @@ __all__ = ['PReLU']
 import math
 
 import torch
+from torch import Tensor
 
 from .base import Transform, bounded
 from ..utils.checks import check_limit, check_positive
 
 # %% ../../nbs/01_flows/11_prelu.ipynb #0d0ca791
 class PReLU(Transform):
-    """Elementwise rectifier with a positive slope below zero: `y = z` where `z >= 0`, `exp(log_alpha) * z` elsewhere; `log|det| = sum of log_alpha over z < 0`.
+    """Elementwise rectifier with a positive slope below zero.
 
-    `log_alpha`: `(..., dim)`, `ln(alpha)` at the start. `max_log_scale`: bounds `|log_alpha|` smoothly. Inverse: closed form, same cost.
-    Raises `ValueError` unless `alpha` is finite and above 0, and `max_log_scale` `None` or above 0. Source: Pires 2020, figures 3.2 and 3.3, where one `alpha` serves all dimensions.
+    `y = z` where `z >= 0`, `exp(log_alpha) * z` elsewhere; `log|det| = sum of log_alpha over z < 0`.
+    `log_alpha`: `(..., dim)`, `ln(alpha)` at the start. `max_log_scale`: bounds `|log_alpha|` smoothly.
+    Inverse: closed form, same cost. Raises `ValueError` unless `alpha` is finite and above 0, and
+    `max_log_scale` `None` or above 0. Source: Pires 2020, figures 3.2 and 3.3, where one `alpha`
+    serves all dimensions.
+
+    >>> y, log_det = PReLU(dim=2, alpha=0.5).forward(torch.tensor([1.0, -2.0]))
+    >>> y.tolist(), round(log_det.item(), 4)
+    ([1.0, -1.0], -0.6931)
     """
 
-    def __init__(self, dim, length=1, context_dim=None, alpha=0.25, max_log_scale=None):
+    def __init__(
+        self,
+        dim: int,
+        length: int = 1,
+        context_dim: int | None = None,
+        alpha: float = 0.25,
+        max_log_scale: float | None = None,
+    ):
         self.alpha = check_positive("alpha", alpha)
         self.max_log_scale = check_limit(max_log_scale)
         super().__init__(dim, length, context_dim)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}, max_log_scale={self.max_log_scale}"
 
-    def initial(self):
+    def initial(self) -> dict[str, Tensor]:
         return {"log_alpha": torch.full((self.length, self.dim), math.log(self.alpha))}
 
-    def prepare(self, log_alpha):
+    def prepare(self, log_alpha: Tensor) -> dict[str, Tensor]:
         return {"log_alpha": bounded(log_alpha, self.max_log_scale)}
 
-    def push(self, z, log_alpha):
+    def push(self, z: Tensor, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
         log_slope = torch.where(z < 0, log_alpha, 0.0)
         return z * log_slope.exp(), log_slope.sum(-1)
 
-    def pull(self, y, log_alpha):
+    def pull(self, y: Tensor, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
         log_slope = torch.where(y < 0, log_alpha, 0.0)
         return y * (-log_slope).exp(), -log_slope.sum(-1)
