@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call, jacfwd, jacrev, vmap
 
 from helpers import caught
-from normflow_vi.engine.trainer import StackedRuns
+from normflow_vi.engine.runs import StackedRuns
 from normflow_vi.numerics import compiling as kernels
 from normflow_vi.transforms import Planar, planar
 from normflow_vi.transforms.planar import planar_layers, planar_torch

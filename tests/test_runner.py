@@ -380,7 +380,7 @@ def test_units_follow_the_experiments_engine(project, monkeypatch):
 
 def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkeypatch):
     "With a `trainer` the choice is measured; runs that were begun in one way are not begun again in the other."
-    from normflow_vi.engine import trainer as training
+    from normflow_vi.engine import choosing
 
     runs, module, asked = [trial(0), trial(1)], sys.modules[experiments.module_of("trial")], []
     monkeypatch.setattr(
@@ -394,9 +394,9 @@ def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkey
     def measured(name):
         def choose(make, seeds, processes):
             asked.append((make(seeds[:1]), list(seeds), processes))
-            return training.Engine(name, 1.0, 1.0)
+            return choosing.Engine(name, 1.0, 1.0)
 
-        monkeypatch.setattr(training, "choose_engine", choose)
+        monkeypatch.setattr(choosing, "choose_engine", choose)
 
     for name, sizes in (("batched", [2]), ("processes", [1, 1])):
         measured(name)

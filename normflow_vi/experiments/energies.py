@@ -13,7 +13,8 @@ __all__ = ['RECIPE', 'TARGETS', 'AXIS', 'OUR_NICE', 'NARROW', 'FAMILIES', 'PAPER
 import numpy as np
 import torch
 
-from ..engine.trainer import Optimizer, Trainer
+from ..engine.optimizer import Optimizer
+from ..engine.trainer import Trainer
 from . import Experiment
 from ..flows import IAF, NICE, Flow, RealNVP
 from ..objectives import annealing, elbo, free_energy

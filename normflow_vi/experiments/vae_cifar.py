@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..data import SOURCES, Batches, DataNotFound, content_sha256, find, load_data
-from ..engine.trainer import Optimizer
+from ..engine.optimizer import Optimizer
 from ..evaluate import log_marginal
 from . import Experiment
 from .vae_mnist import as_bytes, curves, image_loss, trained, trainer_of

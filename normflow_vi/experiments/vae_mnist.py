@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from ..data import Batches, content_sha256, load_data, resolve, titled
-from ..engine.trainer import Optimizer, Trainer
+from ..engine.optimizer import Optimizer
+from ..engine.trainer import Trainer
 from ..evaluate import log_marginal
 from . import Experiment
 from ..models.vae import dlgm

@@ -20,7 +20,8 @@ import torch
 from torch.nn.functional import softplus
 
 from ..data import Batches, content_sha256, load_data, resolve, titled
-from ..engine.trainer import Optimizer, Trainer
+from ..engine.optimizer import Optimizer
+from ..engine.trainer import Trainer
 from . import Experiment
 from ..flows import Flow
 from ..models.networks import MLP

@@ -18,7 +18,10 @@ import numpy as np
 import torch
 from torch.distributions.constraints import Constraint
 
-from ..engine.trainer import NonFinite, OneRun, Optimizer, StackedRuns, Trainer
+from ..engine.errors import NonFinite
+from ..engine.optimizer import Optimizer
+from ..engine.runs import OneRun, StackedRuns
+from ..engine.trainer import Trainer
 from ..evaluate.diagnosis import risen
 from .fitted import Fit
 from ..flows import Flow, FlowDistribution, Place, contains, draw

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from ..engine.checkpoint import Damaged, pack, unpack
-from ..engine.trainer import History
+from ..engine.history import History
 from ..evaluate import diagnosis
 from ..flows import Flow
 from ..objectives import Estimate, estimate

@@ -425,7 +425,7 @@ def batched(experiment, runs, device):
         return False
     if experiment.trainer is None:
         return device == "cuda"
-    from normflow_vi.engine.trainer import choose_engine
+    from normflow_vi.engine.choosing import choose_engine
 
     choice = choose_engine(
         lambda some: experiment.trainer(runs[: len(some)], device), [run.seed for run in runs], slots(device)
