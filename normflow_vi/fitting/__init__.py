@@ -24,7 +24,7 @@ from ..engine.runs import OneRun, StackedRuns
 from ..engine.trainer import Trainer
 from ..evaluate.diagnosis import risen
 from .fitted import Fit
-from ..flows import Flow, FlowDistribution, Place, contains, draw
+from ..flows import Flow, FlowDistribution, Place, draw_base, in_support
 from ..flows.placing import is_placed, place_density, place_samples
 from ..flows.tracing import origin, way_of_draws, way_of_samples
 from ..objectives import Estimate, annealing, check_bound, estimate, parts_of, renyi
@@ -305,7 +305,7 @@ def check_samples(q, samples):
         )
     samples = rows_of(q, samples)
     for good, where in (
-        (contains(q.support, samples), "outside the support"),
+        (in_support(q.support, samples), "outside the support"),
         (
             q.place.inverse(samples.to(q.place.loc))[0].isfinite().all(1),
             "on the boundary of the support, which no draw reaches,",
@@ -403,7 +403,7 @@ def check_judged(q, log_density, log_w, seed, step):
     "Raise `NonFinite` if a fresh draw has no log-weight; one of minus infinity is outside the target's support, which is a verdict, not an error."
     if not (log_w.isnan() | (log_w == math.inf)).any():
         return
-    start = draw(q.base, log_w.shape, torch.Generator(q.place.loc.device).manual_seed(seed))[0]
+    start = draw_base(q.base, log_w.shape, torch.Generator(q.place.loc.device).manual_seed(seed))[0]
     raise NonFinite(
         step,
         "the log-weight of a fresh draw",
@@ -550,7 +550,7 @@ def fit_density(
         trainer = train(
             models,
             density_loss(log_density, draws, annealed, alpha, gradient),
-            lambda q, generator: draw(q.base, (draws,), generator)[0],
+            lambda q, generator: draw_base(q.base, (draws,), generator)[0],
             lambda q: way_of_draws(q, log_density),
             steps,
             seed,
