@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Split', 'make_split', 'Batches']
 
-# %% ../../nbs/90_engine/16_batches.ipynb #12a74bf0
+# %% ../../nbs/90_engine/16_batches.ipynb #b86ad7aa
 from collections.abc import Sequence
 from dataclasses import dataclass
 

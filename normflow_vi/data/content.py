@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'content_hash', 'fixed_order', 'decode', 'with_validation']
 
-# %% ../../nbs/90_engine/14_content.ipynb #346a6efb
+# %% ../../nbs/90_engine/14_content.ipynb #a9f4ba5d
 import hashlib
 from pathlib import Path
 

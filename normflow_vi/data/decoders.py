@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Piece', 'File', 'read_idx', 'read_amat', 'read_packed', 'read_batch', 'read_tar']
 
-# %% ../../nbs/90_engine/11_decoders.ipynb #35c6277a
+# %% ../../nbs/90_engine/11_decoders.ipynb #b3ea6f2e
 import gzip
 import io
 import lzma

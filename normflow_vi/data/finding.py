@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONNECT_SECONDS', 'STALL_SECONDS', 'SLOWEST', 'verify', 'find']
 
-# %% ../../nbs/90_engine/13_finding.ipynb #5e12d131
+# %% ../../nbs/90_engine/13_finding.ipynb #c0ab89b6
 import http.client
 import logging
 import os
@@ -24,7 +24,7 @@ from ..utils.settings import project_root
 
 _log = logging.getLogger("normflow_vi")
 
-# %% ../../nbs/90_engine/13_finding.ipynb #b7c19dbd
+# %% ../../nbs/90_engine/13_finding.ipynb #6a4e4158
 def _diagnose(path: Path, file: File, digest: str) -> str:
     "In words, what the file at `path`, whose SHA-256 is `digest`, is, given that it is not `file`."
     size, known = path.stat().st_size, known_files()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BINARIZE', 'bernoulli', 'to_pixels']
 
-# %% ../../nbs/90_engine/15_pixels.ipynb #9ab41d85
+# %% ../../nbs/90_engine/15_pixels.ipynb #1ca6bf32
 import functools
 
 import numpy as np

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'Layout', 'Source', 'known_files']
 
-# %% ../../nbs/90_engine/12_sources.ipynb #e182ad67
+# %% ../../nbs/90_engine/12_sources.ipynb #796a61c6
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ SOURCES["mnist"] = Source(
     ),
 )
 
-# %% ../../nbs/90_engine/12_sources.ipynb #cf2c30e5
+# %% ../../nbs/90_engine/12_sources.ipynb #26a4f26f
 SOURCES["fashion-mnist"] = Source(
     "Fashion-MNIST",
     "fashion-mnist",
@@ -130,7 +130,7 @@ _AMAT = Layout(
     "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
 )
 
-# %% ../../nbs/90_engine/12_sources.ipynb #3b6640d6
+# %% ../../nbs/90_engine/12_sources.ipynb #0003e806
 SOURCES["binarized-mnist"] = Source(
     "binarised MNIST",
     "binarized-mnist",
@@ -190,7 +190,7 @@ def _cifar_folder(n: int, folder: str, ending: str) -> Layout:
     files = [File(f"{folder}/{name}{ending}", {part: (n, 32, 32, 3)}) for name, part in names.items()]
     return Layout(read_batch, tuple(files))
 
-# %% ../../nbs/90_engine/12_sources.ipynb #bde7a59b
+# %% ../../nbs/90_engine/12_sources.ipynb #28af1cc6
 def _cifar_layouts(n: int = 10000) -> tuple[Layout, ...]:
     "The five layouts of CIFAR-10, `n` images a batch."
     parts = {"train": (n, 32, 32, 3), "test": (n, 32, 32, 3)}
