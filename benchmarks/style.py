@@ -1,6 +1,6 @@
 """How the text of the code reads, in numbers; other installed packages can stand beside it.
 
-    .venv/bin/python benchmarks/style.py [PACKAGE ...]
+.venv/bin/python benchmarks/style.py [PACKAGE ...]
 """
 
 import ast

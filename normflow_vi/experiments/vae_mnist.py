@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..data import Batches, content_sha256, load_data, resolve, titled
+from ..data import Batches, content_sha256, load_data, resolve, title_of
 from ..engine.optimizer import Optimizer
 from ..engine.trainer import Trainer
 from ..evaluate import log_marginal
@@ -109,7 +109,7 @@ def dataset(run, device="cpu"):
 
 def title(run, asked="auto"):
     "What a figure calls the data of a run, when data called `asked` were wanted."
-    return titled(asked, run.data.removesuffix("-static"), "static")
+    return title_of(asked, run.data.removesuffix("-static"), "static")
 
 # %% ../../nbs/80_plans/30_mnist.ipynb #7fd916ea
 def families_plan(profile, data="auto"):

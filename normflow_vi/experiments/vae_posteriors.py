@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.functional import softplus
 
-from ..data import Batches, content_sha256, load_data, resolve, titled
+from ..data import Batches, content_sha256, load_data, resolve, title_of
 from ..engine.optimizer import Optimizer
 from ..engine.trainer import Trainer
 from . import Experiment
@@ -165,7 +165,7 @@ def plan(profile, data="auto"):
 
 def title(run, asked="auto"):
     "What a figure calls the data of a run, when data called `asked` were wanted."
-    return titled(asked, run.data.removesuffix("-static"), "static")
+    return title_of(asked, run.data.removesuffix("-static"), "static")
 
 # %% ../../nbs/80_plans/20_posteriors.ipynb #6a91f6a6
 def dataset(run, device="cpu"):
