@@ -30,7 +30,7 @@ from ..flows.tracing import origin, way_of_draws, way_of_samples
 from ..objectives import Estimate, annealing, check_bound, estimate, parts_of, renyi
 from ..objectives.gradients import check_posterior
 from ..targets import Target
-from ..transforms.base import Sourced
+from ..transforms.base import Transform
 from ..utils.checks import check_int, check_positive, check_tensor, first_false
 from normflow_vi.utils.modules import (
     copy_into,
@@ -134,7 +134,7 @@ def redrawn(q, seed):
         for part in q.modules():
             if any(not p.requires_grad for p in part.parameters()):
                 continue  # what is not trained is the same for all
-            if isinstance(part, Sourced):
+            if isinstance(part, Transform):
                 copy_into(part.constants(), {name: getattr(part, name) for name in part.constant_names})
                 copy_into(part.initial(), part.source())
             elif hasattr(part, "reset_parameters"):
