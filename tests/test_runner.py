@@ -15,15 +15,8 @@ import pytest
 from normflow_vi import experiments
 from normflow_vi.reproduce.jobs import (
     Job,
-    Manifest,
-    ParameterError,
     RunsFailed,
-    check_notebook,
-    check_parameter,
-    check_parameters,
     complete,
-    execute,
-    place,
     run_jobs,
     slots,
     units,
@@ -31,14 +24,19 @@ from normflow_vi.reproduce.jobs import (
     work_folder,
     write_unit,
 )
-from normflow_vi.results.store import Record, Run, Store
+from normflow_vi.reproduce.notebooks import Manifest, execute, place
+from normflow_vi.reproduce.parameters import ParameterError, check_notebook, check_parameter, check_parameters
+from normflow_vi.results.record import Record
+from normflow_vi.results.run import Run
+from normflow_vi.results.store import Store
 from normflow_vi.utils.files import Busy, exclusive
 
 EXPERIMENT = """
 import os, time
 from pathlib import Path
 from normflow_vi.experiments import Experiment
-from normflow_vi.results.store import Record, Run
+from normflow_vi.results.record import Record
+from normflow_vi.results.run import Run
 def plan(profile, data="auto"):
     return [Run("trial", 1, "none", "none", "", "planar", 2, seed, profile, {"updates": 20}) for seed in (0, 1)]
 def train(runs, folder, device, progress):
@@ -501,7 +499,7 @@ def test_every_way_to_fail_leaves_the_earlier_result(project):
     (project / "fault.txt").write_text("wait")
     for number in (signal.SIGINT, signal.SIGTERM):
         runner = subprocess.Popen(
-            [sys.executable, "-m", "normflow_vi.cli", "reproduce", "--only", "trial"],
+            [sys.executable, "-m", "normflow_vi", "reproduce", "--only", "trial"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

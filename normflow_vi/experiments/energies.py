@@ -18,7 +18,9 @@ from ..engine.trainer import Trainer
 from . import Experiment
 from ..flows import IAF, NICE, Flow, RealNVP
 from ..objectives import annealing, elbo, free_energy
-from ..results.store import Record, Run, measured
+from ..results.record import Record
+from ..results.run import Run
+from ..results.verdicts import measured
 from ..targets import ENERGIES
 from ..transforms import Affine, Chain, Planar, Radial, SplineCoupling
 from ..utils.modules import evaluating

@@ -23,7 +23,10 @@ from ..models.networks import MLP
 from ..models.posteriors import posterior
 from ..models.vae import VAE
 from ..objectives import estimate
-from ..results.store import Record, Run, Store, measured, records_root
+from ..results.record import Record
+from ..results.run import Run
+from ..results.store import Store, records_root
+from ..results.verdicts import measured
 from ..utils.modules import evaluating
 from ..utils.settings import settings
 

@@ -21,7 +21,9 @@ from ..evaluate import log_marginal
 from . import Experiment
 from ..models.vae import dlgm
 from ..objectives import annealing, free_energy
-from ..results.store import Record, Run, halved, measured
+from ..results.record import Record, halved
+from ..results.run import Run
+from ..results.verdicts import measured
 from ..transforms.base import Amortised
 from ..utils.checks import check_choice
 from ..utils.modules import evaluating

@@ -27,7 +27,8 @@ from ..flows import Flow
 from ..models.networks import MLP
 from ..models.vae import VAE
 from ..objectives import Estimate, elbo, free_energy, importance_weighted
-from ..results.store import Record, Run
+from ..results.record import Record
+from ..results.run import Run
 from ..transforms import Affine, Chain, InverseAutoregressive, Planar
 from ..transforms.linear import Triangular
 from ..utils.modules import evaluating
