@@ -4,7 +4,7 @@ import os
 
 from models import energy_trainer, image_trainer
 
-from normflow_vi.engine.trainer import choose_engine
+from normflow_vi.engine.choosing import choose_engine
 
 cores = len(os.sched_getaffinity(0))
 for title, runs, make in [

@@ -18,7 +18,6 @@ from harness import interleaved, report, torch_only
 
 from normflow_vi.numerics.compiling import has_numba
 from normflow_vi.transforms.autoregressive import MaskedAutoregressive
-from normflow_vi.transforms.base import fetch
 from normflow_vi.transforms.conditioner import run_network
 
 parser = argparse.ArgumentParser(description="time the slow direction of a masked autoregressive flow")
@@ -43,7 +42,7 @@ in_torch = torch_only(lambda model=maf, z=z: model.forward(z))  # the same stage
 def passes(model=maf, z=z):
     """The oracle: the whole network once for each variable."""
     total = 0.0
-    for layer in model.unstacked(model.masked("closed form", fetch(model, None, z.dtype))):
+    for layer in model.unstacked(model.masked("closed form", model.fetch_tensors(None, z.dtype))):
         x = torch.zeros_like(z)
         for i in layer["sequence"].tolist():
             theta = run_network(x, layer).unflatten(-1, (model.dim, 2))

@@ -5,7 +5,8 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, linear, softplus
 
 from normflow_vi.data import Batches, Split
-from normflow_vi.engine.trainer import Optimizer, Trainer
+from normflow_vi.engine.optimizer import Optimizer
+from normflow_vi.engine.trainer import Trainer
 from normflow_vi.experiments import energies
 from normflow_vi.fitting import density_loss
 from normflow_vi.models.vae import dlgm

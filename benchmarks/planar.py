@@ -24,7 +24,8 @@ from harness import Neighbour, arguments, gap, interleaved, parts_of, report, to
 from models import naive_layer, through
 from torch import nn
 
-from normflow_vi.engine.trainer import Optimizer, Trainer
+from normflow_vi.engine.optimizer import Optimizer
+from normflow_vi.engine.trainer import Trainer
 from normflow_vi.fitting import density_loss
 from normflow_vi.flows import Flow
 from normflow_vi.objectives import free_energy

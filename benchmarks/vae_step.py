@@ -37,7 +37,8 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from normflow_vi.data import Batches, Split
-from normflow_vi.engine.trainer import Optimizer, Trainer
+from normflow_vi.engine.optimizer import Optimizer
+from normflow_vi.engine.trainer import Trainer
 
 given = arguments(
     "time training steps of an image model",

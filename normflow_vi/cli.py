@@ -16,19 +16,12 @@ import traceback
 from pathlib import Path
 
 from . import __version__, experiments
-from normflow_vi.reproduce.jobs import (
-    DATA,
-    DEVICES,
-    ParameterError,
-    complete,
-    execute,
-    resolve_device,
-    units,
-    watch_parent,
-    work,
-    write_unit,
-)
-from .results.store import Record, Store, records_root
+from .reproduce import drawing, report, status
+from .reproduce.jobs import complete, units, watch_parent, work, write_unit
+from .reproduce.notebooks import draw, execute, takes_parameters
+from .reproduce.parameters import DATA, DEVICES, ParameterError, resolve_device
+from .results.record import Record
+from .results.store import Store, records_root
 from .utils.settings import PROFILES, project_root
 
 # %% ../nbs/90_engine/80_cli.ipynb #7285fd5a
@@ -65,11 +58,9 @@ def check_data(data, plans):
 # %% ../nbs/90_engine/80_cli.ipynb #1559ece4
 def reproduce_one(experiment, plan, profile, data, device, engine, retrain):
     "Complete an experiment's plan and execute its notebook; the reason of a failure, or `None`."
-    from normflow_vi.reproduce import report
-
     try:
         complete(plan, device, retrain=retrain, engine=engine)
-        manifest = report.draw(experiment, profile, data, device)
+        manifest = draw(experiment, profile, data, device)
         return None if manifest.good else manifest.cause
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -77,8 +68,6 @@ def reproduce_one(experiment, plan, profile, data, device, engine, retrain):
 # %% ../nbs/90_engine/80_cli.ipynb #5b2119c7
 def reproduce(profile="quick", only=None, device="auto", data="auto", engine="local", retrain=False):
     "Reproduce the report, or a part of it; returns what failed, a line each."
-    from normflow_vi.reproduce import report, status
-
     (chosen, chapters), device = selected(only), resolve_device(device)
     check_data(data, [e.plan(profile, data) for e in chosen])
     failures = {}
@@ -88,7 +77,7 @@ def reproduce(profile="quick", only=None, device="auto", data="auto", engine="lo
         if why := reproduce_one(e, runs, profile, data, device, engine, retrain):
             failures[e.notebook] = why
             complain(f"{e.notebook}: {why}", 1)
-    failures |= report.execute_library(profile, chapters=chapters)
+    failures |= drawing.execute_library(profile, chapters=chapters)
     path = report.build(profile, failures, whole=only is None)
     table, problems = status.rows()
     print(status.text(table), f"\nreport: {path}", sep="\n")
@@ -199,8 +188,6 @@ def _reproduce(a):
 
 
 def _status(a):
-    from normflow_vi.reproduce import status
-
     table, problems = status.rows()
     print(json.dumps(table, indent=1, ensure_ascii=False) if a.json else status.text(table, a.all))
     return problems
@@ -219,8 +206,6 @@ def _merge(a):
 
 # %% ../nbs/90_engine/80_cli.ipynb #e03af54a
 def _report(a):
-    from normflow_vi.reproduce import report
-
     path, failures = report.make()
     print(f"report: {path}")
     return listed(failures)
@@ -240,8 +225,6 @@ def _run(a):
 
 
 def _notebook(a):
-    from normflow_vi.reproduce.report import takes_parameters
-
     path = (project_root() / a.notebook).resolve()
     if (
         path.suffix != ".ipynb"
@@ -300,7 +283,3 @@ def main(arguments=None):
     for failure in failures:
         complain(failure, 1)
     return 1 if failures else 0
-
-# %% ../nbs/90_engine/80_cli.ipynb #9f477502
-if __name__ == "__main__" and __spec__:
-    sys.exit(main())

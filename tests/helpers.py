@@ -20,8 +20,13 @@ many_draws = pytest.mark.parametrize("draws", [2000, pytest.param(100_000, marks
 
 
 def plant(monkeypatch, place, found, wrong):
-    """Replace the piece `found` of the source of a function under `normflow_vi.transforms`, which must occur once in it, by `wrong`, wherever the function is in use."""
-    function = pkgutil.resolve_name(f"normflow_vi.transforms.{place}")
+    """Replace the piece `found` of the source of a function by `wrong`, wherever the function is in use.
+
+    `place`: its address under `normflow_vi.transforms`, or under `normflow_vi` if it begins with `numerics`.
+    The piece must occur once in it.
+    """
+    room = "normflow_vi" if place.startswith("numerics.") else "normflow_vi.transforms"
+    function = pkgutil.resolve_name(f"{room}.{place}")
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(found) == 1, f"{place}: {found!r} occurs {source.count(found)} times"
     source = source.replace(found, wrong).removeprefix("@patch\n")  # which would change the class itself

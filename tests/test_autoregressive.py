@@ -14,7 +14,6 @@ from normflow_vi.testing.contract import Direction
 from normflow_vi.testing.contract import contexts as context_of
 from normflow_vi.transforms import made, stagewise
 from normflow_vi.transforms.autoregressive import Autoregressive, InverseAutoregressive, MaskedAutoregressive
-from normflow_vi.transforms.base import fetch
 from normflow_vi.transforms.conditioner import run_network
 from normflow_vi.transforms.laws import ScaleShift, Shift
 
@@ -36,7 +35,7 @@ needs_numba = pytest.mark.skipif(stagewise.compiled() is None, reason="numba is 
 
 
 def layers_of(transform, kind, context=None):
-    return transform.unstacked(transform.masked(kind, fetch(transform, context, torch.float64)))
+    return transform.unstacked(transform.masked(kind, transform.fetch_tensors(context, torch.float64)))
 
 
 def by_passes(transform, value, context=None):

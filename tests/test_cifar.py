@@ -26,10 +26,12 @@ from normflow_vi.experiments.vae_cifar import (
     shares,
     train,
 )
-from normflow_vi.reproduce import report
-from normflow_vi.reproduce.jobs import place
+from normflow_vi.reproduce import notebooks
+from normflow_vi.reproduce.notebooks import place
 from normflow_vi.reproduce.status import join, published
-from normflow_vi.results.store import Record, Run, Store, records_root
+from normflow_vi.results.record import Record
+from normflow_vi.results.run import Run
+from normflow_vi.results.store import Store, records_root
 
 ROOT = Path(__file__).parent.parent
 SHAPE = (32, 32, 3)
@@ -311,7 +313,7 @@ def test_downloads_happen_for_runs_that_lack_a_record_only(bare, monkeypatch, pr
 
 def test_the_page_says_that_it_was_not_run(bare):
     experiment = experiments.get("vae_cifar")
-    manifest = report.draw(experiment, "smoke")
+    manifest = notebooks.draw(experiment, "smoke")
     assert manifest.good and set(manifest.products) == set(experiment.products), manifest.cause
     assert (
         "not run: CIFAR-10 was not found"

@@ -12,16 +12,17 @@ import pytest
 from test_runner import NOTEBOOK, PRODUCTS, make_project, project, read, snapshot, trial  # noqa: F401
 
 from normflow_vi import cli
-from normflow_vi.reproduce import report, status
-from normflow_vi.reproduce.jobs import Manifest, execute
-from normflow_vi.results.store import Record, Store
+from normflow_vi.reproduce import drawing, report, status
+from normflow_vi.reproduce.notebooks import Manifest, execute
+from normflow_vi.results.record import Record
+from normflow_vi.results.store import Store
 
 ROOT = Path(__file__).parent.parent
 
 
 def call(*arguments, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "normflow_vi.cli", *arguments], capture_output=True, text=True, cwd=cwd
+        [sys.executable, "-m", "normflow_vi", *arguments], capture_output=True, text=True, cwd=cwd
     )
 
 
@@ -196,7 +197,9 @@ def test_only_makes_the_chosen_chapters(project, monkeypatch, capsys, only, exec
         (project / "nbs" / path).parent.mkdir(exist_ok=True)
         (project / "nbs" / path).write_text(LIBRARY)
     asked, plans = [], []
-    monkeypatch.setattr(report, "run_jobs", lambda jobs, **more: asked.extend(job.name for job in jobs) or {})
+    monkeypatch.setattr(
+        drawing, "run_jobs", lambda jobs, **more: asked.extend(job.name for job in jobs) or {}
+    )
     monkeypatch.setattr(
         report, "build", lambda profile, failures, whole: plans.append((failures, whole)) or "index.html"
     )

@@ -10,7 +10,8 @@ import torch
 from normflow_vi.experiments import vae_convolution as page
 from normflow_vi.models.posteriors import posterior
 from normflow_vi.reproduce.status import join, published
-from normflow_vi.results.store import Record, Store
+from normflow_vi.results.record import Record
+from normflow_vi.results.store import Store
 
 
 def draws(mean, factor, S, images=60):

@@ -23,32 +23,32 @@ import numpy as np
 import pytest
 import torch
 
-from normflow_vi import data as module
 from normflow_vi.data import (
+    BINARIZE,
     SOURCES,
     Batches,
     DataError,
     DataNotFound,
-    File,
-    Layout,
-    Source,
     Split,
-    bernoulli,
-    content_hash,
+    _load_parts,
     content_sha256,
     find,
-    image_set,
+    finding,
     load_data,
-    read_batch,
-    read_idx,
-    read_packed,
     resolve,
-    thresholds,
 )
+from normflow_vi.data import (
+    NAMES as DATA_SETS,
+)
+from normflow_vi.data import pixels as pixels_module
+from normflow_vi.data.content import _canonical, content_hash
+from normflow_vi.data.decoders import File, read_batch, read_idx, read_packed
+from normflow_vi.data.pixels import bernoulli
+from normflow_vi.data.sources import Layout, Source, _cifar_layouts
 from normflow_vi.numerics.compiling import has_numba
 from normflow_vi.utils.files import sha256
 
-CONNECT_SECONDS = module.CONNECT_SECONDS  # as shipped; some tests shorten it
+CONNECT_SECONDS = finding.CONNECT_SECONDS  # as shipped; some tests shorten it
 MNIST = [file.name for file in SOURCES["mnist"].layouts[0].files]
 SIBLING = Path(__file__).resolve().parents[2] / "shared" / "data"
 REAL = Path(os.environ["NORMFLOW_VI_DATA"]) if os.environ.get("NORMFLOW_VI_DATA") else SIBLING
@@ -118,7 +118,7 @@ def small(tmp_path, monkeypatch):
 def refuse(source, folder, *words):
     "The set is refused with a message that has all the words; returns it."
     with pytest.raises(DataError) as caught:
-        image_set(source, folder, download=False)
+        _load_parts(source, folder, download=False)
     for word in words:
         assert word in str(caught.value), (word, str(caught.value))
     return str(caught.value)
@@ -129,7 +129,7 @@ def refuse(source, folder, *words):
 
 def test_a_whole_set_loads_and_is_split(small):
     source, folder = small
-    parts, arrays = image_set(source, folder, download=False), tiny_arrays()
+    parts, arrays = _load_parts(source, folder, download=False), tiny_arrays()
     assert [len(parts[part][0]) for part in ("train", "valid", "test")] == [50, 10, 20]
     assert (parts["train"][0] == arrays["train-images.gz"][:50]).all()
     order = np.random.RandomState(0).permutation(20)
@@ -143,7 +143,7 @@ def test_a_whole_set_loads_and_is_split(small):
 def test_files_may_lie_flat(small, tmp_path):
     source, folder = small
     (folder / "tiny").rename(tmp_path / "flat")
-    assert len(image_set(source, tmp_path / "flat", download=False)["train"][0]) == 50
+    assert len(_load_parts(source, tmp_path / "flat", download=False)["train"][0]) == 50
 
 
 def test_a_flat_file_of_another_set_does_not_count(small, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def damage(source, folder, positions, flips, seed):
             path.write_bytes(changed)
             refuse(source, folder, name, "changed", sha256(good), sha256(changed))
             try:
-                image_set(
+                _load_parts(
                     plain, folder, download=False
                 )  # a bit of the gzip header may not matter to the content
             except DataError as error:
@@ -214,7 +214,7 @@ def damage(source, folder, positions, flips, seed):
             else:
                 assert gzip.decompress(bytes(changed)) == idx(array)
         path.write_bytes(good)
-    assert len(image_set(source, folder, download=False)["train"][0]) == 50
+    assert len(_load_parts(source, folder, download=False)["train"][0]) == 50
 
 
 def test_truncated_and_flipped(small):
@@ -259,18 +259,18 @@ def test_an_unreadable_file_is_refused(small, monkeypatch):
     def fail(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(module, "sha256", fail)
+    monkeypatch.setattr(finding, "sha256", fail)
     refuse(source, folder, "train-images.gz", "Input/output error")
 
 
 BOMB = """
 import re, sys, time
 from pathlib import Path
-from normflow_vi import data
-from normflow_vi.data import DataError, File, read_idx, read_packed
+from normflow_vi.data import decoders
+from normflow_vi.data.decoders import DataError, File, read_idx, read_packed
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 path, name, before, start = Path(sys.argv[1]), sys.argv[2], peak(), time.perf_counter()
-if "careless" in sys.argv: data.bounded = lambda stream, most, least=None: stream.read()
+if "careless" in sys.argv: decoders._read_bounded = lambda stream, most, least=None: stream.read()
 try: {"gz": read_idx, "npz": read_packed}[name](path, File(path.name, {"train": (60000, 28, 28)}))
 except DataError as error: print(error)
 print(time.perf_counter() - start, peak() - before)
@@ -418,7 +418,7 @@ def cifar_tree(folder, kind):
                 entry.size = len(raw)
                 archive.addfile(entry, io.BytesIO(raw))
     return {
-        part: module.canonical(images[b], labels[b], ordered=False)[0]
+        part: _canonical(images[b], labels[b], ordered=False)[0]
         for part, b in (("train", slice(50)), ("test", slice(50, 60)))
     }
 
@@ -426,7 +426,7 @@ def cifar_tree(folder, kind):
 def tiny_cifar(content):
     layouts = tuple(
         replace(layout, files=tuple(replace(file, size=None, sha256=None) for file in layout.files))
-        for layout in module.cifar_layouts(10)
+        for layout in _cifar_layouts(10)
     )
     layouts = tuple(
         replace(
@@ -450,7 +450,7 @@ def test_all_layouts_of_cifar_give_the_same_tensors(tmp_path):
     loaded = []
     for kind in KINDS:
         source = tiny_cifar(cifar_tree(tmp_path / kind, kind))
-        loaded.append(image_set(source, tmp_path / kind, download=False))
+        loaded.append(_load_parts(source, tmp_path / kind, download=False))
         assert [len(loaded[-1][part][0]) for part in ("train", "valid", "test")] == [45, 5, 10]
     for other in loaded[1:]:
         assert all((a == b).all() for part in other for a, b in zip(loaded[0][part], other[part]))
@@ -560,10 +560,10 @@ def names(folder):
 
 
 def test_a_good_download(mirror):
-    assert len(image_set(mirror.source, None, download=True)["train"][0]) == 50
+    assert len(_load_parts(mirror.source, None, download=True)["train"][0]) == 50
     assert names(mirror.target) == sorted(NAMES)
     mirror.shutdown()  # the second time nothing is asked for
-    assert len(image_set(mirror.source, None, download=True)["train"][0]) == 50
+    assert len(_load_parts(mirror.source, None, download=True)["train"][0]) == 50
 
 
 @pytest.mark.parametrize(
@@ -579,10 +579,10 @@ def test_a_good_download(mirror):
     ],
 )
 def test_a_bad_download_leaves_nothing_and_says_why(mirror, monkeypatch, mode, words):
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.4)
-    monkeypatch.setattr(module, "STALL_SECONDS", 0.8)
+    monkeypatch.setattr(finding, "CONNECT_SECONDS", 0.4)
+    monkeypatch.setattr(finding, "STALL_SECONDS", 0.8)
     if mode == "drip":
-        monkeypatch.setattr(module, "SLOWEST", 1e9)
+        monkeypatch.setattr(finding, "SLOWEST", 1e9)
     mirror.mode, start = mode, time.perf_counter()
     with pytest.raises(DataNotFound, match=words) as caught:
         find(mirror.source)
@@ -591,7 +591,7 @@ def test_a_bad_download_leaves_nothing_and_says_why(mirror, monkeypatch, mode, w
     )
     assert names(mirror.target) == []
     mirror.mode = "good"  # the next run succeeds
-    assert len(image_set(mirror.source, None, download=True)["train"][0]) == 50
+    assert len(_load_parts(mirror.source, None, download=True)["train"][0]) == 50
 
 
 def cut_downloads(mirror, count, seed):
@@ -617,8 +617,9 @@ def test_downloads_cut_in_many_places(mirror):
 
 KILLED = """
 import sys, pickle
+import logging
 from normflow_vi import data
-data.log.disabled = True
+logging.getLogger("normflow_vi").disabled = True
 source = pickle.load(open(sys.argv[1], "rb"))
 print("ready", flush=True)
 data.find(source)
@@ -641,7 +642,7 @@ def kill_downloads(mirror, tmp_path, count):
         child.wait()
         assert all(name.endswith(".part") for name in names(mirror.target)) and len(names(mirror.target)) == 1
     mirror.mode = "good"
-    assert len(image_set(mirror.source, None, download=True)["train"][0]) == 50 and names(
+    assert len(_load_parts(mirror.source, None, download=True)["train"][0]) == 50 and names(
         mirror.target
     ) == sorted(NAMES)
 
@@ -681,7 +682,7 @@ def test_several_workers_download_once(mirror):
 def test_no_network_fails_in_time(small, monkeypatch, tmp_path):
     "A look-up that hangs: the time limit does not depend on it."
     monkeypatch.delenv("NORMFLOW_VI_OFFLINE")
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(finding, "CONNECT_SECONDS", 0.5)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **named: time.sleep(5))
     start = time.perf_counter()
     with pytest.raises(DataNotFound, match="no answer within 0.5 s"):
@@ -708,7 +709,7 @@ def test_nothing_found_says_where_it_looked(tmp_path, alone):
         load_data("mnist", folder=tmp_path / "gone")
 
 
-@pytest.mark.parametrize("binarize", module.BINARIZE)
+@pytest.mark.parametrize("binarize", BINARIZE)
 def test_auto_falls_back_to_digits_and_says_so(binarize):
     data = load_data("auto", binarize)
     assert resolve("auto", binarize) == data.name == "digits" and data.title.endswith(
@@ -752,8 +753,8 @@ def test_wrong_choices_are_refused():
 def test_hashes_tell_data_sets_apart():
     hashes = {
         content_sha256(name, kind)
-        for name in module.NAMES
-        for kind in module.BINARIZE
+        for name in DATA_SETS
+        for kind in BINARIZE
         if kind != "static" or name in ("mnist", "digits")
     }
     assert len(hashes) == 14
@@ -768,7 +769,7 @@ def test_hashes_tell_data_sets_apart():
 
 def test_threshold_arithmetic_is_exact():
     grey = torch.arange(256, dtype=torch.uint8)
-    assert [t + 2**31 for t in thresholds(grey).tolist()] == [
+    assert [t + 2**31 for t in pixels_module._thresholds(grey).tolist()] == [
         16843009 * p for p in range(256)
     ] and 16843009 * 255 == 2**32 - 1
 
@@ -805,7 +806,7 @@ def test_pixels_are_independent():
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    monkeypatch.setattr(module, "fits", lambda *tensors, **how: False)
+    monkeypatch.setattr(pixels_module, "fits", lambda *tensors, **how: False)
 
 
 def check_same_pixels():
@@ -819,7 +820,7 @@ def check_same_pixels():
                 torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=again),
             )
             assert (
-                torch.equal(drawn, module.bernoulli_torch(pixels, key))
+                torch.equal(drawn, pixels_module._bernoulli_torch(pixels, key))
                 and drawn.dtype == torch.float32
                 and torch.equal(g.get_state(), again.get_state())
             )
@@ -885,7 +886,7 @@ def test_words_are_uniform_and_nearby_keys_are_unrelated():
     "Each of 32 bits is 1 half of the time; one bit more or less in the key, or keys one step apart, change each bit of each word half of the time."
 
     def bits(key, n=20_000):
-        return (module.words(n, torch.tensor(key))[:, None] >> torch.arange(32) & 1).double()
+        return (pixels_module._random_words(n, torch.tensor(key))[:, None] >> torch.arange(32) & 1).double()
 
     one = bits(12345)
     cases = [one, *((one - bits(12345 ^ 1 << k)).abs() for k in (0, 1, 31, 62)), (one - bits(12346)).abs()]
@@ -896,19 +897,19 @@ def test_words_are_uniform_and_nearby_keys_are_unrelated():
 PLANTED = {
     "one key for all batches": (
         "bernoulli",
-        "key, out = drawn(()),",
-        "key, out = torch.tensor(7),",
+        "key = _draw_integers((), pixels, generator)",
+        "key = torch.tensor(7)",
         check_pixels_of_a_stream_are_independent,
     ),
     "a word for each row of pixels": (
-        "words",
+        "_random_words",
         "torch.arange(1, 1 + -(-count // 2), device=key.device)",
         "torch.arange(1, 1 + -(-count // 2), device=key.device) // 28",
         check_pixels_of_a_stream_are_independent,
     ),
-    "the sign shifted in": ("words", "& (1 << 64 - shift) - 1", "& -1", check_same_pixels),
-    "another constant": ("words", "signed(MIX_1)", "signed(MIX_2)", check_same_pixels),
-    "words start at zero": ("words", "torch.arange(1, 1 + -", "torch.arange(0, -", check_same_pixels),
+    "the sign shifted in": ("_fold", "& (1 << 64 - shift) - 1", "& -1", check_same_pixels),
+    "another constant": ("_random_words", "_signed(_MIX_1)", "_signed(_MIX_2)", check_same_pixels),
+    "words start at zero": ("_random_words", "torch.arange(1, 1 + -", "torch.arange(0, -", check_same_pixels),
 }
 
 
@@ -916,14 +917,14 @@ PLANTED = {
 def test_planted_bugs_in_the_draws_are_caught(bug, monkeypatch):
     name, found, wrong, check = PLANTED[bug]
     if check is check_pixels_of_a_stream_are_independent:
-        monkeypatch.setattr(module, "fits", lambda *tensors, **how: False)
+        monkeypatch.setattr(pixels_module, "fits", lambda *tensors, **how: False)
     elif not has_numba():
         pytest.skip("two forms to compare need numba")
     check()
-    source, scope = inspect.getsource(getattr(module, name)), {}
+    source, scope = inspect.getsource(getattr(pixels_module, name)), {}
     assert source.count(found) == 1
-    exec(source.replace(found, wrong), dict(vars(module)), scope)
-    monkeypatch.setattr(module, name, scope[name])
+    exec(source.replace(found, wrong), dict(vars(pixels_module)), scope)
+    monkeypatch.setattr(pixels_module, name, scope[name])
     with pytest.raises(AssertionError):
         check()
 

@@ -10,7 +10,9 @@ from normflow_vi import flows
 from normflow_vi.experiments import energies
 from normflow_vi.reproduce.jobs import read_unit, units, write_unit
 from normflow_vi.reproduce.status import join, published
-from normflow_vi.results.store import Record, Run, Store
+from normflow_vi.results.record import Record
+from normflow_vi.results.run import Run
+from normflow_vi.results.store import Store
 from normflow_vi.targets import ENERGIES
 
 CHEAP = {

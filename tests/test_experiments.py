@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from normflow_vi import experiments
-from normflow_vi.reproduce import report
-from normflow_vi.reproduce.jobs import complete, place
+from normflow_vi.reproduce import notebooks, report
+from normflow_vi.reproduce.jobs import complete
+from normflow_vi.reproduce.notebooks import place
 from normflow_vi.results.store import Store, records_root
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def text_of(notebook):
 def test_notebook_with_the_smoke_profile(checkout, name):
     experiment = experiments.get(name)
     complete(experiment.plan("smoke"), "cpu", progress=False)
-    manifest = report.draw(experiment, "smoke")
+    manifest = notebooks.draw(experiment, "smoke")
     assert manifest.good, manifest.cause
     assert set(manifest.products) == set(experiment.products)
     assert not (checkout / "figures").exists() and not (checkout / "results").exists(), (
@@ -77,7 +78,7 @@ def test_without_data_the_digits_stand_in_and_nothing_of_theirs_passes_for_mnist
     runs = experiment.plan("quick", "auto")
     assert {run.data for run in runs} == {"digits-static"}
     complete(runs, "cpu", progress=False)
-    manifest = report.draw(experiment, "quick", "auto")
+    manifest = notebooks.draw(experiment, "quick", "auto")
     assert manifest.good, manifest.cause
     shown = text_of(place(experiment.notebook, "quick") / "notebook.ipynb")
     assert (
@@ -88,14 +89,15 @@ def test_without_data_the_digits_stand_in_and_nothing_of_theirs_passes_for_mnist
         "digits are no measurement of a published number"
     )
     assert (
-        published.read_bytes() == b"from MNIST" and (bare / report.STAND_IN_FIGURES / "table2.png").exists()
+        published.read_bytes() == b"from MNIST"
+        and (bare / notebooks.STAND_IN_FIGURES / "table2.png").exists()
     )
     assert report.standing_in("quick") == [experiment.notebook]
 
 
 def test_asking_for_mnist_without_having_it_is_one_error(bare):
     done = subprocess.run(
-        [sys.executable, "-m", "normflow_vi.cli", "reproduce", "--profile", "smoke", "--data", "mnist"],
+        [sys.executable, "-m", "normflow_vi", "reproduce", "--profile", "smoke", "--data", "mnist"],
         capture_output=True,
         text=True,
         env=os.environ,

@@ -16,7 +16,7 @@ from torch.distributions import (
 )
 
 from normflow_vi import Chain, Flow, Inverse, fit
-from normflow_vi.engine.trainer import NonFinite
+from normflow_vi.engine.errors import NonFinite
 from normflow_vi.evaluate.diagnosis import risen
 from normflow_vi.fitting import redrawn
 from normflow_vi.flows import MAF, NICE, NSF, Place, RealNVP

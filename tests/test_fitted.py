@@ -22,7 +22,7 @@ from torch.distributions import Independent, Laplace, MultivariateNormal, constr
 import normflow_vi.utils.files
 from helpers import damage
 from normflow_vi.engine.checkpoint import MAGIC, Damaged, pack
-from normflow_vi.engine.trainer import History
+from normflow_vi.engine.history import History
 from normflow_vi.evaluate import diagnosis
 from normflow_vi.fitting.fitted import FORMAT, Fit, trusted, verdict
 from normflow_vi.flows import Flow

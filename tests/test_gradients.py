@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, vmap
 
 from helpers import CASE
 from normflow_vi import Chain, Flow
-from normflow_vi.engine.trainer import OneRun, StackedRuns
+from normflow_vi.engine.runs import OneRun, StackedRuns
 from normflow_vi.objectives import elbo, forward_kl, free_energy, importance_weighted, renyi
 from normflow_vi.objectives.gradients import GRADIENTS, path_draws, stopped_log_prob
 from normflow_vi.testing.contract import C, drawn
@@ -442,7 +442,8 @@ class Fixed(ContinuouslyIndexed):
 
 @paths
 def test_trains_under_the_engine(gradient):
-    from normflow_vi.engine.trainer import Optimizer, Trainer
+    from normflow_vi.engine.optimizer import Optimizer
+    from normflow_vi.engine.trainer import Trainer
 
     models = [gaussian(1.0, 2.0, 2).float() for _ in range(2)]
     loss = lambda q, batch, step, generator: free_energy(

@@ -10,8 +10,9 @@ import torch
 from torch.func import functional_call, jacfwd, jacrev, vmap
 
 from helpers import caught
-from normflow_vi.engine.trainer import StackedRuns
+from normflow_vi.engine.runs import StackedRuns
 from normflow_vi.numerics import compiling as kernels
+from normflow_vi.numerics import planar as loops
 from normflow_vi.transforms import Planar, planar
 from normflow_vi.transforms.planar import planar_layers, planar_torch
 
@@ -23,14 +24,14 @@ needs_numba = pytest.mark.skipif(not kernels.has_numba(), reason="numba is optio
 @pytest.fixture
 def seen(monkeypatch):
     "The names of the planar kernels that ran."
-    names, compiled = [], planar.compiled()
+    names, compiled = [], loops.compiled()
 
     def noted(name):
         return lambda *arguments: (names.append(name), getattr(compiled, name)(*arguments))[1]
 
     if compiled is not None:
         monkeypatch.setattr(
-            planar, "compiled", lambda: SimpleNamespace(**{name: noted(name) for name in KERNELS})
+            loops, "compiled", lambda: SimpleNamespace(**{name: noted(name) for name in KERNELS})
         )
     return names
 
@@ -383,20 +384,18 @@ def test_inputs_are_left_alone():
 def test_without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     kernels.has_numba.cache_clear()
-    planar.compiled.cache_clear()
+    loops.compiled.cache_clear()
     try:
         inputs = [points(20, 3), *layers()]
         assert (
-            not kernels.fits(*inputs)
-            and planar.compiled() is None
-            and kernels.machine_code(planar.add) is None
+            not kernels.fits(*inputs) and loops.compiled() is None and kernels.machine_code(loops.add) is None
         )
         assert all(
             torch.equal(a, b) for a, b in zip(everything(kernel, inputs), everything(reference, inputs))
         )
     finally:
         kernels.has_numba.cache_clear()
-        planar.compiled.cache_clear()
+        loops.compiled.cache_clear()
 
 
 @needs_numba
@@ -408,43 +407,53 @@ def test_the_name_of_kept_code_changes_with_what_it_calls():
         return x + 2
 
     assert (
-        kernels.fingerprint(planar.bend, one)
-        != kernels.fingerprint(planar.bend, other)
-        == kernels.fingerprint(planar.bend, other)
+        kernels.fingerprint(loops.bend, one)
+        != kernels.fingerprint(loops.bend, other)
+        == kernels.fingerprint(loops.bend, other)
     )
 
 
 BUGS = {
     "a sign in the gradient of z": (
-        "planar.layer_back",
+        "numerics.planar.layer_back",
         "w[j + d], a, ZERO, n)",
         "-w[j + d], a, ZERO, n)",
         "wide",
     ),
     "points that are not taken back": (
-        "planar.layer_back",
+        "numerics.planar.layer_back",
         "add(rows, d * BLOCK, -x, hidden, at, n)",
         "pass",
         "wide",
     ),
-    "a slope that is one less": ("planar.bend_back", "(one - p)", "p", "both"),
+    "a slope that is one less": ("numerics.planar.bend_back", "(one - p)", "p", "both"),
     "the constraint without gradient": (
-        "planar.constants_back",
+        "numerics.planar.constants_back",
         "in_rho * (sigmoid - one)",
         "in_rho * 0",
         "both",
     ),
-    "the norm without gradient": ("planar.constants_back", "-in_rho * excess", "in_rho * excess", "both"),
-    "log-det without the clamp's factor": ("planar.bend", "(one - h * h)", "one", "both"),
-    "a sign in the gradient of u": ("planar.row_back", "put(gu, to, h,", "put(gu, to, -h,", "narrow"),
+    "the norm without gradient": (
+        "numerics.planar.constants_back",
+        "-in_rho * excess",
+        "in_rho * excess",
+        "both",
+    ),
+    "log-det without the clamp's factor": ("numerics.planar.bend", "(one - h * h)", "one", "both"),
+    "a sign in the gradient of u": (
+        "numerics.planar.row_back",
+        "put(gu, to, h,",
+        "put(gu, to, -h,",
+        "narrow",
+    ),
     "the gradient of the first point of a group alone": (
-        "planar.narrow_backward",
+        "numerics.planar.narrow_backward",
         "first + s > group[s] * S",
         "False",
         "narrow",
     ),
     "a group's layers from its neighbour": (
-        "planar.narrow_forward",
+        "numerics.planar.narrow_forward",
         "b[group[s] * in_b + k]",
         "b[k]",
         "narrow",
@@ -455,7 +464,7 @@ BUGS = {
 @pytest.fixture
 def uncompiled(monkeypatch):
     "The loops as Python runs them, so that a bug can be put into them."
-    monkeypatch.setattr(planar, "compiled", lambda: planar)
+    monkeypatch.setattr(loops, "compiled", lambda: loops)
 
 
 @needs_numba

@@ -8,7 +8,8 @@ import torch
 from torch.func import functional_call, stack_module_state, vmap
 
 from helpers import CASE, caught, dtypes, emitting, exact, many_draws, moved, near, scales
-from normflow_vi.engine.trainer import Optimizer, Trainer
+from normflow_vi.engine.optimizer import Optimizer
+from normflow_vi.engine.trainer import Trainer
 from normflow_vi.flows import Flow
 from normflow_vi.objectives import estimate
 from normflow_vi.testing.cases import used

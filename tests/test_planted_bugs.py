@@ -60,19 +60,19 @@ BUGS = {
     ),
     "batchnorm: statistics are lost on reload": (
         "batchnorm",
-        "base.Sourced.__init__",
+        "base.Transform.__init__",
         "register_buffer(name, value)",
         "register_buffer(name, value, persistent=False)",
     ),
     "permutation: lost on reload": (
         "permutation",
-        "base.Sourced.__init__",
+        "base.Transform.__init__",
         "register_buffer(name, value)",
         "register_buffer(name, value, persistent=False)",
     ),
     "orthogonal: lost on reload": (
         "orthogonal",
-        "base.Sourced.__init__",
+        "base.Transform.__init__",
         "register_buffer(name, value)",
         "register_buffer(name, value, persistent=False)",
     ),

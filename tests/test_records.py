@@ -14,22 +14,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from normflow_vi.results.store import (
-    ARRAYS_LIMIT,
-    VERDICTS,
-    DamagedRecord,
-    Record,
-    Run,
-    Store,
-    code_sha256,
-    code_sources,
-    halved,
-    lower_is_better,
-    measured,
-    note_failure,
-    records_root,
-    verdict,
-)
+from normflow_vi.results.information import code_sha256, code_sources
+from normflow_vi.results.record import ARRAYS_LIMIT, DamagedRecord, Record, halved
+from normflow_vi.results.run import Run
+from normflow_vi.results.store import Store, note_failure, records_root
+from normflow_vi.results.verdicts import VERDICTS, lower_is_better, measured, verdict
 from normflow_vi.utils.files import sha256
 
 
@@ -240,7 +229,7 @@ def test_weights_that_cannot_be_kept(tmp_path, monkeypatch, wrong):
     import torch
 
     if wrong == "large":
-        monkeypatch.setattr("normflow_vi.results.store.WEIGHTS_LIMIT", 1000)
+        monkeypatch.setattr("normflow_vi.results.record.WEIGHTS_LIMIT", 1000)
     given = wrong if wrong == "text" else torch.zeros(300) if wrong == "large" else torch.tensor([wrong])
     with pytest.raises(ValueError, match="weights"):
         Record(run(), {}, weights={"w": given}).save(tmp_path)
@@ -494,7 +483,7 @@ def test_every_published_metric_has_a_direction():
 
 def test_code_hash_follows_the_imports(tmp_path, monkeypatch):
     """A change of meaning in what is imported changes the hash; comments, empty lines and other modules do not."""
-    import normflow_vi.results.store as records
+    import normflow_vi.results.information as provenance
 
     top = tmp_path / "normflow_vi"
     top.mkdir()
@@ -508,15 +497,15 @@ def test_code_hash_follows_the_imports(tmp_path, monkeypatch):
         a="from .b import f\n",
         b="def f(): return 1\n",
         c="x = 1\n",
-        runner="",
-        d="import normflow_vi.a\nfrom . import runner\n",
+        cli="",
+        d="import normflow_vi.a\nfrom . import cli\n",
     )
     monkeypatch.setattr(
-        records, "find_spec", lambda name: type("Spec", (), {"origin": str(top / "__init__.py")})
+        provenance, "find_spec", lambda name: type("Spec", (), {"origin": str(top / "__init__.py")})
     )
     assert set(code_sources("normflow_vi.d")) == {"normflow_vi.a", "normflow_vi.b", "normflow_vi.d"}
     before = code_sha256("normflow_vi.d")
-    write(c="x = 2\n", runner="y = 1\n", b="# %% a comment\n\ndef f(): return 1\n")
+    write(c="x = 2\n", cli="y = 1\n", b="# %% a comment\n\ndef f(): return 1\n")
     assert code_sha256("normflow_vi.d") == before
     write(b="def f(): return 2\n")
     assert code_sha256("normflow_vi.d") != before

@@ -15,15 +15,8 @@ import pytest
 from normflow_vi import experiments
 from normflow_vi.reproduce.jobs import (
     Job,
-    Manifest,
-    ParameterError,
     RunsFailed,
-    check_notebook,
-    check_parameter,
-    check_parameters,
     complete,
-    execute,
-    place,
     run_jobs,
     slots,
     units,
@@ -31,14 +24,19 @@ from normflow_vi.reproduce.jobs import (
     work_folder,
     write_unit,
 )
-from normflow_vi.results.store import Record, Run, Store
+from normflow_vi.reproduce.notebooks import Manifest, execute, place
+from normflow_vi.reproduce.parameters import ParameterError, check_notebook, check_parameter, check_parameters
+from normflow_vi.results.record import Record
+from normflow_vi.results.run import Run
+from normflow_vi.results.store import Store
 from normflow_vi.utils.files import Busy, exclusive
 
 EXPERIMENT = """
 import os, time
 from pathlib import Path
 from normflow_vi.experiments import Experiment
-from normflow_vi.results.store import Record, Run
+from normflow_vi.results.record import Record
+from normflow_vi.results.run import Run
 def plan(profile, data="auto"):
     return [Run("trial", 1, "none", "none", "", "planar", 2, seed, profile, {"updates": 20}) for seed in (0, 1)]
 def train(runs, folder, device, progress):
@@ -380,7 +378,7 @@ def test_units_follow_the_experiments_engine(project, monkeypatch):
 
 def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkeypatch):
     "With a `trainer` the choice is measured; runs that were begun in one way are not begun again in the other."
-    from normflow_vi.engine import trainer as training
+    from normflow_vi.engine import choosing
 
     runs, module, asked = [trial(0), trial(1)], sys.modules[experiments.module_of("trial")], []
     monkeypatch.setattr(
@@ -394,9 +392,9 @@ def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkey
     def measured(name):
         def choose(make, seeds, processes):
             asked.append((make(seeds[:1]), list(seeds), processes))
-            return training.Engine(name, 1.0, 1.0)
+            return choosing.Engine(name, 1.0, 1.0)
 
-        monkeypatch.setattr(training, "choose_engine", choose)
+        monkeypatch.setattr(choosing, "choose_engine", choose)
 
     for name, sizes in (("batched", [2]), ("processes", [1, 1])):
         measured(name)
@@ -501,7 +499,7 @@ def test_every_way_to_fail_leaves_the_earlier_result(project):
     (project / "fault.txt").write_text("wait")
     for number in (signal.SIGINT, signal.SIGTERM):
         runner = subprocess.Popen(
-            [sys.executable, "-m", "normflow_vi.cli", "reproduce", "--only", "trial"],
+            [sys.executable, "-m", "normflow_vi", "reproduce", "--only", "trial"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

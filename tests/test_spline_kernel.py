@@ -8,6 +8,7 @@ from test_spline import and_knots, thetas
 
 from helpers import caught, dtypes, scales
 from normflow_vi.numerics import compiling as kernels
+from normflow_vi.numerics import spline as loops
 from normflow_vi.transforms import spline as module
 
 REFERENCES = {"push": module.rq_spline, "pull": module.rq_spline_inverse}
@@ -326,7 +327,7 @@ BUGS = {
     "first slope taken from a height": ("find", "ONE if k > 0 else ZERO", "ONE"),
     "bin found in the wrong direction": ("find", "y0 if inverse else x0", "x0 if inverse else y0"),
     "softplus without its correction": (
-        "kernels.softplus_slope",
+        "numerics.compiling.softplus_slope",
         "(e - (u - one)) / u",
         "zero * e + np.float32(1e-9)",
     ),
@@ -373,7 +374,7 @@ BUGS = {
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    monkeypatch.setattr(module, "compiled", lambda: module)
+    monkeypatch.setattr(module, "compiled", lambda: loops)
     monkeypatch.setattr(kernels, "has_numba", lambda: True)
 
 
@@ -392,7 +393,13 @@ def failing(check):
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(bug, monkeypatch, uncompiled):
     name, found, wrong = BUGS[bug]
-    caught(monkeypatch, failing(check_agreement), name if "." in name else f"spline.{name}", found, wrong)
+    caught(
+        monkeypatch,
+        failing(check_agreement),
+        name if "." in name else f"numerics.spline.{name}",
+        found,
+        wrong,
+    )
 
 
 @needs_numba
@@ -401,7 +408,7 @@ def test_bugs_planted_around_the_kernel_are_caught(monkeypatch):
         caught(
             patch,
             failing(check_higher_derivatives),
-            "kernels.by_reference",
+            "numerics.compiling.by_reference",
             "t.view_as(t) for t in",
             "t for t in",
         )

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import normflow_vi.results.store as records
+import normflow_vi.results.verdicts as records
 from normflow_vi import cli, experiments
 from normflow_vi.reproduce import status
-from normflow_vi.reproduce.jobs import Manifest, notebook_code
-from normflow_vi.results.store import Measured, Record, Run
+from normflow_vi.reproduce.notebooks import Manifest, notebook_code
+from normflow_vi.results.record import Record
+from normflow_vi.results.run import Run
+from normflow_vi.results.verdicts import Measured
 from normflow_vi.utils.files import sha256
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +129,7 @@ def test_measured_rows_are_joined(with_experiments, capsys):
 
 
 def test_earlier_code_is_marked(with_experiments):
-    from normflow_vi.results.store import code_sha256
+    from normflow_vi.results.information import code_sha256
 
     now = code_sha256("normflow_vi.utils.files")
     with_experiments(Trial(measured(codes=(now, "other")), measured("Fig 4c", "NF K=20", codes=(now, now))))

@@ -20,17 +20,10 @@ from torch.nn import functional as F
 
 from normflow_vi import Flow
 from normflow_vi.engine import checkpoint
-from normflow_vi.engine.trainer import (
-    Interrupted,
-    Missing,
-    NonFinite,
-    Optimizer,
-    Trainer,
-    choose_engine,
-    clip_gradients,
-    fingerprint,
-    rate,
-)
+from normflow_vi.engine.choosing import choose_engine
+from normflow_vi.engine.errors import Interrupted, NonFinite
+from normflow_vi.engine.optimizer import Optimizer, clip_gradients, rate
+from normflow_vi.engine.trainer import Missing, Trainer, fingerprint
 from normflow_vi.transforms import Planar
 from normflow_vi.utils import files
 

@@ -18,7 +18,8 @@ from torch import nn
 from torch.distributions import Distribution
 from torch.special import gammainc, gammaincc, ndtr, ndtri
 
-from ..engine.trainer import Optimizer, Trainer
+from ..engine.optimizer import Optimizer
+from ..engine.trainer import Trainer
 from ..flows import Flow
 from ..flows.placing import place_samples
 from ..objectives import free_energy

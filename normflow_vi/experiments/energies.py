@@ -13,11 +13,14 @@ __all__ = ['RECIPE', 'TARGETS', 'AXIS', 'OUR_NICE', 'NARROW', 'FAMILIES', 'PAPER
 import numpy as np
 import torch
 
-from ..engine.trainer import Optimizer, Trainer
+from ..engine.optimizer import Optimizer
+from ..engine.trainer import Trainer
 from . import Experiment
 from ..flows import IAF, NICE, Flow, RealNVP
 from ..objectives import annealing, elbo, free_energy
-from ..results.store import Record, Run, measured
+from ..results.record import Record
+from ..results.run import Run
+from ..results.verdicts import measured
 from ..targets import ENERGIES
 from ..transforms import Affine, Chain, Planar, Radial, SplineCoupling
 from ..utils.modules import evaluating

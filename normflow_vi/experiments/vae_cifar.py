@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..data import SOURCES, Batches, DataNotFound, content_sha256, find, load_data
-from ..engine.trainer import Optimizer
+from ..engine.optimizer import Optimizer
 from ..evaluate import log_marginal
 from . import Experiment
 from .vae_mnist import as_bytes, curves, image_loss, trained, trainer_of
@@ -23,7 +23,10 @@ from ..models.networks import MLP
 from ..models.posteriors import posterior
 from ..models.vae import VAE
 from ..objectives import estimate
-from ..results.store import Record, Run, Store, measured, records_root
+from ..results.record import Record
+from ..results.run import Run
+from ..results.store import Store, records_root
+from ..results.verdicts import measured
 from ..utils.modules import evaluating
 from ..utils.settings import settings
 

@@ -19,7 +19,7 @@ from ..evaluate import log_marginal
 from . import Experiment, vae_mnist
 from ..models.posteriors import posterior
 from ..objectives import estimate
-from ..results.store import measured
+from ..results.verdicts import measured
 from ..utils.modules import evaluating, undisturbed
 from ..utils.settings import settings
 

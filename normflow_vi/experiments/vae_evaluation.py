@@ -17,7 +17,9 @@ from ..evaluate import ais, bidirectional, blocks_of, marginal_of, posteriors
 from ..evaluate.gaps import gaps
 from . import Experiment, vae_mnist
 from ..objectives import estimate
-from ..results.store import Record, Run, Store
+from ..results.record import Record
+from ..results.run import Run
+from ..results.store import Store
 from ..utils.modules import derive_seed, evaluating
 from ..utils.settings import settings
 

@@ -14,13 +14,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..data import Batches, content_sha256, load_data, resolve, titled
-from ..engine.trainer import Optimizer, Trainer
+from ..data import Batches, content_sha256, load_data, resolve, title_of
+from ..engine.optimizer import Optimizer
+from ..engine.trainer import Trainer
 from ..evaluate import log_marginal
 from . import Experiment
 from ..models.vae import dlgm
 from ..objectives import annealing, free_energy
-from ..results.store import Record, Run, halved, measured
+from ..results.record import Record, halved
+from ..results.run import Run
+from ..results.verdicts import measured
 from ..transforms.base import Amortised
 from ..utils.checks import check_choice
 from ..utils.modules import evaluating
@@ -108,7 +111,7 @@ def dataset(run, device="cpu"):
 
 def title(run, asked="auto"):
     "What a figure calls the data of a run, when data called `asked` were wanted."
-    return titled(asked, run.data.removesuffix("-static"), "static")
+    return title_of(asked, run.data.removesuffix("-static"), "static")
 
 # %% ../../nbs/80_plans/30_mnist.ipynb #7fd916ea
 def families_plan(profile, data="auto"):

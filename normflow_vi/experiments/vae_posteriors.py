@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from torch.nn.functional import softplus
 
-from ..data import Batches, content_sha256, load_data, resolve, titled
-from ..engine.trainer import Optimizer, Trainer
+from ..data import Batches, content_sha256, load_data, resolve, title_of
+from ..engine.optimizer import Optimizer
+from ..engine.trainer import Trainer
 from . import Experiment
 from ..flows import Flow
 from ..models.networks import MLP
 from ..models.vae import VAE
 from ..objectives import Estimate, elbo, free_energy, importance_weighted
-from ..results.store import Record, Run
+from ..results.record import Record
+from ..results.run import Run
 from ..transforms import Affine, Chain, InverseAutoregressive, Planar
 from ..transforms.linear import Triangular
 from ..utils.modules import evaluating
@@ -164,7 +166,7 @@ def plan(profile, data="auto"):
 
 def title(run, asked="auto"):
     "What a figure calls the data of a run, when data called `asked` were wanted."
-    return titled(asked, run.data.removesuffix("-static"), "static")
+    return title_of(asked, run.data.removesuffix("-static"), "static")
 
 # %% ../../nbs/80_plans/20_posteriors.ipynb #6a91f6a6
 def dataset(run, device="cpu"):

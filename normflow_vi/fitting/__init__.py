@@ -18,16 +18,19 @@ import numpy as np
 import torch
 from torch.distributions.constraints import Constraint
 
-from ..engine.trainer import NonFinite, OneRun, Optimizer, StackedRuns, Trainer
+from ..engine.errors import NonFinite
+from ..engine.optimizer import Optimizer
+from ..engine.runs import OneRun, StackedRuns
+from ..engine.trainer import Trainer
 from ..evaluate.diagnosis import risen
 from .fitted import Fit
-from ..flows import Flow, FlowDistribution, Place, contains, draw
+from ..flows import Flow, FlowDistribution, Place, draw_base, in_support
 from ..flows.placing import is_placed, place_density, place_samples
 from ..flows.tracing import origin, way_of_draws, way_of_samples
 from ..objectives import Estimate, annealing, check_bound, estimate, parts_of, renyi
 from ..objectives.gradients import check_posterior
 from ..targets import Target
-from ..transforms.base import Sourced
+from ..transforms.base import Transform
 from ..utils.checks import check_int, check_positive, check_tensor, first_false
 from normflow_vi.utils.modules import (
     copy_into,
@@ -131,7 +134,7 @@ def redrawn(q, seed):
         for part in q.modules():
             if any(not p.requires_grad for p in part.parameters()):
                 continue  # what is not trained is the same for all
-            if isinstance(part, Sourced):
+            if isinstance(part, Transform):
                 copy_into(part.constants(), {name: getattr(part, name) for name in part.constant_names})
                 copy_into(part.initial(), part.source())
             elif hasattr(part, "reset_parameters"):
@@ -302,7 +305,7 @@ def check_samples(q, samples):
         )
     samples = rows_of(q, samples)
     for good, where in (
-        (contains(q.support, samples), "outside the support"),
+        (in_support(q.support, samples), "outside the support"),
         (
             q.place.inverse(samples.to(q.place.loc))[0].isfinite().all(1),
             "on the boundary of the support, which no draw reaches,",
@@ -400,7 +403,7 @@ def check_judged(q, log_density, log_w, seed, step):
     "Raise `NonFinite` if a fresh draw has no log-weight; one of minus infinity is outside the target's support, which is a verdict, not an error."
     if not (log_w.isnan() | (log_w == math.inf)).any():
         return
-    start = draw(q.base, log_w.shape, torch.Generator(q.place.loc.device).manual_seed(seed))[0]
+    start = draw_base(q.base, log_w.shape, torch.Generator(q.place.loc.device).manual_seed(seed))[0]
     raise NonFinite(
         step,
         "the log-weight of a fresh draw",
@@ -547,7 +550,7 @@ def fit_density(
         trainer = train(
             models,
             density_loss(log_density, draws, annealed, alpha, gradient),
-            lambda q, generator: draw(q.base, (draws,), generator)[0],
+            lambda q, generator: draw_base(q.base, (draws,), generator)[0],
             lambda q: way_of_draws(q, log_density),
             steps,
             seed,

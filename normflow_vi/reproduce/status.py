@@ -17,8 +17,10 @@ from dataclasses import replace
 from functools import cache
 
 from .. import experiments
-from .jobs import Manifest, notebook_code, outputs_root
-from ..results.store import VERDICTS, Store, code_sha256, verdict
+from .notebooks import Manifest, notebook_code, outputs_root
+from ..results.information import code_sha256
+from ..results.store import Store
+from ..results.verdicts import VERDICTS, verdict
 from ..utils.files import sha256
 from ..utils.settings import project_root
 

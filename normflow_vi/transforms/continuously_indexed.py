@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .base import Combinator, Transform, bounded, check_call, check_transform, fetch
+from .base import Combinator, Transform, bounded, check_transform
 from .conditioner import check_network, run_network, start_network
 from ..utils.checks import check_choice, check_int, check_limit, check_tensor
 
@@ -75,7 +75,7 @@ class IndexNetworks(Transform):
         }
 
     def fetched(self, context, dtype):
-        return self.unstacked(fetch(self, context, dtype))[0]
+        return self.unstacked(self.fetch_tensors(context, dtype))[0]
 
     def read(self, prefix, x, tensors):
         "What the network `prefix` says at `x`: `(location, log_scale)`."
@@ -182,11 +182,11 @@ class Given(Combinator):
         self.register_buffer("u", u)
 
     def forward(self, w, context=None, generator=None):
-        check_call(self, "forward", "w", w, context)
+        self.check_call("forward", "w", w, context)
         return self.layer.push_given(w, self.u, self.layer.fetched(context, w.dtype), generator)
 
     def inverse(self, z, context=None, generator=None):
-        check_call(self, "inverse", "z", z, context)
+        self.check_call("inverse", "z", z, context)
         return self.layer.pull_given(z, self.u, self.layer.fetched(context, z.dtype), generator)
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #16dc33d1
@@ -200,14 +200,14 @@ class ContinuouslyIndexed(IndexedFamily):
     """
 
     def forward(self, w, context=None, generator=None):
-        check_call(self, "forward", "w", w, context)
+        self.check_call("forward", "w", w, context)
         tensors = self.fetched(context, w.dtype)
         u, log_q = self.drawn("q_", w, tensors, generator)
         z, log_det = self.push_given(w, u, tensors, generator)
         return z, log_det - log_q + log_normal_at(u, *self.read("r_", z, tensors))
 
     def inverse(self, z, context=None, generator=None):
-        check_call(self, "inverse", "z", z, context)
+        self.check_call("inverse", "z", z, context)
         tensors = self.fetched(context, z.dtype)
         u, log_r = self.drawn("r_", z, tensors, generator)
         w, log_det = self.pull_given(z, u, tensors, generator)
