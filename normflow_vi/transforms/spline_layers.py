@@ -31,7 +31,8 @@ class SplineCoupling(Coupling):
         shape=None,
         mix=None,
     ):
-        super().__init__(dim, Spline(bins, bound), length, context_dim, hidden, activation, mask, shape, mix)
+        law, where = Spline(bins, bound), dict(mask=mask, shape=shape, mix=mix)
+        super().__init__(dim, law, length, context_dim, hidden, activation, **where)
 
 # %% ../../nbs/04_cif/10_spline_layers.ipynb #9a66a388
 class SplineAutoregressive(Autoregressive):
