@@ -28,7 +28,7 @@ from pathlib import Path
 from .. import experiments
 from ..results.store import Run, Store, code_sha256, information, note_failure, records_root
 from ..utils.files import atomic_write, exclusive, replace_folder, sha256
-from ..utils.settings import PROFILES, check_profile, described, obeys, project_root
+from ..utils.settings import PROFILES, check_profile, describe_rule, obeys, project_root
 
 # %% ../../nbs/90_engine/50_runner.ipynb #21198104
 DATA, DEVICES = ("auto", "mnist", "digits"), ("auto", "cpu", "cuda")
@@ -49,7 +49,7 @@ def check_parameter(name, value, rule):
             "'' or a folder below runs/ or reports/",
         )
     else:
-        good, allowed = obeys(value, rule), described(rule)
+        good, allowed = obeys(value, rule), describe_rule(rule)
     if not good:
         raise ParameterError(f"parameter {name[:60]!r}={value!r:.80}: allowed is {allowed}")
 
