@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import experiments
 from ..results.store import Store, records_root
-from ..utils.settings import PROFILES, described, obeys, project_root
+from ..utils.settings import PROFILES, describe_rule, obeys, project_root
 
 # %% ../../nbs/90_engine/50_parameters.ipynb #21198104
 DATA, DEVICES = ("auto", "mnist", "digits"), ("auto", "cpu", "cuda")
@@ -34,7 +34,7 @@ def check_parameter(name, value, rule):
             "'' or a folder below runs/ or reports/",
         )
     else:
-        good, allowed = obeys(value, rule), described(rule)
+        good, allowed = obeys(value, rule), describe_rule(rule)
     if not good:
         raise ParameterError(f"parameter {name[:60]!r}={value!r:.80}: allowed is {allowed}")
 
