@@ -13,7 +13,13 @@ import time
 import torch
 
 from ..data import content_sha256, resolve
-from ..evaluate import ais, bidirectional, blocks_of, marginal_of, posteriors
+from normflow_vi.evaluate import (
+    ais,
+    bidirectional,
+    iterate_log_weights,
+    iterate_posteriors,
+    summarise_log_weights,
+)
 from ..evaluate.gaps import gaps
 from . import Experiment, vae_mnist
 from ..objectives import estimate
@@ -129,10 +135,11 @@ def grid(samples):
 def weights_of(model, x, samples, seed, block=1000):
     "All log-weights `(samples, N)` of the images, float64."
     generator = torch.Generator(x.device).manual_seed(seed)
+    options = {"samples": samples, "block": block, "generator": generator}
     return torch.cat(
         [
-            torch.cat([*blocks_of(model.log_joint, images, q, samples, block, generator)])
-            for images, q in posteriors(model.q, x, max(1, block // samples))
+            torch.cat([*iterate_log_weights(model.log_joint, images, q, **options)])
+            for images, q in iterate_posteriors(model.q, x, max(1, block // samples))
         ],
         1,
     )
@@ -154,7 +161,7 @@ def judged(model, x, z, run, generator):
 
     with torch.no_grad():
         place, log_w = around(model, x, generator), weights_of(model, x, run.get("samples"), seed("iwae"))
-    found = marginal_of([[log_w]], len(log_w))
+    found = summarise_log_weights([[log_w]], len(log_w))
     result = {
         "curve": bound_curve(log_w),
         "iwae": found.log_p,

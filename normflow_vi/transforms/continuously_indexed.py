@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'log_normal', 'log_normal_at', 'push_indexed', 'pull_indexed', 'IndexNetworks', 'IndexDraws', 'IndexedFamily',
-           'Given', 'ContinuouslyIndexed']
+           'Given', 'ContinuouslyIndexed', 'RecordedIndex']
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #d312ff87
 import math
@@ -14,6 +14,7 @@ import torch
 from .base import Combinator, Transform, bounded, check_call, check_transform, fetch
 from .conditioner import check_network, network, start_network
 from ..utils.checks import check_choice, check_int, check_limit, check_tensor
+from ..utils.patching import patch
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #8a2d55dc
 def log_normal(eps, log_std):
@@ -181,6 +182,11 @@ class Given(Combinator):
         self.layer, self.forward_kind, self.inverse_kind = layer, layer.forward_kind, layer.inverse_kind
         self.register_buffer("u", u)
 
+    def recording(self):
+        "See `RecordedIndex`: this layer's index is given, so nothing is drawn that could be kept."
+        self.layer = self.layer.layer
+        return self
+
     def forward(self, w, context=None, generator=None):
         check_call(self, "forward", "w", w, context)
         return self.layer.push_given(w, self.u, self.layer.fetched(context, w.dtype), generator)
@@ -212,3 +218,39 @@ class ContinuouslyIndexed(IndexedFamily):
         u, log_r = self.drawn("r_", z, tensors, generator)
         w, log_det = self.pull_given(z, u, tensors, generator)
         return w, log_det - log_r + log_normal_at(u, *self.read("q_", w, tensors))
+
+# %% ../../nbs/04_cif/15_continuously_indexed.ipynb #5a93e1d7
+class RecordedIndex(Combinator):
+    """A `ContinuouslyIndexed` layer for one pass: `forward` draws `u` and keeps it, `inverse` reuses it.
+
+    `inverse` returns `log|det| + log q(u|w)` in place of a log-det; both directions leave
+    `log_r = log r(u|z)`.
+    """
+
+    def __init__(self, layer):
+        super().__init__([layer])
+        self.layer, self.u, self.log_r = layer, None, None
+        self.forward_kind, self.inverse_kind = layer.forward_kind, layer.inverse_kind
+
+    def forward(self, w, context=None, generator=None):
+        tensors = self.layer.fetched(context, w.dtype)
+        self.u, log_q = self.layer.drawn("q_", w, tensors, generator)
+        z, log_det = self.layer.push_given(w, self.u, tensors, generator)
+        self.log_r = log_normal_at(self.u, *self.layer.read("r_", z, tensors))
+        return z, log_det - log_q + self.log_r
+
+    def inverse(self, z, context=None, generator=None):
+        if self.u is None:
+            raise NotImplementedError(
+                "a ContinuouslyIndexed layer inside Inverse: "
+                "only the reparameterised gradient is known for it"
+            )
+        tensors = self.layer.fetched(context, z.dtype)
+        self.log_r = log_normal_at(self.u, *self.layer.read("r_", z, tensors))
+        w, log_det = self.layer.pull_given(z, self.u, tensors, generator)
+        return w, log_det + log_normal_at(self.u, *self.layer.read("q_", w, tensors))
+
+
+@patch
+def recording(self: ContinuouslyIndexed) -> RecordedIndex:
+    return RecordedIndex(self)
