@@ -10,11 +10,11 @@ from normflow_vi.evaluate.annealed import (
     ACCEPTANCE,
     FIRST,
     Annealed,
+    _Hamiltonian,
+    _Path,
     ais,
     bidirectional,
-    look,
     temperatures,
-    transition,
 )
 
 SIGMA = 0.5
@@ -129,27 +129,20 @@ def test_from_the_posterior_itself_each_weight_is_the_evidence():
 def test_a_transition_keeps_its_density(beta):
     """Exact draws of f_beta stay that: their mean and covariance after many transitions, within 4.5 errors."""
     log_joint, x, _, _, _, _ = model(2, 3, 1, seed=3)
-    at = look(log_joint, x, (torch.zeros(1, 2).double(), torch.ones(1, 2).double()))
-    origin = at(torch.zeros(1, 1, 2, dtype=torch.float64))
-    hessian = torch.stack(
-        [at(torch.eye(2)[i].double().expand(1, 1, 2)).slope - origin.slope for i in range(2)]
-    )[:, 0, 0]
+    path = _Path(log_joint, x, torch.zeros(1, 2).double(), torch.ones(1, 2).double())
+    origin = path.at(torch.zeros(1, 1, 2, dtype=torch.float64))
+    steps = [path.at(torch.eye(2)[i].double().expand(1, 1, 2)).slope - origin.slope for i in range(2)]
+    hessian = torch.stack(steps)[:, 0, 0]
     precision = (1 - beta) * torch.eye(2) - beta * hessian
     precision = (precision + precision.t()) / 2
     exact = MultivariateNormal(
         torch.linalg.solve(precision, beta * origin.slope[0, 0]), precision_matrix=precision
     )
-    n, generator = 4000, torch.Generator().manual_seed(0)
-    point = at(exact.sample((n, 1)))
+    n, sampler = 4000, _Hamiltonian(path, 3, torch.Generator().manual_seed(0))
+    size = torch.full((1,), 0.8 / precision.diagonal().max().sqrt(), dtype=torch.float64)
+    point = path.at(exact.sample((n, 1)))
     for _ in range(15):
-        point, chance = transition(
-            point,
-            torch.full((1,), 0.8 / precision.diagonal().max().sqrt(), dtype=torch.float64),
-            beta,
-            3,
-            at,
-            generator,
-        )
+        point, chance = sampler.transition(point, size, beta)
     centred = point.e[:, 0] - exact.mean
     assert 0.5 < chance.mean() < 0.999  # refusals matter
     assert (centred.mean(0).abs() < 4.5 * exact.variance.sqrt() / math.sqrt(n)).all()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import softplus
 
-from normflow_vi.evaluate import ais, emitted, log_marginal, rows_of, streamed, tail_shapes
+from normflow_vi.evaluate import _accumulate, _fit_tails, ais, log_marginal, precompute, select_rows
 from normflow_vi.evaluate.diagnosis import effective_sample_size, k_hat, log_mean_weight, tail_size
 from normflow_vi.flows import FlowDistribution
 from normflow_vi.models.posteriors import FAMILIES, posterior
@@ -24,12 +24,14 @@ def test_streamed_weights_are_diagnosed_as_whole_ones(samples, spread):
     if samples > 2:
         log_w[: samples // 2, 2] = -math.inf
     for block in (samples, 7 if samples < 1000 else 700):
-        total, once, twice, top = streamed(log_w.split(block), tail_size(samples) + 1)
-        assert torch.allclose(total, log_w.sum(0)) and len(top) == tail_size(samples) + 1
+        sums, top = _accumulate(log_w.split(block), tail_size(samples) + 1)
+        assert torch.allclose(sums.total, log_w.sum(0)) and len(top) == tail_size(samples) + 1
         for i, column in enumerate(log_w.t()):
-            assert torch.isclose((2 * once - twice).exp()[i], effective_sample_size(column), rtol=1e-8)
+            assert torch.isclose(
+                (2 * sums.once - sums.twice).exp()[i], effective_sample_size(column), rtol=1e-8
+            )
             expected = k_hat(column)
-            assert tail_shapes(top, samples)[i].item() == (
+            assert _fit_tails(top, samples)[i].item() == (
                 expected if math.isinf(expected) else pytest.approx(expected, abs=1e-5)
             )
 
@@ -70,7 +72,7 @@ def test_held_tensors_draw_alike(family):
     """For every family, a few images of a distribution whose tensors are held are the same images encoded alone."""
     q = posterior(family, 4, 0 if family == "diagonal" else 2, 5).double()
     context = torch.randn(9, 5, dtype=torch.float64)
-    alone, held = q(context[3:6]), rows_of(emitted(q(context)), slice(3, 6))
+    alone, held = q(context[3:6]), select_rows(precompute(q(context)), slice(3, 6))
     for a, b in zip(
         *(which.rsample_and_log_prob((8,), torch.Generator().manual_seed(0)) for which in (alone, held))
     ):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from normflow_vi.evaluate import log_marginal
-from normflow_vi.evaluate.gaps import Gaps, freed, gaps
+from normflow_vi.evaluate.gaps import Gaps, _free_parameters, gaps
 from normflow_vi.models.posteriors import FAMILIES, posterior
 
 SIGMA = 0.7
@@ -70,7 +70,7 @@ def test_every_family_is_optimised(family):
     flow = posterior(family, 3, 0 if family == "diagonal" else 2, 5).double()
     near = lambda x: flow(0.2 * x)  # an encoder that is wrong, but not absurd
     q = near(x)
-    loose, leaves = freed(q)
+    loose, leaves = _free_parameters(q)
     assert len(leaves) > 1 and all(leaf.is_leaf and leaf.requires_grad for leaf in leaves)
     for a, b in zip(*(d.rsample_and_log_prob((5,), torch.Generator().manual_seed(0)) for d in (q, loose))):
         assert torch.allclose(a, b, atol=1e-9)
