@@ -41,7 +41,8 @@ _log = logging.getLogger("normflow_vi")
 # %% ../../nbs/90_engine/18_data.ipynb #3c406441
 @dataclass(frozen=True)
 class Data:
-    """A data set in three parts: its `name`, a `title` for people, `binarize`, and the `shape` of an image.
+    """A data set in three parts: its `name`, a `title` for people, `binarize`, and the `shape` of
+    an image.
 
     `sha256` stands for its content: `content_sha256(name, binarize)`.
     """
@@ -128,7 +129,8 @@ def resolve(
 ) -> str:
     """The data set that `name` stands for here.
 
-    `auto` becomes `mnist` (downloaded if need be) or `digits`; other names stay. Raises `ValueError`.
+    `auto` becomes `mnist` (downloaded if need be) or `digits`; other names stay. Raises
+    `ValueError`.
 
     >>> resolve("digits", "dynamic")
     'digits'
@@ -153,7 +155,8 @@ _KINDS = {
 
 
 def title_of(name: str, chosen: str, binarize: str) -> str:
-    """What a figure calls the data, given the name asked for and the set chosen; a fallback says so.
+    """What a figure calls the data, given the name asked for and the set chosen; a fallback says
+    so.
 
     >>> title_of("auto", "digits", "dynamic")
     'dynamically binarised 8x8 digits (MNIST not available)'
@@ -180,9 +183,9 @@ def load_data(
 ) -> Data:
     """A verified data set, resident on `device`, as `Data`.
 
-    `name`: mnist, fashion-mnist, cifar10, digits, or auto (mnist, or else digits).
-    `binarize`: none, static, dynamic, threshold. `folder` is searched first.
-    Raises `ValueError` (no such set), `DataError` (a file is not what it should be), `DataNotFound`.
+    `name`: mnist, fashion-mnist, cifar10, digits, or auto (mnist, or else digits). `binarize`:
+    none, static, dynamic, threshold. `folder` is searched first. Raises `ValueError` (no such
+    set), `DataError` (a file is not what it should be), `DataNotFound`.
 
     >>> data = load_data("digits", binarize="threshold")
     >>> data.shape, len(data.train), data.train.pixels(indices=[0, 1]).shape

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Split', 'make_split', 'Batches']
 
-# %% ../../nbs/90_engine/16_batches.ipynb #b86ad7aa
+# %% ../../nbs/90_engine/16_batches.ipynb #a277dcd0
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,14 +53,20 @@ class Split:
 
 
 def make_split(images: np.ndarray, labels: np.ndarray | None, binarize: str) -> Split:
-    "A `Split` of NumPy arrays; an image's bytes lie side by side, so that a batch is gathered row by row."
+    """A `Split` of NumPy arrays.
+
+    An image's bytes lie side by side, so that a batch is gathered row by row.
+    """
     rows = np.ascontiguousarray(images.reshape(len(images), -1))
     kept_labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
     return Split(torch.tensor(rows), kept_labels, binarize)
 
 # %% ../../nbs/90_engine/16_batches.ipynb #f31c1e7a
 class _Order:
-    "Endless epochs over `n` rows without replacement, `batch_size` indices at a time; resumes bitwise."
+    """Endless epochs over `n` rows without replacement, `batch_size` indices at a time.
+
+    Resumes bitwise.
+    """
 
     def __init__(self, n: int, batch_size: int, generator: torch.Generator):
         self.n, self.batch_size, self.generator = n, batch_size, generator
@@ -81,7 +87,8 @@ class _Order:
 
 # %% ../../nbs/90_engine/16_batches.ipynb #3b154d5d
 class Batches(_Order):
-    """Endless shuffled batches of a `Split`, float32 `(batch_size, D)`, from a generator of their own.
+    """Endless shuffled batches of a `Split`, float32 `(batch_size, D)`, from a generator of their
+    own.
 
     Two streams of one `seed` draw the same, and a stream resumes bitwise from its `state_dict`.
     Raises `ValueError` unless `batch_size` is between 1 and the number of images.
@@ -110,7 +117,10 @@ class Batches(_Order):
         return state | {"position": self.position, "epoch": self.epoch, "batch_size": self.batch_size}
 
     def load_state_dict(self, state: dict[str, torch.Tensor | int]) -> None:
-        "Continue where `state` was taken; raises `ValueError` if it is of other data or another batch size."
+        """Continue where `state` was taken.
+
+        Raises `ValueError` if it is of other data or another batch size.
+        """
         _check_state(state, batch_size=self.batch_size, images=self.n)
         self.generator.set_state(state["generator"].cpu())
         self.order = state["order"].to(self.order.device)
@@ -118,7 +128,9 @@ class Batches(_Order):
 
 # %% ../../nbs/90_engine/16_batches.ipynb #964ae504
 def _check_state(state: dict[str, torch.Tensor | int], batch_size: int, images: int) -> None:
-    "Raise `ValueError` unless the state of a stream belongs to this batch size and this number of images."
+    """Raise `ValueError` unless the state of a stream belongs to this batch size and this number
+    of images.
+    """
     for name, mine, its in (
         ("batch_size", batch_size, state["batch_size"]),
         ("images", images, len(state["order"])),
