@@ -180,9 +180,9 @@ def test_the_pixels_add_up_to_the_likelihood():
         each.sum(-1), model.log_joint(x, z)["log_likelihood"]
     )
     mean, raw = model.decoder(z).chunk(2, -1)  # one pixel by hand, with the published formula
-    from normflow_vi.models.likelihoods import limited
+    from normflow_vi.models.likelihoods import _limit
 
-    y, v = 1e-4 + (1 - 2e-4) * x[4, 100], limited(raw[1, 4, 100])
+    y, v = 1e-4 + (1 - 2e-4) * x[4, 100], _limit(raw[1, 4, 100])
     by_hand = (
         -0.5 * ((y.logit() - mean[1, 4, 100]) ** 2 / v.exp() + v + math.log(2 * math.pi))
         - (y * (1 - y)).log()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'content_hash', 'fixed_order', 'decode', 'with_validation']
 
-# %% ../../nbs/90_engine/14_content.ipynb #a9f4ba5d
+# %% ../../nbs/90_engine/14_content.ipynb #fc39b5a5
 import hashlib
 from pathlib import Path
 
@@ -36,7 +36,8 @@ def fixed_order(n: int) -> np.ndarray:
 def _canonical(images: np.ndarray, labels: np.ndarray | None, ordered: bool = True):
     """`(content hash, images, labels)` of a part.
 
-    An unordered set comes back sorted by the hashes of its images, then shuffled by a fixed permutation.
+    An unordered set comes back sorted by the hashes of its images, then shuffled by a fixed
+    permutation.
     """
     if ordered:
         return content_hash(images, labels), images, labels
@@ -50,7 +51,9 @@ def _canonical(images: np.ndarray, labels: np.ndarray | None, ordered: bool = Tr
 
 # %% ../../nbs/90_engine/14_content.ipynb #3280ac82
 def _join_pieces(layout: Layout, paths: dict[str, Path]) -> dict[tuple[str, str], np.ndarray]:
-    "The array of each part and field, `{(part, 'images' or 'labels'): array}`, from verified files."
+    """The array of each part and field, `{(part, 'images' or 'labels'): array}`, from verified
+    files.
+    """
     for file in layout.files:
         verify(paths[file.name], file)  # all of them before the first is unpacked
     pieces = {}
@@ -83,7 +86,10 @@ def _rows(part: Part, chosen: slice | np.ndarray) -> Part:
 
 
 def with_validation(parts: dict[str, Part], held_out: int) -> dict[str, Part]:
-    "Train, validation (the last `held_out` training images, unless given) and test; the last two shuffled."
+    """Train, validation (the last `held_out` training images, unless given) and test.
+
+    The last two shuffled.
+    """
     parts = dict(parts)
     if "valid" not in parts:
         parts["valid"] = _rows(parts["train"], slice(-held_out, None))

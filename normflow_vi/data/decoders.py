@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Piece', 'File', 'read_idx', 'read_amat', 'read_packed', 'read_batch', 'read_tar']
 
-# %% ../../nbs/90_engine/11_decoders.ipynb #b3ea6f2e
+# %% ../../nbs/90_engine/11_decoders.ipynb #2aa33d70
 import gzip
 import io
 import lzma
@@ -69,7 +69,10 @@ def _decoding(path: Path | str, expected: str) -> Iterator[None]:
 
 
 def _read_bounded(stream: BinaryIO, most: int, least: int | None = None) -> bytes:
-    "All bytes of `stream`, between `least` (default: `most`) and `most` of them; reads at most one more."
+    """All bytes of `stream`, between `least` (default: `most`) and `most` of them.
+
+    Reads at most one more.
+    """
     if least is None:
         least = most
     raw = stream.read(most + 1)
@@ -96,7 +99,10 @@ def read_idx(path: Path, file: File) -> list[Piece]:
 
 # %% ../../nbs/90_engine/11_decoders.ipynb #16bc1c99
 def read_amat(path: Path, file: File) -> list[Piece]:
-    "The images in a text of 0 and 1 with one separator after each, an image a line; raises `DataError`."
+    """The images in a text of 0 and 1 with one separator after each, an image a line.
+
+    Raises `DataError`.
+    """
     ((part, shape),) = file.parts.items()
     with _decoding(path, f"text of 0 and 1 of shape {shape}"), open(path, "rb") as stream:
         characters = np.frombuffer(_read_bounded(stream, 2 * math.prod(shape)), np.uint8)
@@ -174,7 +180,10 @@ _BATCH_PARTS = {"data_batch_": "train", "test_batch": "test"}  # what a batch's 
 
 
 def read_tar(path: Path, file: File) -> list[Piece]:
-    "The batches inside an official CIFAR-10 archive; nothing is extracted to disk. Raises `DataError`."
+    """The batches inside an official CIFAR-10 archive.
+
+    Nothing is extracted to disk. Raises `DataError`.
+    """
     pieces = []
     with _decoding(path, "a tar archive of batches"), tarfile.open(path) as archive:
         members = {Path(member.name).name: member for member in archive if member.isfile()}

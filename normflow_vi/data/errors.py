@@ -10,7 +10,10 @@ from pathlib import Path
 
 # %% ../../nbs/90_engine/10_data_errors.ipynb #17560b38
 class DataError(ValueError):
-    "A file is here and is not what it should be. The message names it, what was expected and what was found."
+    """A file is here and is not what it should be.
+
+    The message names it, what was expected and what was found.
+    """
 
 
 class DataNotFound(FileNotFoundError):
@@ -18,7 +21,8 @@ class DataNotFound(FileNotFoundError):
 
 
 def refusal(path: Path | str, expected: str, found: str) -> DataError:
-    """The `DataError` for the file at `path`, to be raised; `expected` and `found` are noun phrases.
+    """The `DataError` for the file at `path`, to be raised; `expected` and `found` are noun
+    phrases.
 
     >>> refusal("t10k.gz", "4,542 bytes", "an empty file")
     DataError('t10k.gz: expected 4,542 bytes; found an empty file. Replace the file or delete it.')

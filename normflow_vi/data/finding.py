@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONNECT_SECONDS', 'STALL_SECONDS', 'SLOWEST', 'verify', 'find']
 
-# %% ../../nbs/90_engine/13_finding.ipynb #c0ab89b6
+# %% ../../nbs/90_engine/13_finding.ipynb #4e0f2380
 import http.client
 import logging
 import os
@@ -24,7 +24,7 @@ from ..utils.settings import project_root
 
 _log = logging.getLogger("normflow_vi")
 
-# %% ../../nbs/90_engine/13_finding.ipynb #6a4e4158
+# %% ../../nbs/90_engine/13_finding.ipynb #7a92a963
 def _diagnose(path: Path, file: File, digest: str) -> str:
     "In words, what the file at `path`, whose SHA-256 is `digest`, is, given that it is not `file`."
     size, known = path.stat().st_size, known_files()
@@ -61,7 +61,9 @@ def verify(path: Path, file: File, label: str | None = None) -> None:
 
 # %% ../../nbs/90_engine/13_finding.ipynb #c80f8295
 def _search_places(folder: Path | str | None = None) -> list[Path]:
-    "Where to search, in order: `folder` or else `$NORMFLOW_VI_DATA`, then `data/` of the checkout, if any."
+    """Where to search, in order: `folder` or else `$NORMFLOW_VI_DATA`, then `data/` of the
+    checkout, if any.
+    """
     if folder is not None and not Path(folder).is_dir():
         raise NotADirectoryError(f"folder={str(folder)!r}: no such folder")
     given = folder if folder is not None else os.environ.get("NORMFLOW_VI_DATA")
@@ -86,7 +88,9 @@ def _files_in(place: Path, source: Source, layout: Layout) -> dict[str, Path]:
 
 # %% ../../nbs/90_engine/13_finding.ipynb #9d535507
 def _find_here(source: Source, folder: Path | str | None = None):
-    "`(layout, paths, report)`: the first layout here completely (or None twice), and what each place has."
+    """`(layout, paths, report)`: the first layout here completely (or None twice), and what each
+    place has.
+    """
     report = []
     for place in _search_places(folder):
         report.append(f"{place} (nothing)")
@@ -126,7 +130,9 @@ def _open_url(url: str):
 
 # %% ../../nbs/90_engine/13_finding.ipynb #a62cf0a1
 def _receive(url: str, path: Path, size: int) -> None:
-    "Write what `url` sends to `path`: at most a block beyond `size` bytes, for no longer than they may take."
+    """Write what `url` sends to `path`: at most a block beyond `size` bytes, for no longer than
+    they may take.
+    """
     with _open_url(url) as response, open(path, "xb") as file:
         deadline = time.monotonic() + STALL_SECONDS + size / SLOWEST
         while block := response.read1(1 << 16):
@@ -184,7 +190,8 @@ def _download(source: Source, place: Path) -> tuple[Layout, dict[str, Path]]:
 def find(
     source: Source, folder: Path | str | None = None, download: bool = True
 ) -> tuple[Layout, dict[str, Path]]:
-    """The files of a set, downloaded if need be: a layout, and the path of each of its files by name.
+    """The files of a set, downloaded if need be: a layout, and the path of each of its files by
+    name.
 
     `folder` is searched first. Raises `DataNotFound`, which says where it was looked for.
     """

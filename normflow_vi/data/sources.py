@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'Layout', 'Source', 'known_files']
 
-# %% ../../nbs/90_engine/12_sources.ipynb #796a61c6
+# %% ../../nbs/90_engine/12_sources.ipynb #ca3ad728
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from .decoders import File, Piece, read_amat, read_batch, read_idx, read_packed,
 # %% ../../nbs/90_engine/12_sources.ipynb #9b6c6de9
 @dataclass(frozen=True)
 class Layout:
-    """Files that make up a whole set, the decoder `read` for each of them, and where known their address.
+    """Files that make up a whole set, the decoder `read` for each of them, and where known their
+    address.
 
     `mirror` is what a file's name is appended to.
     """
@@ -27,11 +28,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set on disk: its title, folder and image shape, and its layouts in order of preference.
+    """A data set on disk: its title, folder and image shape, and its layouts in order of
+    preference.
 
-    `content`: the SHA-256 of each part's decoded content. `held_out`: training images that become the
-    validation part, where the set has none. `ordered`: False where copies in circulation differ in order;
-    the content hash then does not depend on it.
+    `content`: the SHA-256 of each part's decoded content. `held_out`: training images that become
+    the validation part, where the set has none. `ordered`: False where copies in circulation
+    differ in order; the content hash then does not depend on it.
     """
 
     title: str
@@ -80,7 +82,7 @@ SOURCES["mnist"] = Source(
     ),
 )
 
-# %% ../../nbs/90_engine/12_sources.ipynb #26a4f26f
+# %% ../../nbs/90_engine/12_sources.ipynb #5018ae45
 SOURCES["fashion-mnist"] = Source(
     "Fashion-MNIST",
     "fashion-mnist",
@@ -130,7 +132,7 @@ _AMAT = Layout(
     "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
 )
 
-# %% ../../nbs/90_engine/12_sources.ipynb #0003e806
+# %% ../../nbs/90_engine/12_sources.ipynb #10facfbf
 SOURCES["binarized-mnist"] = Source(
     "binarised MNIST",
     "binarized-mnist",
@@ -190,7 +192,7 @@ def _cifar_folder(n: int, folder: str, ending: str) -> Layout:
     files = [File(f"{folder}/{name}{ending}", {part: (n, 32, 32, 3)}) for name, part in names.items()]
     return Layout(read_batch, tuple(files))
 
-# %% ../../nbs/90_engine/12_sources.ipynb #28af1cc6
+# %% ../../nbs/90_engine/12_sources.ipynb #72c6d7d6
 def _cifar_layouts(n: int = 10000) -> tuple[Layout, ...]:
     "The five layouts of CIFAR-10, `n` images a batch."
     parts = {"train": (n, 32, 32, 3), "test": (n, 32, 32, 3)}
