@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import __version__, experiments
 from .reproduce import drawing, report, status
-from .reproduce.jobs import complete, units, watch_parent, work, write_unit
+from .reproduce.jobs import complete, split_into_units, watch_parent, work, write_unit
 from .reproduce.notebooks import draw, execute, takes_parameters
 from .reproduce.parameters import DATA, DEVICES, ParameterError, resolve_device
 from .results.record import Record
@@ -92,7 +92,7 @@ def plan_commands(profile, only=None, device="auto", data="auto"):
         write_unit(
             unit, "auto", path=project_root() / "runs/plan" / f"{unit[0].experiment}-{unit[0].slug}.json"
         )
-        for unit in units(pending, device)
+        for unit in split_into_units(pending, device)
     ]
     return [f"normflow-vi run {path.relative_to(project_root())}" for path in paths]
 

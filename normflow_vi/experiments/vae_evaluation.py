@@ -103,7 +103,7 @@ def model_of(run, data, device="cpu"):
                 f"the weights {run.get('source')} of vae_mnist, which {run.slug} judges, are no longer those of its best records; plan again"
             )
         model = vae_mnist.build(record.run, data).to(device)
-        model.load_state_dict(record.weights())
+        model.load_state_dict(record.load_weights())
         return model
     trained = next(
         small_run for small_run in small(run.data.removesuffix("-static")) if small_run.length == run.length

@@ -6,7 +6,7 @@
 __all__ = ['CHAPTERS', 'SINGLE_LIMIT', 'cleaned_source', 'hidden', 'without_scratch', 'cleaned', 'title', 'with_remark',
            'in_prose', 'with_figures', 'with_links', 'write_page', 'contents', 'add_contents', 'results_page', 'sphinx',
            'standing_in', 'withheld', 'build', 'data_uri', 'as_webp', 'fetched', 'page_contents', 'as_pages', 'inlined',
-           'write_single', 'make']
+           'write_single']
 
 # %% ../../nbs/90_engine/70_report.ipynb #dde0aea5
 import base64
@@ -22,8 +22,13 @@ import tempfile
 from pathlib import Path
 
 from . import status
-from .drawing import draw_all, execute_library
-from .notebooks import STAND_IN_FIGURES, executed, latest, notebooks, outputs_root
+from normflow_vi.reproduce.notebooks import (
+    STAND_IN_FIGURES,
+    find_latest,
+    is_executed,
+    notebooks,
+    outputs_root,
+)
 from ..utils.files import atomic_write, replace_folder
 from ..utils.settings import project_root
 
@@ -151,7 +156,7 @@ def with_links(book):
 # %% ../../nbs/90_engine/70_report.ipynb #62aabc97
 def write_page(notebook, profile, folder, why=""):
     "Write a notebook's page into `folder`: as executed, or a page that says why there is none."
-    found, _, remark = latest(notebook, profile)
+    found, _, remark = find_latest(notebook, profile)
     name = (
         "index" if Path(notebook).stem == "index" else f"{Path(notebook).parent.name}/{Path(notebook).stem}"
     )
@@ -241,7 +246,7 @@ def sphinx(source, target, builder="html", *options):
 # %% ../../nbs/90_engine/70_report.ipynb #8dcbf24b
 def standing_in(profile):
     "The notebooks whose latest good execution shows the stand-in digits."
-    manifests = [manifest for notebook in notebooks() if (manifest := latest(notebook, profile)[1])]
+    manifests = [manifest for notebook in notebooks() if (manifest := find_latest(notebook, profile)[1])]
     return [manifest.notebook for manifest in manifests if manifest.info.get("figures") == STAND_IN_FIGURES]
 
 # %% ../../nbs/90_engine/70_report.ipynb #fad852e4
@@ -255,7 +260,7 @@ def withheld(profile, failures=None, whole=True):
         return "only a part of the report was asked for"
     if digits := standing_in(profile):
         return "these show the stand-in digits: " + ", ".join(digits)
-    stale = [notebook.as_posix() for notebook in notebooks() if not executed(notebook, profile)]
+    stale = [notebook.as_posix() for notebook in notebooks() if not is_executed(notebook, profile)]
     return "these have no current good execution: " + ", ".join(stale) if stale else None
 
 # %% ../../nbs/90_engine/70_report.ipynb #b73dd15a
@@ -389,9 +394,3 @@ def write_single(work):
     if len(html.encode()) > SINGLE_LIMIT:
         raise RuntimeError(f"the one-file report has {len(html.encode())} bytes; allowed are {SINGLE_LIMIT}")
     return atomic_write(project_root() / "figures/report.html", html)
-
-# %% ../../nbs/90_engine/70_report.ipynb #b945a315
-def make(profile="quick", quiet=False):
-    "Build the report from the records there are, without training; returns `(path, {notebook: why})` of its first page and of what is missing."
-    failures = draw_all() | execute_library(profile, quiet)
-    return build(profile, failures), failures

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..utils.settings import project_root
 
@@ -61,63 +62,67 @@ def _imports(text, package, known):
         yield from (n for n in names if n in known)
 
 # %% ../../nbs/90_engine/42_information.ipynb #5005e3d4
-def code_sources(module):
-    "The source files that `module` (a name) depends on within normflow_vi, by module name; itself included."
+def _known_sources():
+    "The package's modules by name, with their files."
     top = Path(find_spec("normflow_vi").origin).parent
-    known = {
-        ".".join(["normflow_vi", *p.relative_to(top).with_suffix("").parts]).removesuffix(".__init__"): p
-        for p in sorted(top.rglob("*.py"))
-    }
+    known = {}
+    for path in sorted(top.rglob("*.py")):
+        name = ".".join(["normflow_vi", *path.relative_to(top).with_suffix("").parts])
+        known[name.removesuffix(".__init__")] = path
+    return known
+
+
+def code_sources(module: str) -> dict[str, Path]:
+    "The source files that `module` (a name) depends on within normflow_vi, by module name; itself included."
+    known = _known_sources()
     spec = known.get(module) or find_spec(module).origin
-    found, todo = {}, [(module, Path(spec))]
+    sources, todo = {}, [(module, Path(spec))]
     while todo:
         name, path = todo.pop()
-        if name in found or name in _BOOKKEEPING:
+        if name in sources or name in _BOOKKEEPING:
             continue
-        found[name] = path
+        sources[name] = path
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        todo += [(n, known[n]) for n in _imports(path.read_text(), package, known)]
-    return dict(sorted(found.items()))
+        todo += [(other, known[other]) for other in _imports(path.read_text(), package, known)]
+    return dict(sorted(sources.items()))
 
 # %% ../../nbs/90_engine/42_information.ipynb #692e4b7c
-def code_sha256(module):
+def _counts(line):
+    "Whether a line of code is neither empty nor a comment."
+    return bool(line.strip()) and not line.lstrip().startswith("#")
+
+
+def code_sha256(module: str) -> str:
     "SHA-256 of the sources that `module` depends on, without comment lines and empty lines."
     digest = hashlib.sha256()
     for name, path in code_sources(module).items():
-        lines = [
-            line
-            for line in path.read_text().splitlines()
-            if line.strip() and not line.lstrip().startswith("#")
-        ]
+        lines = [line for line in path.read_text().splitlines() if _counts(line)]
         digest.update("\n".join([name, *lines, ""]).encode())
     return digest.hexdigest()
 
 # %% ../../nbs/90_engine/42_information.ipynb #a35614f1
+def _git(*arguments):
+    command = ["git", "-C", str(project_root()), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.strip()
+
+
 @cache
-def commit():
+def commit() -> str | None:
     "The project's git commit, with `+` if there are changes on top; `None` outside a repository."
-
-    def git(*args):
-        return subprocess.run(
-            ["git", "-C", str(project_root()), *args], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
-
     try:
-        return git("rev-parse", "HEAD").strip() + (
-            "+" if git("status", "--porcelain", "--untracked-files=no").strip() else ""
-        )
+        head = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{head}+" if changes else head
 
 
-def information(**more):
+def information(**more: Any) -> dict[str, Any]:
     "What is noted about the making of a result: versions, commit, time (UTC), and whatever else is given."
     import numpy
     import torch
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
-    return {
-        "versions": versions,
-        "commit": commit(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    } | more
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"versions": versions, "commit": commit(), "finished": finished} | more
