@@ -27,7 +27,7 @@ from normflow_vi.experiments.vae_cifar import (
     train,
 )
 from normflow_vi.reproduce import notebooks
-from normflow_vi.reproduce.notebooks import place
+from normflow_vi.reproduce.notebooks import execution_folder
 from normflow_vi.reproduce.status import join, published
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
@@ -317,5 +317,5 @@ def test_the_page_says_that_it_was_not_run(bare):
     assert manifest.good and set(manifest.products) == set(experiment.products), manifest.cause
     assert (
         "not run: CIFAR-10 was not found"
-        in (place(experiment.notebook, "smoke") / "notebook.ipynb").read_text()
+        in (execution_folder(experiment.notebook, "smoke") / "notebook.ipynb").read_text()
     )

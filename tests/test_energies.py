@@ -8,7 +8,7 @@ import torch
 
 from normflow_vi import flows
 from normflow_vi.experiments import energies
-from normflow_vi.reproduce.jobs import read_unit, units, write_unit
+from normflow_vi.reproduce.jobs import read_unit, split_into_units, write_unit
 from normflow_vi.reproduce.status import join, published
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
@@ -35,7 +35,7 @@ def run(flow="planar", energy="U1", seed=0, length=3, profile="quick", **budget)
 
 def test_quick_is_nineteen_programs():
     "Twelve of twelve runs (energies and seeds of one family and length), seven of four; long ones first."
-    found = units(energies.plan("quick"), "cpu")
+    found = split_into_units(energies.plan("quick"), "cpu")
     assert sorted(map(len, found)) == [4] * 7 + [12] * 12 and [unit[0].length for unit in found] == sorted(
         (unit[0].length for unit in found), reverse=True
     )

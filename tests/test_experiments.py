@@ -12,7 +12,7 @@ import pytest
 from normflow_vi import experiments
 from normflow_vi.reproduce import notebooks, report
 from normflow_vi.reproduce.jobs import complete
-from normflow_vi.reproduce.notebooks import place
+from normflow_vi.reproduce.notebooks import execution_folder
 from normflow_vi.results.store import Store, records_root
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +80,7 @@ def test_without_data_the_digits_stand_in_and_nothing_of_theirs_passes_for_mnist
     complete(runs, "cpu", progress=False)
     manifest = notebooks.draw(experiment, "quick", "auto")
     assert manifest.good, manifest.cause
-    shown = text_of(place(experiment.notebook, "quick") / "notebook.ipynb")
+    shown = text_of(execution_folder(experiment.notebook, "quick") / "notebook.ipynb")
     assert (
         "data: statically binarised 8x8 digits (MNIST not available)" in shown
         and "No row of the paper is measured" in shown

@@ -164,10 +164,10 @@ def test_weights_round_trip(tmp_path):
 
     folder = weighted().save(tmp_path / "a")
     for found in (Record.load(folder), Record.load(Record.load(folder).save(tmp_path / "b"))):
-        assert found.has_weights and {k: v.dtype for k, v in found.weights().items()} == {
-            k: v.dtype for k, v in weighted().weights().items()
+        assert found.has_weights and {k: v.dtype for k, v in found.load_weights().items()} == {
+            k: v.dtype for k, v in weighted().load_weights().items()
         }
-        assert all(torch.equal(v, weighted().weights()[k]) for k, v in found.weights().items())
+        assert all(torch.equal(v, weighted().load_weights()[k]) for k, v in found.load_weights().items())
     plain = record(seed=1).save(tmp_path / "a")
     assert (
         sorted(p.name for p in plain.iterdir()) == ["arrays.npz", "record.json"]
@@ -175,9 +175,11 @@ def test_weights_round_trip(tmp_path):
     )
     assert not Record.load(plain).has_weights
     with pytest.raises(ValueError, match="no weights"):
-        Record.load(plain).weights()
-    assert replace(Record.load(folder), info={"a": 1}).weights().keys() == weighted().weights().keys()
-    assert pickle.loads(pickle.dumps(weighted())).weights().keys() == weighted().weights().keys()
+        Record.load(plain).load_weights()
+    assert (
+        replace(Record.load(folder), info={"a": 1}).load_weights().keys() == weighted().load_weights().keys()
+    )
+    assert pickle.loads(pickle.dumps(weighted())).load_weights().keys() == weighted().load_weights().keys()
 
 
 def test_record_on_disk_is_what_it_was(tmp_path):
@@ -210,10 +212,10 @@ def test_damaged_weights_are_refused_when_asked_for(tmp_path):
         kept = Record.load(folder)  # lazily: values can be read without
         assert kept.value("F") == 1 and Store([tmp_path]).best("trial")[0].has_weights
         with pytest.raises(DamagedRecord, match=r"weights\.safetensors.*delete .*--retrain$"):
-            kept.weights()
+            kept.load_weights()
     path.unlink()
     with pytest.raises(DamagedRecord, match=r"weights\.safetensors is missing"):
-        kept.weights()
+        kept.load_weights()
     path.write_bytes(b"not a tensor")
     text = json.loads((folder / "record.json").read_text()) | {"weights_sha256": sha256(b"not a tensor")}
     text.pop("sha256")
@@ -221,7 +223,7 @@ def test_damaged_weights_are_refused_when_asked_for(tmp_path):
         json.dumps(text | {"sha256": sha256(json.dumps(text, sort_keys=True).encode())})
     )
     with pytest.raises(DamagedRecord, match=r"weights\.safetensors"):
-        Record.load(folder).weights()
+        Record.load(folder).load_weights()
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), "text", "large"])

@@ -17,14 +17,14 @@ from normflow_vi.reproduce.jobs import (
     Job,
     RunsFailed,
     complete,
+    count_slots,
     run_jobs,
-    slots,
-    units,
+    split_into_units,
     work,
     work_folder,
     write_unit,
 )
-from normflow_vi.reproduce.notebooks import Manifest, execute, place
+from normflow_vi.reproduce.notebooks import Manifest, execute, execution_folder
 from normflow_vi.reproduce.parameters import ParameterError, check_notebook, check_parameter, check_parameters
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
@@ -360,7 +360,9 @@ def test_retrain_repeats(project, capsys):
 
 def test_units_follow_the_experiments_engine(project, monkeypatch):
     runs = [trial(0), trial(1), Run(**(trial(0).to_dict() | {"length": 8}))]
-    assert [len(u) for u in units(runs, "cpu")] == [1, 1, 1] and units(runs, "cpu")[0][0].length == 8
+    assert [len(u) for u in split_into_units(runs, "cpu")] == [1, 1, 1] and split_into_units(runs, "cpu")[0][
+        0
+    ].length == 8
     module = sys.modules[experiments.module_of("trial")]
     for engine, device, sizes in (
         ("batched", "cpu", [1, 2]),
@@ -372,7 +374,7 @@ def test_units_follow_the_experiments_engine(project, monkeypatch):
             "experiment",
             experiments.Experiment(**{**vars(experiments.get("trial")), "engine": engine}),
         )
-        assert [len(u) for u in units(runs, device)] == sizes
+        assert [len(u) for u in split_into_units(runs, device)] == sizes
     assert work_folder(runs[:2]) != work_folder(runs[:1])
 
 
@@ -398,11 +400,11 @@ def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkey
 
     for name, sizes in (("batched", [2]), ("processes", [1, 1])):
         measured(name)
-        assert [len(unit) for unit in units(runs, "cpu")] == sizes
-    assert asked[0] == (runs[:1], [0, 1], slots("cpu"))
+        assert [len(unit) for unit in split_into_units(runs, "cpu")] == sizes
+    assert asked[0] == (runs[:1], [0, 1], count_slots("cpu"))
     work_folder(runs[1:]).mkdir(parents=True)
     measured("batched")
-    assert [len(unit) for unit in units(runs, "cpu")] == [1, 1] and len(asked) == 2
+    assert [len(unit) for unit in split_into_units(runs, "cpu")] == [1, 1] and len(asked) == 2
 
 
 @pytest.mark.parametrize(
@@ -475,12 +477,12 @@ def test_every_way_to_fail_leaves_the_earlier_result(project):
     assert (
         good.good
         and good.products.keys() == set(PRODUCTS)
-        and Manifest.load(place(NOTEBOOK, "quick") / "manifest.json") == good
+        and Manifest.load(execution_folder(NOTEBOOK, "quick") / "manifest.json") == good
     )
     assert (project / "figures/figure.txt").read_text() == "a figure" and Manifest.load(
         project / "figures/manifests/99_trial-10_trial.json"
     ) == good
-    before, note = snapshot(project), place(NOTEBOOK, "quick").with_name("10_trial.failed.json")
+    before, note = snapshot(project), execution_folder(NOTEBOOK, "quick").with_name("10_trial.failed.json")
     causes = {
         "killed": "kernel was killed",
         "leaves": "left early",

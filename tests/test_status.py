@@ -120,7 +120,7 @@ def test_measured_rows_are_joined(with_experiments, capsys):
     assert cli.main(["status"]) == 0
     text = capsys.readouterr().out
     assert (
-        text.count("\n") == 2 + len(status.shown(table)) + 1
+        text.count("\n") == 2 + len(status.select_shown(table)) + 1
         and len(found) == 3
         and "reproduced" in text
         and f"{len(table)} rows" in text
@@ -257,7 +257,7 @@ def test_small_errors_and_single_seeds_are_told(with_experiments, results, capsy
     ],
 )
 def test_errors_have_two_significant_digits(value, error, text):
-    assert status.number(value, error, status.places(error)) == text
+    assert status.number(value, error, status.count_places(error)) == text
 
 
 def test_figures_go_out_of_date(tmp_path, monkeypatch):
