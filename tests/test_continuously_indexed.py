@@ -609,22 +609,22 @@ def check_integrals():
 
 FORWARD, INVERSE = "ContinuouslyIndexed.forward", "ContinuouslyIndexed.inverse"
 BUGS = {
-    "sign of log r": (FORWARD, "log_q + log_normal_at", "log_q - log_normal_at", check_integrals),
+    "sign of log r": (FORWARD, "log_q + self.network", "log_q - self.network", check_integrals),
     "sign of log q": (FORWARD, "log_det - log_q", "log_det + log_q", check_integrals),
     "sign of log r, inverse": (INVERSE, "log_det - log_r", "log_det + log_r", check_integrals),
-    "sign of log q, inverse": (INVERSE, "log_r + log_normal_at", "log_r - log_normal_at", check_integrals),
+    "sign of log q, inverse": (INVERSE, "log_r + self.network", "log_r - self.network", check_integrals),
     "u from q, weighed by r": (
         FORWARD,
         "- log_q",
-        '- log_normal_at(u, *self.read("r_", w, tensors))',
+        '- self.network("r_").log_prob(u, w, tensors)',
         check_integrals,
     ),
-    "r at w": (FORWARD, 'self.read("r_", z,', 'self.read("r_", w,', check_integrals),
+    "r at w": (FORWARD, "log_prob(u, z,", "log_prob(u, w,", check_integrals),
     "variance for deviation": ("log_normal_at", "(-log_std).exp()", "(-2 * log_std).exp()", check_integrals),
     "r without the context": (
-        "IndexNetworks.initial",
-        "self.index_dim, self.context_dim)",
-        "self.index_dim, None)",
+        "_start_index_networks",
+        "2 * index_dim, context_dim,",
+        "2 * index_dim, None,",
         test_the_context_reaches_r_and_the_inside,
     ),
 }

@@ -386,12 +386,12 @@ BUGS = {
     "indexed: u from r in place of q": (
         "indexed, frozen noise",
         "continuously_indexed.ContinuouslyIndexed.forward",
-        'self.drawn("q_"',
-        'self.drawn("r_"',
+        'self.draw_index("q_"',
+        'self.draw_index("r_"',
     ),
     "indexed: no gradient through u": (
         "indexed, frozen noise",
-        "continuously_indexed.IndexDraws.drawn",
+        "continuously_indexed._IndexNetwork.draw",
         "return mean + log_std.exp() * eps",
         "return (mean + log_std.exp() * eps).detach()",
     ),
