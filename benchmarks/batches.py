@@ -1,9 +1,12 @@
-"""One binarised batch of 100 images of 784 pixels: what it costs to draw it. One thread on one core, one interleaved run; no peers to install.
+"""One binarised batch of 100 images of 784 pixels: what it costs to draw it.
 
     .venv/bin/python benchmarks/batches.py
 
-50,000 images of MNIST's shape, four pixels in five black, the others of random grey. Each candidate draws shuffled batches without replacement and turns a pixel on with its grey as probability. Agreement: over
-200,000 copies of one image, the z-scores of the shares of ones among its grey pixels have mean 0 and standard deviation 1; its black pixels stay 0, its white ones 1.
+One thread on one core, one interleaved run; no peers to install. 50,000 images of MNIST's shape,
+four pixels in five black, the others of random grey. Each candidate draws shuffled batches
+without replacement and turns a pixel on with its grey as probability. Agreement: over 200,000
+copies of one image, the z-scores of the shares of ones among its grey pixels have mean 0 and
+standard deviation 1; its black pixels stay 0, its white ones 1.
 """
 
 import torch
@@ -54,7 +57,7 @@ def loader(images):
 
 
 def standardised(make, draws=2000):
-    """Mean, standard deviation and number of the z-scores of the pixels that are neither black nor white, over batches of copies of one image."""
+    """Mean, standard deviation and number of the z-scores of grey pixels, over copies of one image."""
     draw, p, total = (
         make(images[:1].repeat(given.batch, 1)),
         images[0].double() / 255,
@@ -79,6 +82,8 @@ report(f"one binarised batch of {given.batch} x 784", found, per=TURN)
 parts_of(found, "ours", [name for name in found if name != "ours"])
 for name, make in makers.items():
     mean, sd, pixels = standardised(make)
+    bound = 3 / pixels**0.5
     print(
-        f"  {name:<34} z-scores of {pixels} pixels: mean {mean:+.2f} (expected within 3/sqrt({pixels}) = {3 / pixels**0.5:.2f}), standard deviation {sd:.2f}"
+        f"  {name:<34} z-scores of {pixels} pixels: mean {mean:+.2f} "
+        f"(expected within 3/sqrt({pixels}) = {bound:.2f}), standard deviation {sd:.2f}"
     )

@@ -1,4 +1,4 @@
-"""Data: every file proves itself, every fault is refused with its name, batches are exact, unbiased and resumable."""
+"""Data: every file proves itself, every fault is refused with its name; batches are exact and resumable."""
 
 import gzip
 import http.server
@@ -62,7 +62,9 @@ def real(folder):
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    "A project of its own without data, and no network: a test never finds, and never downloads, real data by accident."
+    """A project of its own without data, and no network: a test never finds, and never downloads,
+    real data by accident.
+    """
     (tmp_path / "project" / "data").mkdir(parents=True)
     (tmp_path / "project" / "settings.ini").write_text("")
     monkeypatch.setenv("NORMFLOW_VI_ROOT", str(tmp_path / "project"))
@@ -136,8 +138,9 @@ def test_a_whole_set_loads_and_is_split(small):
     assert (parts["test"][0] == arrays["test-images.gz"][order]).all() and (
         parts["test"][1] == arrays["test-labels.gz"][order]
     ).all()
-    held = sorted(zip(map(bytes, parts["valid"][0]), parts["valid"][1]))
-    assert held == sorted(zip(map(bytes, arrays["train-images.gz"][50:]), arrays["train-labels.gz"][50:]))
+    held = sorted(zip(map(bytes, parts["valid"][0]), parts["valid"][1], strict=True))
+    images, labels = (arrays[f"train-{field}.gz"][50:] for field in ("images", "labels"))
+    assert held == sorted(zip(map(bytes, images), labels, strict=True))
 
 
 def test_files_may_lie_flat(small, tmp_path):
@@ -237,7 +240,9 @@ def test_swapped_files_are_recognised(small):
 
 
 def test_swapped_labels_are_noticed_by_the_content(small):
-    "Train and test labels of equal shape, files without known hashes: only the content's hash is left to notice."
+    """Train and test labels of equal shape, files without known hashes: only the content's hash
+    is left to notice.
+    """
     source, folder = small
     path = folder / "tiny" / "test-labels.gz"
     path.write_bytes(gzip.compress(idx(np.roll(tiny_arrays()["test-labels.gz"], 1))))
@@ -303,7 +308,9 @@ def bomb(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["gz", "npz"])
 def test_a_bomb_is_refused_quickly_and_in_little_memory(tmp_path, kind):
-    "A megabyte that expands to a gigabyte (the zip: a third of one), given to the decoder itself: file hashes would stop it earlier."
+    """A megabyte that expands to a gigabyte (the zip: a third of one), given to the decoder
+    itself: file hashes would stop it earlier.
+    """
     path = bomb(tmp_path, kind)
     assert path.stat().st_size < 2e6
     (message,), seconds, megabytes = read_bomb(path, kind)
@@ -341,7 +348,9 @@ def test_an_npz_with_objects_is_not_unpickled(tmp_path):
 
 
 def python2_pickle(rows, labels):
-    "The instruction stream of an official batch: protocol 2, a dict of strings, a list of small integers and an array."
+    """The instruction stream of an official batch: protocol 2, a dict of strings, a list of small
+    integers and an array.
+    """
 
     def short(text):
         return b"U" + bytes([len(text)]) + text
@@ -391,15 +400,16 @@ def cifar_tree(folder, kind):
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     blocks = [slice(10 * i, 10 * i + 10) for i in range(6)]
     pickled = {
-        f"cifar-10-batches-py/{name}": python2_pickle(rows[b], labels[b]) for name, b in zip(names, blocks)
+        f"cifar-10-batches-py/{name}": python2_pickle(rows[b], labels[b])
+        for name, b in zip(names, blocks, strict=True)
     }
     binary = {
         f"cifar-10-batches-bin/{name}.bin": np.c_[labels[b], rows[b]].tobytes()
-        for name, b in zip(names, blocks)
+        for name, b in zip(names, blocks, strict=True)
     }
     if kind == "idx":
         order = np.r_[draw.permutation(50), 50 + draw.permutation(10)]
-        for name, b in zip([*(f"train-part{i}" for i in range(5)), "test"], blocks):
+        for name, b in zip([*(f"train-part{i}" for i in range(5)), "test"], blocks, strict=True):
             (folder / "cifar10" / f"{name}-images-idx4-ubyte.xz").write_bytes(
                 lzma.compress(idx(np.ascontiguousarray(images[order[b]])))
             )
@@ -453,7 +463,9 @@ def test_all_layouts_of_cifar_give_the_same_tensors(tmp_path):
         loaded.append(_load_parts(source, tmp_path / kind, download=False))
         assert [len(loaded[-1][part][0]) for part in ("train", "valid", "test")] == [45, 5, 10]
     for other in loaded[1:]:
-        assert all((a == b).all() for part in other for a, b in zip(loaded[0][part], other[part]))
+        assert all(
+            (a == b).all() for part in other for a, b in zip(loaded[0][part], other[part], strict=True)
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -596,9 +608,9 @@ def test_a_bad_download_leaves_nothing_and_says_why(mirror, monkeypatch, mode, w
 
 def cut_downloads(mirror, count, seed):
     mirror.mode = "cut"
-    for mirror.cut in (
-        np.random.RandomState(seed).randint(0, mirror.source.layouts[0].files[0].size, count).tolist()
-    ):
+    size = mirror.source.layouts[0].files[0].size
+    for position in np.random.RandomState(seed).randint(0, size, count).tolist():
+        mirror.cut = position
         with pytest.raises(DataNotFound, match="truncated|empty"):
             find(mirror.source)
         assert names(mirror.target) == []
@@ -811,7 +823,9 @@ def no_kernel(monkeypatch):
 
 
 def check_same_pixels():
-    "The kernel and the torch form draw the same pixels, for odd sizes and any layout too, and leave the generator in the same state."
+    """The kernel and the torch form draw the same pixels, for odd sizes and any layout too, and
+    leave the generator in the same state.
+    """
     for shape in ((0,), (1,), (9,), (100, 784), (7, 3, 5)):
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
         for seed in range(3):
@@ -848,7 +862,9 @@ def test_a_stream_does_not_depend_on_numba(no_kernel, monkeypatch):
 
 
 def correlations(split, batches=400):
-    "Of centred pixels in one stream, in standard errors: with the next pixel, two on, and a row on; with the same pixel of the next image, the next batch and the next epoch."
+    """Of centred pixels in one stream, in standard errors: with the next pixel, two on, and a row
+    on; with the same pixel of the next image, the next batch and the next epoch.
+    """
     stream = Batches(split, len(split) // 2, seed=0)
     p = (split.images[0].double() / 255)[None]
     x = (
@@ -884,7 +900,11 @@ def test_pixels_of_a_stream_are_independent():
 
 
 def test_words_are_uniform_and_nearby_keys_are_unrelated():
-    "Each of 32 bits is 1 half of the time; one bit more or less in the key, or keys one step apart, change each bit of each word half of the time."
+    """Each of 32 bits is 1 half of the time.
+
+    One bit more or less in the key, or keys one step apart, change each bit of each word half of
+    the time.
+    """
 
     def bits(key, n=20_000):
         return (pixels_module._random_words(n, torch.tensor(key))[:, None] >> torch.arange(32) & 1).double()
@@ -1140,7 +1160,10 @@ def test_real_cifar10():
 
 
 def test_the_import_is_light():
-    code = "import sys, normflow_vi.data; print([m for m in ('sklearn', 'scipy', 'pandas', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, normflow_vi.data; heavy = 'sklearn', 'scipy', 'pandas', 'matplotlib'; "
+        "print([m for m in heavy if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -37,6 +37,9 @@ def is_experiment(path):
 
 
 LIBRARY = [path for path in NOTEBOOKS if any(map(is_export, cells(path)))]
+SHOWS = [
+    path for path in NOTEBOOKS if not (path in LIBRARY or is_experiment(path) or path.name == "index.ipynb")
+]
 
 
 @each
@@ -55,7 +58,7 @@ def test_is_clean(path):
 
 @each
 def test_is_of_one_kind(path):
-    """A library notebook exports and takes no parameters; an experiment notebook has one parameters cell and exports nothing."""
+    """A library page exports, an experiment has one parameters cell, a page that only shows asserts."""
     code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
     exports = [cell for cell in code if is_export(cell)]
     parameters = [cell for cell in code if "parameters" in tags(cell)]
@@ -64,8 +67,10 @@ def test_is_of_one_kind(path):
         assert not exports and not parameters
     elif parameters:
         assert len(parameters) == 1 and not exports and not default_exp
+    elif exports:
+        assert len(default_exp) == 1
     else:
-        assert exports and len(default_exp) == 1
+        assert not default_exp and any(re.search(r"\bassert\b", source(cell)) for cell in code)
 
 
 @each
@@ -85,7 +90,7 @@ def test_is_written_to_be_read(path):
 DRAWS = r"torch\.(rand|randn|randperm|randint|bernoulli)\b|\b(Flow|Trainer|VAE|MLP|Planar)\("
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
+@pytest.mark.parametrize("path", LIBRARY + SHOWS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
 def test_draws_the_same_numbers_at_every_run(path):
     """Torch starts with a seed of its own in every process; a page that draws begins by setting it, so that what it asserts does not depend on luck."""
     shown = [source(cell) for cell in cells(path) if cell["cell_type"] == "code" and not is_export(cell)]
@@ -150,7 +155,7 @@ def test_an_edited_module_is_noticed(tmp_path, monkeypatch):
 
 # Pages of the engine change folders, signals and environments: each in a process of its own. Of the others six share one, and import torch once.
 ENGINE = [path for path in LIBRARY if path.parent.name == "90_engine"]
-OTHERS = [path for path in LIBRARY if path not in ENGINE]
+OTHERS = [path for path in LIBRARY + SHOWS if path not in ENGINE]
 GROUPS = [[path] for path in ENGINE] + [OTHERS[i : i + 6] for i in range(0, len(OTHERS), 6)]
 RUN = "import sys; from nbdev.test import test_nb; sys.exit(' '.join(path for path in sys.argv[1:] if not test_nb(path)[0]) or 0)"
 

@@ -35,7 +35,7 @@ def test_linear_families_are_gaussians(family):
     first, second = (emitted(part, context) for part in q.transform.transforms)
     if family == "full":
         L, shift = torch.eye(5, dtype=torch.float64).repeat(9, 1, 1), second["shift"]
-        for at, (i, j) in enumerate((i, j) for i in range(5) for j in range(i)):
+        for at, (i, j) in enumerate((row, column) for row in range(5) for column in range(row)):
             L[:, i, j] = second["below"][:, at]
     else:
         L, shift = (
@@ -62,7 +62,7 @@ def divergence(family, length, exact, steps=300):
     q, context = posterior(family, 2, length, C), torch.ones(1, C)
     optimizer = torch.optim.Adam(q.parameters(), lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
+    for _ in range(steps):
         z, log_q = q(context).rsample_and_log_prob((128,))
         optimizer.zero_grad()
         (log_q - exact.log_prob(z)).mean().backward()
@@ -74,7 +74,9 @@ def divergence(family, length, exact, steps=300):
 
 
 def test_a_full_covariance_reaches_a_correlated_posterior():
-    "A diagonal Gaussian stops at a known gap, half the log of the product of the precision's diagonal over its determinant; a full one closes it."
+    """A diagonal Gaussian stops at a known gap, half the log of the product of the precision's
+    diagonal over its determinant; a full one closes it.
+    """
     precision = torch.tensor([[3.5, 2.4], [2.4, 3.5]])
     exact = MultivariateNormal(torch.tensor([1.0, -2.0]), precision_matrix=precision)
     gap = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))

@@ -1,6 +1,10 @@
-"""Likelihoods, networks and the variational autoencoder against closed forms and quadrature; what must be refused before training; collapse."""
+"""Likelihoods, networks and the variational autoencoder against closed forms and quadrature.
+
+What must be refused before training; collapse.
+"""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -43,7 +47,9 @@ def test_draws_have_the_mean_that_is_claimed(likelihood):
 
 @pytest.mark.parametrize("make", LIKELIHOODS.values(), ids=LIKELIHOODS)
 def test_a_likelihood_is_normalised(make):
-    "For one pixel: a sum over its levels, or an integral over a grid that is fine where the density is steep."
+    """For one pixel: a sum over its levels, or an integral over a grid that is fine where the
+    density is steep.
+    """
     likelihood = make(1).double()
     discrete = isinstance(likelihood, (Bernoulli, DiscretisedLogistic))
     if discrete:
@@ -108,7 +114,9 @@ def test_values_outside_the_support_are_named(likelihood, bad):
 
 
 def test_logistic_mass_in_the_tails():
-    "Two hundred scales from the location, where a difference of sigmoids is zero, against the closed form of the tail, log sigma(a) + log(1 - e^-w)."
+    """Two hundred scales from the location, where a difference of sigmoids is zero, against the
+    closed form of the tail, log sigma(a) + log(1 - e^-w).
+    """
     likelihood = DiscretisedLogistic().double()
     output = torch.tensor([0.3, -1e9], dtype=torch.float64)  # scale e^-7
     x, s = torch.tensor([25 / 255], dtype=torch.float64), math.exp(-7)
@@ -134,7 +142,9 @@ def test_maxout_in_both_readings(hidden, functions):
     ids=["gated", "residual"],
 )
 def test_a_model_of_convolutions(encoder, decoder):
-    "Shapes fit, draws of several posteriors at once decode as one by one, every parameter gets a gradient; two numbers a pixel come out as two images."
+    """Shapes fit, draws of several posteriors at once decode as one by one, every parameter gets
+    a gradient; two numbers a pixel come out as two images.
+    """
     x = torch.rand(3, 144)
     model = VAE(
         encoder(144, 16, 4),
@@ -199,7 +209,9 @@ def test_with_the_exact_posterior_every_weight_is_the_evidence(components):
 
 
 def test_gap_of_the_best_diagonal_posterior(components):
-    "log p - ELBO is 1/2 (sum log Lambda_ii - log det Lambda), Lambda the precision of the posterior, for every image."
+    """log p - ELBO is 1/2 (sum log Lambda_ii - log det Lambda), Lambda the precision of the
+    posterior, for every image.
+    """
     W, b, sigma, M, to_mean, marginal, x = components
     affine, precision = Affine(3, context_dim=7), M / sigma**2
     model = principal_components(W, b, sigma, affine, nn.Identity())
@@ -237,7 +249,10 @@ def test_importance_weights_against_quadrature(family, length):
 
 @pytest.mark.parametrize("free, counts", [(0.5, False), (50.0, True)])
 def test_free_bits(free, counts):
-    "Above the free nats nothing changes; below, the gradient is the likelihood's and the true F is still reported."
+    """Above the free nats nothing changes.
+
+    Below, the gradient is the likelihood's and the true F is still reported.
+    """
     model, x = dlgm(torch.full((9,), 0.3), dim=2, hidden=(6,)), (torch.rand(30, 9) < 0.3).float()
     with torch.no_grad():
         model.posterior.transform.source.linear.bias[:2] = 1.5
@@ -263,7 +278,10 @@ def test_free_bits(free, counts):
         and torch.allclose(F.terms["free_energy"], plain.value)
         and torch.allclose(F.value, plain.value + (free - kl) * counts, atol=1e-4)
     )
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, likelihood_only if counts else without))
+    assert all(
+        torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(found, likelihood_only if counts else without, strict=True)
+    )
 
 
 # Refused before training.
@@ -340,7 +358,7 @@ def trained(x, anneal, updates=500, rate=1e-3):
         beta = annealing(t, int(0.8 * updates), 0.01 if anneal == "joint" else 0.0)
         adam.zero_grad()
         free_energy(
-            lambda z: model.log_joint(batch, z), model.q(batch), beta=beta, anneal=anneal, generator=generator
+            partial(model.log_joint, batch), model.q(batch), beta=beta, anneal=anneal, generator=generator
         ).value.backward()
         adam.step()
     with torch.no_grad():
@@ -348,7 +366,9 @@ def trained(x, anneal, updates=500, rate=1e-3):
 
 
 def test_joint_annealing_collapses_and_is_caught():
-    "Under Adam at 1e-3: with prior and likelihood annealed together the model ends as one that ignores its latents, and the check says so; with the divergence alone it does not."
+    """Under Adam at 1e-3: with prior and likelihood annealed together the model ends as one that
+    ignores its latents, and the check says so; with the divergence alone it does not.
+    """
     images = load_data("digits", "static").train.pixels().view(-1, 28, 28)
     x = images[:, 3:27:3, 3:27:3].reshape(-1, 64)  # the digits in their own resolution
     least = independent_pixels_nll(x)

@@ -95,7 +95,7 @@ class Batches(_Order):
 
     >>> split = Split(torch.arange(6, dtype=torch.uint8)[:, None], None, "static")
     >>> Batches(split, batch_size=3, seed=0).next().T
-    tensor([[4., 1., 5.]])
+    tensor([[2., 5., 3.]])
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device | str | None = None):

@@ -78,7 +78,7 @@ def bernoulli(pixels: torch.Tensor, generator: torch.Generator | None = None) ->
     One number is drawn from a generator of the CPU, half a word a pixel from one of a GPU.
 
     >>> bernoulli(torch.tensor([0, 100, 200, 255], dtype=torch.uint8), torch.Generator().manual_seed(0))
-    tensor([0., 0., 1., 1.])
+    tensor([0., 1., 0., 1.])
     """
     if pixels.device.type != "cpu":
         words = _draw_integers(-(-pixels.numel() // 2), pixels, generator).view(torch.int32)
