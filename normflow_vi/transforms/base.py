@@ -274,7 +274,7 @@ def bounded(log_scale: Tensor, limit: float | None) -> Tensor:
 
 # %% ../../nbs/01_flows/05_transform.ipynb #fa2ef02d
 class Combinator(nn.Module):
-    """What `Chain` and `Inverse` share: no tensors of their own, `dim` and `context_dim` are those of the parts.
+    """What `Chain` and `Inverse` share: no tensors of their own; `dim` and `context_dim` are their parts'.
 
     Raises `TypeError` for a part that is no transform, `ValueError` for parts that do not fit together.
     """

@@ -164,8 +164,8 @@ class Spline(Law):
     """Monotone rational-quadratic spline on `[-bound, bound]`, the identity outside and for zero parameters.
 
     `push`, `pull`: values `(..., n)`, `theta` `(..., n, 3 bins - 1)`; log-slopes in nats. Both directions are
-    in closed form, O(bins) a number. Raises `ValueError` unless `2 <= bins < 1000` (one bin has no freedom, 1000
-    least widths fill the interval) and `bound > 0`. Source: Durkan et al. 2019, section 3.1.
+    in closed form, O(bins) a number. Raises `ValueError` unless `2 <= bins < 1000` (one bin has no freedom,
+    1000 least widths fill the interval) and `bound > 0`. Source: Durkan et al. 2019, section 3.1.
 
     >>> law = Spline(bins=8, bound=3.0)
     >>> z = torch.tensor([-1.0, 0.5, 7.0])

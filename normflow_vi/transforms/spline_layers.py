@@ -52,8 +52,8 @@ class SplineAutoregressive(Autoregressive):
     """`length` autoregressive layers that move each `z_i` by a spline that `z_1, ..., z_(i-1)` choose.
 
     Parallel direction: `forward`, the sampling direction, one network evaluation a layer. Inverse: sequential
-    over the variables. `Inverse(SplineAutoregressive(...))` is the form for density estimation. `bins`, `bound`:
-    those of the `Spline`. Other options and errors as in `Autoregressive`; log-dets in nats.
+    over the variables. `Inverse(SplineAutoregressive(...))` is the form for density estimation. `bins` and
+    `bound` are those of the `Spline`. Other options and errors as in `Autoregressive`; log-dets in nats.
     Source: Durkan et al. 2019, section 3.2, RQ-NSF (AR).
 
     >>> layer = SplineAutoregressive(dim=4, hidden=(32,))
