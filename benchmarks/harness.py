@@ -116,7 +116,7 @@ def torch_products(function):
     """`function` with torch's own matrix products in place of oneDNN's."""
 
     def call(*given):
-        with mock.patch.object(product, "chosen", lambda: "torch"):
+        with mock.patch.object(product, "product_library", lambda: "torch"):
             return function(*given)
 
     return call

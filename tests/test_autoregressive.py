@@ -10,6 +10,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from helpers import dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
 from normflow_vi.numerics import compiling as kernels
+from normflow_vi.numerics import stagewise as loops
 from normflow_vi.testing.contract import Direction
 from normflow_vi.testing.contract import contexts as context_of
 from normflow_vi.transforms import made, stagewise
@@ -31,7 +32,7 @@ networks = pytest.mark.parametrize("hidden, residual", NETWORKS, ids=lambda valu
 dims = pytest.mark.parametrize("dim", [1, 2, 5])
 contexts = pytest.mark.parametrize("context_dim", [None, 3], ids=["owned", "context"])
 kinds = pytest.mark.parametrize("kind", [InverseAutoregressive, MaskedAutoregressive])
-needs_numba = pytest.mark.skipif(stagewise.compiled() is None, reason="numba is optional")
+needs_numba = pytest.mark.skipif(stagewise.stage_kernel() is None, reason="numba is optional")
 
 
 def layers_of(transform, kind, context=None):
@@ -111,8 +112,8 @@ def test_each_live_weight_is_used_once(dim, hidden):
     "The kernel's loop bounds count exactly the weights that the masks leave, in at most min(D, units) + 1 stages."
     for least in (0, 1):
         live = (
-            sum(mask.sum().item() for mask in made.masks(torch.arange(dim), hidden, least)[:-1])
-            + 2 * made.masks(torch.arange(dim), hidden, least)[-1].sum().item()
+            sum(mask.sum().item() for mask in made.build_masks(torch.arange(dim), hidden, least)[:-1])
+            + 2 * made.build_masks(torch.arange(dim), hidden, least)[-1].sum().item()
         )
         for flipped in (False, True):
             ends, starts, spans, order = stagewise.stage_tables(
@@ -130,7 +131,7 @@ def test_degrees_are_spread_evenly():
 
 def test_a_unit_with_few_inputs_starts_as_loud_as_one_with_many():
     "What a unit hears of unit-variance inputs has one variance a layer, however many of them its mask leaves."
-    masks = made.masks(torch.arange(6).expand(4000, -1), (10,))
+    masks = made.build_masks(torch.arange(6).expand(4000, -1), (10,))
     for i, mask in enumerate(masks):
         heard = made.start_made(4000, masks)[f"weight_{i}"].square().sum(-2).mean(0)[mask[0].any(0)]
         assert (heard / heard.mean() - 1).abs().max() < 0.1
@@ -180,7 +181,7 @@ def test_the_kernel_is_the_loop_of_passes(kind, context_dim, dtype, tolerance, k
 
 def test_the_kernel_without_a_compiler(monkeypatch):
     "Its loops are plain Python: uncompiled they give the same."
-    monkeypatch.setattr(stagewise, "compiled", lambda: stagewise.sweep)
+    monkeypatch.setattr(stagewise, "stage_kernel", lambda: loops._sweep)
     for kind in (InverseAutoregressive, MaskedAutoregressive):
         transform, value = moved(kind(4, 2, None, (3, 6))), torch.randn(18, 4, dtype=torch.float64)
         with torch.no_grad():
@@ -348,7 +349,7 @@ def test_the_reference_runs_what_the_kernel_does_not_know(kernel_calls):
 @pytest.fixture
 def fresh_compiler():
     def clear():
-        stagewise.compiled.cache_clear()
+        stagewise.stage_kernel.cache_clear()
         kernels.has_numba.cache_clear()
 
     clear()
@@ -361,7 +362,7 @@ def test_without_numba(monkeypatch, kernel_calls, fresh_compiler):
     model, z = maf(), torch.randn(3, 4)
     with torch.no_grad():
         assert (
-            stagewise.compiled() is None
+            stagewise.stage_kernel() is None
             and gap(model.forward(z), by_passes(model.double(), z.double())) <= 1e-5
         )
     assert not kernel_calls
@@ -381,7 +382,7 @@ def test_without_a_folder_for_compiled_code(monkeypatch, fresh_compiler):
         return njit(*args, **how)
 
     monkeypatch.setattr(numba, "njit", without_folder)
-    assert stagewise.compiled() is not None and kept == [True, False] * 4
+    assert stagewise.stage_kernel() is not None and kept == [True, False] * 4
 
 
 # Numbers

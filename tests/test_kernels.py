@@ -16,7 +16,7 @@ from normflow_vi.numerics import planar as loops
 from normflow_vi.transforms import Planar, planar
 from normflow_vi.transforms.planar import planar_layers, planar_torch
 
-KERNELS = ("wide_forward", "wide_backward", "narrow_forward", "narrow_backward")
+KERNELS = ("_wide_forward", "_wide_backward", "_narrow_forward", "_narrow_backward")
 C = planar.CONSTRAINTS["identity"]
 needs_numba = pytest.mark.skipif(not kernels.has_numba(), reason="numba is optional")
 
@@ -24,14 +24,14 @@ needs_numba = pytest.mark.skipif(not kernels.has_numba(), reason="numba is optio
 @pytest.fixture
 def seen(monkeypatch):
     "The names of the planar kernels that ran."
-    names, compiled = [], loops.compiled()
+    names, compiled = [], loops.planar_kernels()
 
     def noted(name):
         return lambda *arguments: (names.append(name), getattr(compiled, name)(*arguments))[1]
 
     if compiled is not None:
         monkeypatch.setattr(
-            loops, "compiled", lambda: SimpleNamespace(**{name: noted(name) for name in KERNELS})
+            loops, "planar_kernels", lambda: SimpleNamespace(**{name: noted(name) for name in KERNELS})
         )
     return names
 
@@ -293,8 +293,8 @@ def test_several_runs_are_the_runs(context_dim, seen):
     found = torch.autograd.grad(value.sum(), list(runs.parameters().values()))
     noise = torch.randn(3, 40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert seen == [
-        "wide_forward" if context_dim is None else "narrow_forward",
-        "wide_backward" if context_dim is None else "narrow_backward",
+        "_wide_forward" if context_dim is None else "_narrow_forward",
+        "_wide_backward" if context_dim is None else "_narrow_backward",
     ]
     for r in range(3):
         own = {name: t[r].detach().requires_grad_() for name, t in runs.parameters().items()}
@@ -384,18 +384,20 @@ def test_inputs_are_left_alone():
 def test_without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     kernels.has_numba.cache_clear()
-    loops.compiled.cache_clear()
+    loops.planar_kernels.cache_clear()
     try:
         inputs = [points(20, 3), *layers()]
         assert (
-            not kernels.fits(*inputs) and loops.compiled() is None and kernels.machine_code(loops.add) is None
+            not kernels.fits(*inputs)
+            and loops.planar_kernels() is None
+            and kernels.machine_code(loops._add) is None
         )
         assert all(
             torch.equal(a, b) for a, b in zip(everything(kernel, inputs), everything(reference, inputs))
         )
     finally:
         kernels.has_numba.cache_clear()
-        loops.compiled.cache_clear()
+        loops.planar_kernels.cache_clear()
 
 
 @needs_numba
@@ -407,53 +409,53 @@ def test_the_name_of_kept_code_changes_with_what_it_calls():
         return x + 2
 
     assert (
-        kernels.fingerprint(loops.bend, one)
-        != kernels.fingerprint(loops.bend, other)
-        == kernels.fingerprint(loops.bend, other)
+        kernels.fingerprint(loops._activate, one)
+        != kernels.fingerprint(loops._activate, other)
+        == kernels.fingerprint(loops._activate, other)
     )
 
 
 BUGS = {
     "a sign in the gradient of z": (
-        "numerics.planar.layer_back",
-        "w[j + d], a, ZERO, n)",
-        "-w[j + d], a, ZERO, n)",
+        "numerics.planar._backward_layer",
+        "w[w_k + d], (a, _ZERO), n)",
+        "-w[w_k + d], (a, _ZERO), n)",
         "wide",
     ),
     "points that are not taken back": (
-        "numerics.planar.layer_back",
-        "add(rows, d * BLOCK, -x, hidden, at, n)",
+        "numerics.planar._backward_layer",
+        "_add((rows, d * _BLOCK), -u_hat, units, n)",
         "pass",
         "wide",
     ),
-    "a slope that is one less": ("numerics.planar.bend_back", "(one - p)", "p", "both"),
+    "a slope that is one less": ("numerics.planar._activate_back", "(one - p)", "p", "both"),
     "the constraint without gradient": (
-        "numerics.planar.constants_back",
+        "numerics.planar._constrain_back",
         "in_rho * (sigmoid - one)",
         "in_rho * 0",
         "both",
     ),
     "the norm without gradient": (
-        "numerics.planar.constants_back",
+        "numerics.planar._constrain_back",
         "-in_rho * excess",
         "in_rho * excess",
         "both",
     ),
-    "log-det without the clamp's factor": ("numerics.planar.bend", "(one - h * h)", "one", "both"),
+    "log-det without the clamp's factor": ("numerics.planar._activate", "(one - h * h)", "one", "both"),
     "a sign in the gradient of u": (
-        "numerics.planar.row_back",
-        "put(gu, to, h,",
-        "put(gu, to, -h,",
+        "numerics.planar._backward_point",
+        "_combine(gu_k, (h,",
+        "_combine(gu_k, (-h,",
         "narrow",
     ),
     "the gradient of the first point of a group alone": (
-        "numerics.planar.narrow_backward",
+        "numerics.planar._backward_lanes",
         "first + s > group[s] * S",
         "False",
         "narrow",
     ),
     "a group's layers from its neighbour": (
-        "numerics.planar.narrow_forward",
+        "numerics.planar._forward_lanes",
         "b[group[s] * in_b + k]",
         "b[k]",
         "narrow",
@@ -464,7 +466,7 @@ BUGS = {
 @pytest.fixture
 def uncompiled(monkeypatch):
     "The loops as Python runs them, so that a bug can be put into them."
-    monkeypatch.setattr(loops, "compiled", lambda: loops)
+    monkeypatch.setattr(loops, "planar_kernels", lambda: loops)
 
 
 @needs_numba

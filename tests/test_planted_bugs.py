@@ -316,14 +316,14 @@ BUGS = {
     "spline: the bin before": ("spline-coupling", "spline.ends", "row, 1:-1]", "row, :-2]"),
     "made: a weight without its mask": (
         "iaf",
-        "autoregressive.MaskedNetworks.masks",
+        "autoregressive.Autoregressive.masks",
         "last.repeat",
         "torch.ones_like(last).repeat",
     ),
-    "made: the last inequality not strict": ("iaf", "made.masks", "None] < degree", "None] <= degree"),
+    "made: the last inequality not strict": ("iaf", "made.build_masks", "None] < degree", "None] <= degree"),
     "made: hidden units see one variable too many": (
         "maf",
-        "made.masks",
+        "made.build_masks",
         "low[..., :, None] <=",
         "low[..., :, None] - 1 <=",
     ),

@@ -203,7 +203,7 @@ def test_higher_derivatives():
 @pytest.fixture
 def calls(monkeypatch):
     "How often the kernels have run, forward and backward."
-    counts, real = [0, 0], module.compiled()
+    counts, real = [0, 0], loops.spline_kernels()
 
     def counting(i, name):
         def call(*arguments):
@@ -212,10 +212,8 @@ def calls(monkeypatch):
 
         return call
 
-    counted = SimpleNamespace(
-        **{name: counting(i, name) for i, name in enumerate(("forward_kernel", "backward_kernel"))}
-    )
-    monkeypatch.setattr(module, "compiled", lambda: counted)
+    counted = SimpleNamespace(**{name: counting(i, name) for i, name in enumerate(("_forward", "_backward"))})
+    monkeypatch.setattr(loops, "spline_kernels", lambda: counted)
     return counts
 
 
@@ -295,7 +293,7 @@ def test_the_reference_runs_where_somebody_watches(name, calls):
 
 def test_without_numba(monkeypatch):
     monkeypatch.setattr(kernels, "has_numba", lambda: False)
-    monkeypatch.setattr(module, "compiled", None)
+    monkeypatch.setattr(loops, "spline_kernels", None)
     value, theta = inputs()
     assert all(
         torch.equal(f, e)
@@ -313,68 +311,72 @@ def test_parameters_of_another_size_are_left_to_the_reference(calls):
 
 BUGS = {
     "value not clipped": (
-        "load",
-        "s[VALUE + i] = v if v > -bound else -bound",
-        "s[VALUE + i] = value[first + i]",
+        "_load",
+        "s[_VALUE + i] = v if v > -bound else -bound",
+        "s[_VALUE + i] = value[first + i]",
     ),
-    "softmax without the floor": ("exponentials", "1 - FLOOR * bins", "1"),
-    "floor not added": ("find", "(floor + t[k, i] *", "(t[k, i] *"),
+    "softmax without the floor": ("_exponentiate", "1 - FLOOR * bins", "1"),
+    "floor not added": ("_pass_bin", "(floor + t[k, i] *", "(t[k, i] *"),
     "last knot a sum of shares": (
-        "find",
-        "bound if last else bound * (y + y - ONE)",
-        "bound * (y + y - ONE) * np.float32(1.001)",
+        "_pass_bin",
+        "bound if last else bound * (y + y - _ONE)",
+        "bound * (y + y - _ONE) * np.float32(1.001)",
     ),
-    "first slope taken from a height": ("find", "ONE if k > 0 else ZERO", "ONE"),
-    "bin found in the wrong direction": ("find", "y0 if inverse else x0", "x0 if inverse else y0"),
+    "first slope taken from a height": ("_pass_bin", "_ONE if k > 0 else _ZERO", "_ONE"),
+    "bin found in the wrong direction": ("_pass_bin", "y0 if inverse else x0", "x0 if inverse else y0"),
     "softplus without its correction": (
         "numerics.compiling.softplus_slope",
         "(e - (u - one)) / u",
         "zero * e + np.float32(1e-9)",
     ),
-    "the other root": ("inside_bin", "u if b >= ZERO else fall", "fall if b >= ZERO else u"),
-    "half the logarithm": ("forward_kernel", "half + half + log", "half + log"),
+    "the other root": ("_solve_position", "u if b >= _ZERO else fall", "fall if b >= _ZERO else u"),
+    "half the logarithm": ("_evaluate_lanes", "half + half + log", "half + log"),
     "sign of the inverse log-slope": (
-        "forward_kernel",
-        "-s[SLOPE + i] if inverse",
-        "s[SLOPE + i] if inverse",
+        "_forward",
+        "-s[_SLOPE + i] if inverse",
+        "s[_SLOPE + i] if inverse",
     ),
-    "slopes at the ends swapped": ("forward_kernel", "d1 * xi * xi + (m + m)", "d0 * xi * xi + (m + m)"),
-    "gradient of s without its second part": ("bin_gradient", "+ (xe + xe) * per_bracket)", ")"),
-    "gradient of the left slope": ("bin_gradient", "b * xe * (ONE - part) +", "b * xe * part +"),
+    "slopes at the ends swapped": ("_evaluate_lanes", "d1 * xi * xi + (m + m)", "d0 * xi * xi + (m + m)"),
+    "gradient of s without its second part": ("_bin_gradient", "+ (xe + xe) * per_bracket)", ")"),
+    "gradient of the left slope": ("_bin_gradient", "b * xe * (_ONE - part) +", "b * xe * part +"),
     "gradient of the log-slope in xi": (
-        "bin_gradient",
+        "_bin_gradient",
         "- (xi - eta) * (m + m - d0 - d1) * two",
         "- (xi - eta) * (m + m - d0 - d1) * per_beta",
     ),
-    "inverse: the log-slope's part in the value dropped": ("bin_gradient", "-(a + l * bend / width)", "-a"),
-    "inverse: sign of the log-slope": ("bin_gradient", "l = -l if inverse else l", "pass"),
-    "ends of the bin move together": ("bin_gradient", "stretch - g_xi * eta / width", "-g_xi * eta / width"),
-    "softmax: mean not taken off": ("share_gradient", "- s[total + i])", ")"),
-    "softmax: mean with the wrong factor": ("share_gradient", "1 / (1 - FLOOR * bins)", "1"),
+    "inverse: the log-slope's part in the value dropped": (
+        "_bin_gradient",
+        "-(a + ell * bend / width)",
+        "-a",
+    ),
+    "inverse: sign of the log-slope": ("_bin_gradient", "ell = -ell if inverse else ell", "pass"),
+    "ends of the bin move together": ("_bin_gradient", "stretch - g_xi * eta / width", "-g_xi * eta / width"),
+    "softmax: mean not taken off": ("_share_gradient", "(g - s[total + i])", "g"),
+    "softmax: mean with the wrong factor": ("_share_gradient", "1 / (1 - FLOOR * bins)", "1"),
     "softmax: the bin counts as before": (
-        "share_gradient",
-        "t[start + k, i] *= s[unit + i] * ((a if this < at",
-        "t[start + k, i] *= s[unit + i] * ((a if this <= at",
+        "_share_gradient",
+        "g = before if this < at else (own if this == at else _ZERO)\n            s[total",
+        "g = before if this <= at else (own if this == at else _ZERO)\n            s[total",
     ),
     "the share of the bin moves its left end": (
-        "lane_gradients",
-        "(bound + bound) * x1,",
-        "(bound + bound) * (x0 + x1),",
+        "_lane_gradients",
+        "s[_X1 + i] = (bound + bound) * x1",
+        "s[_X1 + i] = (bound + bound) * (x0 + x1)",
     ),
-    "softplus without its derivative": ("lane_gradients", "g_d1 * turn1", "g_d1"),
+    "softplus without its derivative": ("_lane_gradients", "g_d1 * turn1", "g_d1"),
     "gradients of the slopes swapped": (
-        "slope_gradient",
-        "a if at == right else (b if at == this",
-        "b if at == right else (a if at == this",
+        "_slope_gradient",
+        "left_end if at == right else (right_end if at == this",
+        "right_end if at == right else (left_end if at == this",
     ),
-    "outside the bound not the identity": ("backward_kernel", "else g_out[first + i]", "else ZERO"),
-    "gradient of one result only": ("backward_kernel", "b if inside else ZERO", "ZERO"),
+    "outside the bound not the identity": ("_backward", "else g_out[first + i]", "else _ZERO"),
+    "gradient of one result only": ("_backward", "b if inside else _ZERO", "_ZERO"),
 }
 
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    monkeypatch.setattr(module, "compiled", lambda: loops)
+    monkeypatch.setattr(loops, "spline_kernels", lambda: loops)
     monkeypatch.setattr(kernels, "has_numba", lambda: True)
 
 
@@ -413,4 +415,4 @@ def test_bugs_planted_around_the_kernel_are_caught(monkeypatch):
             "t for t in",
         )
     with monkeypatch.context() as patch:
-        caught(patch, failing(check_vmap), "spline.axis_first", "t.movedim(axis, 0)", "t")
+        caught(patch, failing(check_vmap), "spline._axis_first", "t.movedim(axis, 0)", "t")

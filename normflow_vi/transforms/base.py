@@ -25,7 +25,8 @@ KINDS = ("closed form", "sequential", "iterative", "none")
 class Owned(nn.Module):
     """Named tensors `(K, ...)` kept as parameters.
 
-    `initial`: their starting values by name. With `decays`, weight decay shrinks those which are matrices a layer, `(K, m, n)`.
+    `initial`: their starting values by name. With `decays`, weight decay shrinks those which are matrices a
+    layer, `(K, m, n)`.
     """
 
     def __init__(self, initial: dict[str, Tensor], decays: bool = False):
@@ -71,7 +72,7 @@ class Amortised(nn.Module):
 
 # %% ../../nbs/01_flows/05_transform.ipynb #f8af852f
 def check_transform(name: str, value: object) -> nn.Module:
-    "Return `value` if it is a transform, that is, a module with a `forward_kind`; raise `TypeError` otherwise."
+    "Return `value` if it is a transform, a module with a `forward_kind`; raise `TypeError` otherwise."
     if not isinstance(value, nn.Module) or not hasattr(value, "forward_kind"):
         raise TypeError(f"{name}: expected a transform, got {value!r}")
     return value
@@ -273,7 +274,7 @@ def bounded(log_scale: Tensor, limit: float | None) -> Tensor:
 
 # %% ../../nbs/01_flows/05_transform.ipynb #fa2ef02d
 class Combinator(nn.Module):
-    """What `Chain` and `Inverse` share: they own no tensors, so `dim` and `context_dim` are those of their parts.
+    """What `Chain` and `Inverse` share: no tensors of their own; `dim` and `context_dim` are their parts'.
 
     Raises `TypeError` for a part that is no transform, `ValueError` for parts that do not fit together.
     """

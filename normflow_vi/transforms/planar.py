@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONSTRAINTS', 'constrain', 'log_slope', 'solve_slope', 'planar_stack', 'planar_torch', 'PlanarKernel', 'MappedKernel',
-           'planar_kernel', 'planar_layers', 'slow_head', 'Planar']
+           'planar_layers', 'slow_head', 'Planar']
 
 # %% ../../nbs/01_flows/15_planar.ipynb #36603022
 import functools
 import math
 
 import torch
+from torch import Tensor
 
 from ..numerics.compiling import by_reference, fits
 from ..numerics.planar import TINY, gradients_numba, planar_numba
@@ -21,28 +22,37 @@ from ..utils.checks import check_choice, check_int
 CONSTRAINTS = {"identity": math.log(math.e - 1), "paper": 0.0}
 
 
-def constrain(u, w, c):
-    "`(u_hat, 1 + w.u_hat)` for `u`, `w` `(..., D)`: Rezende & Mohamed 2015, appendix A.1, with the offset `c` in the softplus."
+def constrain(u: Tensor, w: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """`(u_hat, 1 + w.u_hat)`, `(..., D)` and `(...)`, for `u`, `w` `(..., D)`.
+
+    `c`: the offset in the softplus. Source: Rezende & Mohamed 2015, appendix A.1.
+    """
     alpha, norm2 = (w * u).sum(-1), (w * w).sum(-1)
     slope = softplus(alpha + c)  # 1 + m(alpha) > 0
     fade = (norm2 / TINY).clamp(max=1)  # 1, but for a vanishing w
-    u_hat = u + ((slope - 1 - alpha) / norm2.clamp(min=TINY))[..., None] * w
-    return u_hat, fade * slope + (1 - fade) * (1 + alpha)
+    rho = (slope - 1 - alpha) / norm2.clamp(min=TINY)
+    return u + rho[..., None] * w, fade * slope + (1 - fade) * (1 + alpha)
 
 # %% ../../nbs/01_flows/15_planar.ipynb #38895284
-def log_slope(h, slope):
-    "`log(1 + (1 - h^2) m)` with `slope = 1 + m`, as the logarithm of a sum of non-negative terms."
-    return (h * h + (1 - h * h) * slope.clamp(min=torch.finfo(slope.dtype).tiny)).log()
+def log_slope(h: Tensor, slope: Tensor) -> Tensor:
+    """`log(1 + (1 - h^2) m)` in nats, with `slope = 1 + m`.
+
+    As the logarithm of a sum of non-negative terms.
+    """
+    slope = slope.clamp(min=torch.finfo(slope.dtype).tiny)
+    return (h * h + (1 - h * h) * slope).log()
 
 # %% ../../nbs/01_flows/15_planar.ipynb #1acc0aac
-def solve_slope(target, slope, rounds=40):
-    "The root `a` of `a + m tanh(a) = target`, `m = slope - 1 > -1`: monotone Newton iterations, implicit derivatives up to the second."
-    slope = slope.clamp(
-        min=torch.finfo(slope.dtype).tiny
-    )  # one that underflowed would give 0/0 at target = 0
+def solve_slope(target: Tensor, slope: Tensor, rounds: int = 40) -> Tensor:
+    """The root `a` of `a + m tanh(a) = target`, `m = slope - 1 > -1`.
+
+    Monotone Newton iterations; implicit derivatives up to the second.
+    """
+    slope = slope.clamp(min=torch.finfo(slope.dtype).tiny)  # else 0/0 at target = 0 where it underflowed
     t, s = target.detach().abs(), slope.detach()
     m = s - 1
-    a = torch.where(m > 0, torch.maximum(t / s, t - m), torch.minimum(t / s, t - m))
+    below, above = torch.maximum(t / s, t - m), torch.minimum(t / s, t - m)
+    a = torch.where(m > 0, below, above)
     for _ in range(rounds):
         h = a.tanh()
         a = a - (a + m * h - t) / (h * h + (1 - h * h) * s)
@@ -53,8 +63,11 @@ def solve_slope(target, slope, rounds=40):
     return a
 
 # %% ../../nbs/01_flows/15_planar.ipynb #7c519208
-def planar_stack(z, layers, slope):
-    "`z` through all `layers` (dicts of `u_hat`, `w`, `b`), and the sum of their log-dets; `slope`: `(..., K)`."
+def planar_stack(z: Tensor, layers: list[dict[str, Tensor]], slope: Tensor) -> tuple[Tensor, Tensor]:
+    """`z` through all `layers`, and the sum of their log-dets.
+
+    `layers`: dicts of `u_hat`, `w`, `b`, one a layer; `slope`: `(..., K)`.
+    """
     hidden = []
     for layer in layers:
         h = ((z * layer["w"]).sum(-1) + layer["b"]).tanh()
@@ -63,11 +76,15 @@ def planar_stack(z, layers, slope):
     return z, log_slope(torch.stack(hidden, -1), slope).sum(-1)
 
 
-def planar_torch(z, u, w, b, c):
-    "`z` `(..., D)` through the layers `u`, `w` `(..., K, D)`, `b` `(..., K)`, and the log-det."
+def planar_torch(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """`z` `(..., D)` through all layers, and the log-det `(...)` in nats.
+
+    `u`, `w`: `(..., K, D)`; `b`: `(..., K)`; `c`: the offset of `constrain`.
+    """
     u_hat, slope = constrain(u, w, c)
     layers = zip(u_hat.unbind(-2), w.unbind(-2), b.unbind(-1))
-    return planar_stack(z, [dict(zip(("u_hat", "w", "b"), layer)) for layer in layers], slope)
+    layers = [{"u_hat": u_k, "w": w_k, "b": b_k} for u_k, w_k, b_k in layers]
+    return planar_stack(z, layers, slope)
 
 # %% ../../nbs/01_flows/15_planar.ipynb #65d493d0
 class PlanarKernel(torch.autograd.Function):
@@ -84,10 +101,9 @@ class PlanarKernel(torch.autograd.Function):
     def backward(ctx, gy, gl):
         z, u, w, b, y, hidden = ctx.saved_tensors
         if torch.is_grad_enabled() or not fits(gy, gl, rules=False):
-            return *by_reference(
-                functools.partial(planar_torch, c=ctx.c), (z, u, w, b), ctx.needs_input_grad, (gy, gl)
-            ), None
-        return *gradients_numba(y, u, w, b, hidden, gy, gl, ctx.c), None
+            reference = functools.partial(planar_torch, c=ctx.c)
+            return *by_reference(reference, (z, u, w, b), ctx.needs_input_grad, (gy, gl)), None
+        return *gradients_numba((y, u, w, b, hidden), gy, gl, ctx.c), None
 
 # %% ../../nbs/01_flows/15_planar.ipynb #077fb880
 class MappedKernel(torch.autograd.Function):
@@ -105,76 +121,83 @@ class MappedKernel(torch.autograd.Function):
     def vmap(info, axes, z, u, w, b, c):
         samples = z.dim() - u.dim() + 1 - (axes[0] is not None) + (axes[1] is not None)
         shared = axes[1] is axes[2] is axes[3] is None
-        z, u, w, b = (
-            t
-            if shared and axis is None
-            else t.expand(info.batch_size, *t.shape)
-            if axis is None
-            else t.movedim(axis, 0)
-            for t, axis in zip((z, u, w, b), axes)
-        )
+
+        def mapped(t, axis):
+            if axis is not None:
+                return t.movedim(axis, 0)
+            return t if shared else t.expand(info.batch_size, *t.shape)
+
+        z, u, w, b = (mapped(t, axis) for t, axis in zip((z, u, w, b), axes))
         at = 0 if shared else samples
-        return planar_kernel(z.movedim(0, at), u, w, b, c), (at, at)
+        return _planar_kernel(z.movedim(0, at), u, w, b, c), (at, at)
 
 
-def planar_kernel(*inputs):
-    return (PlanarKernel if torch._C._functorch.maybe_current_level() is None else MappedKernel).apply(
-        *inputs
-    )
+def _planar_kernel(*inputs):
+    mapped = torch._C._functorch.maybe_current_level() is not None
+    return MappedKernel.apply(*inputs) if mapped else PlanarKernel.apply(*inputs)
 
 # %% ../../nbs/01_flows/15_planar.ipynb #f968810e
-def planar_layers(z, u, w, b, c):
-    "The kernel where it fits, `planar_torch` elsewhere."
+def planar_layers(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    "The kernel where it fits, `planar_torch` elsewhere; arguments and results are those of the latter."
     if not z.numel() or not fits(z, u, w, b):
         return planar_torch(z, u, w, b, c)
     batch = u.shape[:-2]
+    own = z.shape[z.dim() - 1 - len(batch) : -1]
     if batch.numel() == 1:
         u, w, b = u.reshape(u.shape[-2:]), w.reshape(w.shape[-2:]), b.reshape(b.shape[-1:])
-    elif batch != z.shape[z.dim() - 1 - len(batch) : -1]:
-        u, w, b = (
-            t.expand(*z.shape[z.dim() - 1 - len(batch) : -1], *t.shape[len(batch) :]) for t in (u, w, b)
-        )
-    return planar_kernel(z, u, w, b, c)
+    elif batch != own:
+        u, w, b = (t.expand(*own, *t.shape[len(batch) :]) for t in (u, w, b))
+    return _planar_kernel(z, u, w, b, c)
 
 # %% ../../nbs/01_flows/15_planar.ipynb #46d1c19c
-def slow_head(length):
+def slow_head(length: int) -> float:
     "The rate of an amortised head relative to the other weights, for a stack of `length` layers."
     return 0.1 * math.sqrt(10 / check_int("length", length))
 
 # %% ../../nbs/01_flows/15_planar.ipynb #4d2b27b8
 class Planar(Transform):
-    """`K = length` planar layers, `f(z) = z + u_hat tanh(w.z + b)`; `log|det| = log(1 + (1 - tanh^2) w.u_hat)`.
+    """`K = length` planar layers, `f(z) = z + u_hat tanh(w.z + b)`.
 
-    `u`, `w`: `(..., K, dim)`, `b`: `(..., K)`, uniform within `+-sqrt(2/dim)` at the start. `constraint`: "identity" (`u = 0` is the identity map) or "paper".
-    Forward O(K dim); inverse: iterative, 40 rounds on scalars a layer. Source: Rezende & Mohamed 2015, eqs. 10-12 and appendix A.1.
+    `log|det| = log(1 + (1 - tanh^2) w.u_hat)` a layer, in nats. `u`, `w`: `(..., K, dim)`, `b`: `(..., K)`,
+    uniform within `+-sqrt(2/dim)` at the start. `constraint`: "identity" (`u = 0` is the identity) or "paper".
+    Raises `ValueError` naming the argument.
+    Forward O(K dim); inverse: iterative, 40 rounds on scalars a layer.
+    Source: Rezende & Mohamed 2015, eqs. 10-12 and appendix A.1.
+
+    >>> planar = Planar(dim=2, length=32)
+    >>> z = torch.randn(100, 2)
+    >>> y, log_det = planar.forward(z)
+    >>> y.shape, log_det.shape
+    (torch.Size([100, 2]), torch.Size([100]))
+    >>> torch.allclose(planar.inverse(y)[0], z, atol=1e-3)
+    True
     """
 
-    inverse_kind, derived_axis = "iterative", {"u_hat": -2, "slope": -1}
+    inverse_kind = "iterative"
+    derived_axis = {"u_hat": -2, "slope": -1}
 
-    def __init__(self, dim, length=1, context_dim=None, constraint="identity"):
-        self.constraint, self.head_scale = (
-            check_choice("constraint", constraint, CONSTRAINTS),
-            slow_head(length),
-        )
+    def __init__(
+        self, dim: int, length: int = 1, context_dim: int | None = None, constraint: str = "identity"
+    ):
+        self.constraint = check_choice("constraint", constraint, CONSTRAINTS)
+        self.head_scale = slow_head(length)
         super().__init__(dim, length, context_dim)
 
-    def initial(self):
+    def initial(self) -> dict[str, Tensor]:
         bound, K, D = math.sqrt(2 / self.dim), self.length, self.dim
-        return {
-            name: torch.empty(size).uniform_(-bound, bound)
-            for name, size in [("u", (K, D)), ("w", (K, D)), ("b", (K,))]
-        }
+        sizes = {"u": (K, D), "w": (K, D), "b": (K,)}
+        return {name: torch.empty(size).uniform_(-bound, bound) for name, size in sizes.items()}
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, constraint={self.constraint!r}"
 
-    def push_stack(self, z, u, w, b):
+    def push_stack(self, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return planar_layers(z, u, w, b, CONSTRAINTS[self.constraint])
 
-    def pull_stack(self, y, u, w, b):
+    def pull_stack(self, y: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         u_hat, slope = constrain(u, w, CONSTRAINTS[self.constraint])
         return super().pull_stack(y, u_hat=u_hat, slope=slope, w=w, b=b)
 
-    def pull(self, y, u_hat, w, b, slope):
+    def pull(self, y: Tensor, u_hat: Tensor, w: Tensor, b: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         h = solve_slope((y * w).sum(-1) + b, slope).tanh()
         return y - u_hat * h[..., None], -log_slope(h, slope)
