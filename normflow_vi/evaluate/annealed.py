@@ -186,7 +186,7 @@ class Annealed:
 
     @property
     def log_p(self) -> Tensor:
-        "`(N,)` in nats: `log mean w`, a lower bound in expectation; on the way back `-log mean 1/w`, an upper one."
+        "`(N,)` in nats: `log mean w`, a lower bound in expectation; or `-log mean 1/w`, an upper one."
         log_sum = (self.sign * self.log_weights).logsumexp(0)
         return self.sign * (log_sum - math.log(len(self.log_weights)))
 

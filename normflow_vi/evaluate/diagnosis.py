@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['RISE', 'check_log_weights', 'effective_sample_size', 'log_mean_weight', 'generalised_pareto', 'tail_size', 'tail_of',
-           'pareto_smoothed', 'k_hat', 'k_threshold', 'Moments', 'influences', 'normalised', 'moments', 'moment_shifts',
-           'resample', 'risen']
+           'pareto_smoothed', 'k_hat', 'k_threshold', 'Moments', 'moments', 'moment_shifts', 'resample', 'risen']
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #a9574e72
 import math
@@ -13,95 +12,140 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..objectives import Estimate
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #15aa11f5
-def check_log_weights(log_w):
-    "Log-weights `(S,)` in double precision, detached; raise unless each is a number below infinity and one is above minus infinity."
-    if not isinstance(log_w, torch.Tensor) or not log_w.is_floating_point():
-        raise TypeError(
-            f"log_w: expected a floating-point tensor, got {log_w.dtype if isinstance(log_w, torch.Tensor) else type(log_w).__name__}"
-        )
+def check_log_weights(log_w: Tensor) -> Tensor:
+    """Log-weights `(S,)` in double precision, detached.
+
+    Raises `TypeError` or `ValueError` unless each is a number below infinity and one is above minus
+    infinity.
+    """
+    if not isinstance(log_w, Tensor) or not log_w.is_floating_point():
+        found = log_w.dtype if isinstance(log_w, Tensor) else type(log_w).__name__
+        raise TypeError(f"log_w: expected a floating-point tensor, got {found}")
     if log_w.dim() != 1 or not len(log_w):
         raise ValueError(f"log_w has shape {tuple(log_w.shape)}: expected (S,) with S >= 1")
     bad = (log_w.isnan() | (log_w == math.inf)).sum().item()
     if bad:
         raise ValueError(
-            f"log_w: {bad} of {len(log_w)} are NaN or plus infinity; allowed are finite numbers, and -inf for a weight of zero"
+            f"log_w: {bad} of {len(log_w)} are NaN or plus infinity; "
+            "allowed are finite numbers, and -inf for a weight of zero"
         )
     if log_w.max() == -math.inf:
         raise ValueError(f"log_w: all {len(log_w)} are -inf: no draw lies where the target has mass")
     return log_w.detach().double()
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #69f7006f
-def effective_sample_size(log_w):
-    "`(sum w)^2 / sum w^2` of log-weights `(S,)`: between 1 and S; Kong 1992."
+def effective_sample_size(log_w: Tensor) -> Tensor:
+    """`(sum w)^2 / sum w^2` of log-weights `(S,)`: a number between 1 and S.
+
+    Raises as `check_log_weights` does. Source: Kong 1992.
+
+    >>> effective_sample_size(torch.tensor([1.0, 1.0, 2.0]).log())
+    tensor(2.6667, dtype=torch.float64)
+    """
     log_w = check_log_weights(log_w)
     return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
 
 
-def log_mean_weight(log_w):
-    "`log (1/S) sum w` as an `Estimate` (nats), its error by the delta method; NaN for S = 1."
+def log_mean_weight(log_w: Tensor) -> Estimate:
+    """`log (1/S) sum w`, the log-evidence, as an `Estimate` in nats.
+
+    Its error is by the delta method, and NaN for S = 1. Raises as `check_log_weights` does.
+
+    >>> print(log_mean_weight(torch.tensor([1.0, 1.0, 2.0]).log()))
+    0.288 ± 0.250
+    """
     log_w = check_log_weights(log_w)
     w = (log_w - log_w.max()).exp()
     error = w.std() / w.mean() / math.sqrt(len(w)) if len(w) > 1 else w.new_tensor(math.nan)
     return Estimate(log_w.logsumexp(0) - math.log(len(log_w)), error)
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #05265800
-def generalised_pareto(x):
-    """`(k, sigma)`, `(...)` each, of generalised Pareto distributions fitted to sorted excesses `x > 0` `(..., n)`.
+def generalised_pareto(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`(k, sigma)`, `(...)` each, of generalised Pareto distributions fitted to sorted excesses `(..., n)`.
 
-    `Pr(X > x) = (1 + k x / sigma)^(-1/k)`: Zhang & Stephens 2009, eqs. 5-7, with the prior of Vehtari et al. 2024, appendix C: ten observations of `k = 1/2`.
+    All `x > 0`, and `Pr(X > x) = (1 + k x / sigma)^(-1/k)`. Source: Zhang & Stephens 2009, eqs.
+    5-7, with the prior of Vehtari et al. 2024, appendix C: ten observations of `k = 1/2`.
     """
     n = x.shape[-1]
     m = 30 + math.isqrt(n)
     j = torch.arange(1, m + 1, dtype=x.dtype, device=x.device)
-    theta = 1 / x[..., -1:] + (1 - (m / (j - 0.5)).sqrt()) / (3 * x[..., int(n / 4 + 0.5) - 1, None])
+    quartile = x[..., int(n / 4 + 0.5) - 1, None]
+    theta = 1 / x[..., -1:] + (1 - (m / (j - 0.5)).sqrt()) / (3 * quartile)
     k = torch.log1p(-theta[..., None] * x[..., None, :]).mean(-1)
-    theta = (torch.softmax(n * ((-theta / k).log() - k - 1), -1) * theta).sum(-1)
+    log_likelihood = n * ((-theta / k).log() - k - 1)
+    theta = (torch.softmax(log_likelihood, -1) * theta).sum(-1)
     k = torch.log1p(-theta[..., None] * x).mean(-1)
     return (n * k + 10 * 0.5) / (n + 10), -k / theta
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #a5e40a33
-def tail_size(S):
+def tail_size(S: int) -> int:
+    "How many of `S` weights belong to the tail: `min(S/5, 3 sqrt(S))`, and never all."
     return min(math.ceil(min(0.2 * S, 3 * math.sqrt(S))), S - 1)
 
 
-def tail_of(log_w):
+def tail_of(log_w: Tensor) -> tuple[Tensor, Tensor]:
     "The log-cutoff and the positions of the log-weights `(S,)` above it, in ascending order."
     order = log_w.argsort()
-    cutoff = torch.maximum(
-        log_w[order[-1 - tail_size(len(log_w))]], log_w.max() - 690
-    )  # exp(-690) is a normal number
+    largest_other = log_w[order[-1 - tail_size(len(log_w))]]
+    cutoff = torch.maximum(largest_other, log_w.max() - 690)  # exp(-690) is a normal number
     return cutoff, order[log_w[order] > cutoff]
 
 
-def pareto_smoothed(log_w):
-    """`(smoothed, k_hat)`: Pareto-smoothed log-weights `(S,)`, float64, not normalised, and the shape of their tail, a float.
+def _pareto_quantiles(n, k, sigma, like):
+    "The quantiles of a generalised Pareto distribution at `(i - 1/2) / n`, `(n,)`."
+    p = (torch.arange(n, dtype=like.dtype, device=like.device) + 0.5) / n
+    return sigma * (-torch.log1p(-p) if k == 0 else torch.expm1(-k * torch.log1p(-p)) / k)
 
-    `k_hat` is `inf` if fewer than five weights exceed the cutoff, `-inf` if the largest are equal up to a thousandth. Cost: a sort.
-    Raises `ValueError` for NaN, plus infinity, or weights that are all zero. Source: Vehtari et al. 2024, algorithm 1.
+
+def pareto_smoothed(log_w: Tensor) -> tuple[Tensor, float]:
+    """`(smoothed, k_hat)`: Pareto-smoothed log-weights `(S,)`, not normalised, and the shape of their tail.
+
+    `k_hat` is `inf` if fewer than five weights exceed the cutoff, `-inf` if the largest are equal
+    up to a thousandth. Cost: a sort. Raises `TypeError` or `ValueError` for NaN, plus infinity, or
+    weights that are all zero. Source: Vehtari et al. 2024, algorithm 1.
+
+    >>> smoothed, k = pareto_smoothed(torch.zeros(1000))  # q is the target
+    >>> k
+    -inf
     """
     log_w = check_log_weights(log_w)
     cutoff, tail = tail_of(log_w)
     if len(tail) < 5:
-        return log_w, -math.inf if len(log_w) > 20 and log_w.max() - cutoff < 1e-3 else math.inf
+        no_tail = len(log_w) > 20 and log_w.max() - cutoff < 1e-3
+        return log_w, -math.inf if no_tail else math.inf
     log_scale = log_w.max()
     base = (cutoff - log_scale).exp()
     k, sigma = generalised_pareto(base * torch.expm1(log_w[tail] - cutoff))
-    p = (torch.arange(len(tail), dtype=log_w.dtype, device=log_w.device) + 0.5) / len(tail)
-    excess = sigma * (-torch.log1p(-p) if k == 0 else torch.expm1(-k * torch.log1p(-p)) / k)
-    return log_w.index_put((tail,), (base + excess).log().clamp(max=0) + log_scale), k.item()
+    excess = _pareto_quantiles(len(tail), k, sigma, log_w)
+    largest = (base + excess).log().clamp(max=0) + log_scale
+    return log_w.index_put((tail,), largest), k.item()
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #da8e83d0
-def k_hat(log_w):
-    "The shape of the tail of log-weights `(S,)`, a float; good below `k_threshold(S)`, and above 1 the weights may have no mean; Vehtari et al. 2024."
+def k_hat(log_w: Tensor) -> float:
+    """The shape of the tail of log-weights `(S,)`; good below `k_threshold(S)`.
+
+    Above 1 the weights may have no mean. Raises as `check_log_weights` does. Source: Vehtari et al.
+    2024.
+
+    >>> k_hat(torch.zeros(1000))  # equal weights: the best case
+    -inf
+    """
     return pareto_smoothed(log_w)[1]
 
 
-def k_threshold(S):
-    "`min(1 - 1/log10 S, 0.7)`, below which `S` draws suffice for smoothed averages; minus infinity for `S` = 1; Vehtari et al. 2024, section 3.2.4."
+def k_threshold(S: int) -> float:
+    """`min(1 - 1/log10 S, 0.7)`, below which `S` draws suffice for smoothed averages.
+
+    Minus infinity for `S` = 1. Source: Vehtari et al. 2024, section 3.2.4.
+
+    >>> k_threshold(10_000)
+    0.7
+    """
     return min(1 - 1 / math.log10(S), 0.7) if S > 1 else -math.inf
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #e9d4318a
@@ -109,31 +153,32 @@ def k_threshold(S):
 class Moments:
     "`mean` and `sd` of each coordinate with their Monte Carlo standard errors, `(D,)` each, float64."
 
-    mean: torch.Tensor
-    mean_error: torch.Tensor
-    sd: torch.Tensor
-    sd_error: torch.Tensor
+    mean: Tensor
+    mean_error: Tensor
+    sd: Tensor
+    sd_error: Tensor
 
 
-def influences(z, w):
-    "Mean and standard deviation `(D,)` of points `(S, D)` under normalised weights `(S,)`, and what each point contributes to the error of either, `(S, D)`."
+def _influences(z, w):
+    """Mean and standard deviation `(D,)` of points `(S, D)` under normalised weights `(S,)`.
+
+    And what each point contributes to the error of either, `(S, D)`.
+    """
     mean = w @ z
     centred = z - mean
     sd = (w @ centred**2).sqrt()
-    return (
-        mean,
-        sd,
-        w[:, None] * centred,
-        w[:, None] * (centred**2 - sd**2) / (2 * sd).clamp(min=torch.finfo(z.dtype).tiny),
-    )
+    of_mean = w[:, None] * centred
+    of_sd = w[:, None] * (centred**2 - sd**2) / (2 * sd).clamp(min=torch.finfo(z.dtype).tiny)
+    return mean, sd, of_mean, of_sd
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #e6b3f447
-def normalised(z, log_w):
+def _normalise(z, log_w):
     "Points `(S, D)` in double precision and their normalised smoothed weights; equal ones for `None`."
-    if not isinstance(z, torch.Tensor) or z.dim() != 2 or not z.isfinite().all():
+    if not isinstance(z, Tensor) or z.dim() != 2 or not z.isfinite().all():
         raise ValueError(f"z: expected finite points (S, D), got {getattr(z, 'shape', z)}")
     if log_w is None:
-        return z.detach().double(), torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
+        equal = torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
+        return z.detach().double(), equal
     if log_w.shape != z.shape[:1]:
         raise ValueError(
             f"log_w has shape {tuple(log_w.shape)} for z of shape {tuple(z.shape)}: expected ({len(z)},)"
@@ -141,24 +186,39 @@ def normalised(z, log_w):
     return z.detach().double(), torch.softmax(pareto_smoothed(log_w)[0], 0)
 
 
-def moments(z, log_w=None):
-    """`Moments` of the target from draws `z` `(S, D)` of q and log-weights `(S,)`, by smoothed self-normalised weights; of q itself without weights.
+def moments(z: Tensor, log_w: Tensor | None = None) -> Moments:
+    """`Moments` of the target from draws `z` `(S, D)` of q and log-weights `(S,)`.
 
-    Errors by the delta method (Owen 2013, ch. 9, eq. 9.9); they are as good as the weights: look at `k_hat` first. Raises `ValueError` for points that are not finite or do not match.
+    Of q itself without weights. By smoothed self-normalised weights, errors by the delta method;
+    they are as good as the weights: look at `k_hat` first. Raises `ValueError` for points that are
+    not finite or do not match, and as `check_log_weights` does. Source: Owen 2013, ch. 9, eq. 9.9.
+
+    >>> moments(torch.tensor([[0.0], [3.0]]), torch.tensor([1.0, 2.0]).log()).mean.float()
+    tensor([2.])
     """
-    mean, sd, of_mean, of_sd = influences(*normalised(z, log_w))
+    mean, sd, of_mean, of_sd = _influences(*_normalise(z, log_w))
     return Moments(mean, of_mean.norm(dim=0), sd, of_sd.norm(dim=0))
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #10089e55
-def moment_shifts(z, log_w):
-    "Moments of the reweighted draws minus those of q, as `Moments`, with the errors of the differences; both come from the same draws `z` `(S, D)`."
-    weighted, plain = influences(*normalised(z, log_w)), influences(*normalised(z, None))
-    mean, sd, of_mean, of_sd = (a - b for a, b in zip(weighted, plain))
+def moment_shifts(z: Tensor, log_w: Tensor) -> Moments:
+    """Moments of the reweighted draws `z` `(S, D)` minus those of q, with the errors of the differences.
+
+    Both come from the same draws. Raises as `moments` does.
+    """
+    weighted, plain = _influences(*_normalise(z, log_w)), _influences(*_normalise(z, None))
+    mean, sd, of_mean, of_sd = (a - b for a, b in zip(weighted, plain, strict=True))
     return Moments(mean, of_mean.norm(dim=0), sd, of_sd.norm(dim=0))
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #4a57d4f6
-def resample(log_w):
-    "Positions `(S,)`, ascending, of draws taken in proportion to their smoothed weights: systematic resampling, Kitagawa 1996, without noise of its own."
+def resample(log_w: Tensor) -> Tensor:
+    """Positions `(S,)`, ascending, of draws taken in proportion to their smoothed weights.
+
+    Systematic resampling, without noise of its own. Raises as `check_log_weights` does. Source:
+    Kitagawa 1996.
+
+    >>> resample(torch.tensor([1.0, 2.0, 1.0]).log())
+    tensor([0, 1, 2])
+    """
     w = torch.softmax(pareto_smoothed(log_w)[0], 0)
     points = (torch.arange(len(w), dtype=w.dtype, device=w.device) + 0.5) / len(w)
     return torch.searchsorted(w.cumsum(0), points).clamp(max=len(w) - 1)
@@ -167,8 +227,14 @@ def resample(log_w):
 RISE = 0.01  # nats
 
 
-def risen(curve):
-    "Whether a learning curve `(T, S)` that should rise still does, in any run: the last quarter of it against the quarter before."
+def risen(curve: np.ndarray) -> bool:
+    """Whether a learning curve `(T, S)` that should rise still does, in any of its S runs.
+
+    The last quarter of it against the quarter before.
+
+    >>> risen(np.linspace(0.0, 1.0, 100)[:, None]), risen(np.zeros((100, 1)))
+    (True, False)
+    """
     quarter = len(curve) // 4
     last, before = curve[-quarter:], curve[-2 * quarter : -quarter]
     error = np.sqrt((last.var(0) + before.var(0)) / quarter)
