@@ -8,13 +8,13 @@ __all__ = []
 # %% ../../nbs/90_engine/96_targets.ipynb #0f9e7d15
 from normflow_vi.targets.plane import (
     ENERGIES,
-    Target,
     U1,
     U2,
-    U2_box,
     U3,
-    U3_box,
     U4,
+    Target,
+    U2_box,
+    U3_box,
     U4_box,
     lattice,
     log_bump,
