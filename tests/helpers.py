@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call, vmap
 
 from normflow_vi.testing.cases import CASES
-from normflow_vi.testing.contract import Case, Direction, drawn
+from normflow_vi.testing.contract import Case, Direction
 
 CASE = {case.name: case for case in CASES}
 
@@ -57,7 +57,8 @@ def damage(kind, data, rng):
 
 def moved(transform, scale=1.0, jitter=0.3, dtype=torch.float64):
     "A transform whose parameters are drawn anew, as the kit draws them."
-    return drawn(Case("", lambda *sizes: transform, jitter=jitter), transform.dim, scale=scale, dtype=dtype)
+    case = Case("", lambda *sizes: transform, jitter=jitter)
+    return case.draw(transform.dim, scale=scale, dtype=dtype)
 
 
 def emitting(make, draws, scale, dtype, **given):

@@ -12,7 +12,7 @@ from helpers import dtypes, exact, many_draws, moved, near, over_draws, scales, 
 from normflow_vi.numerics import compiling as kernels
 from normflow_vi.numerics import stagewise as loops
 from normflow_vi.testing.contract import Direction
-from normflow_vi.testing.contract import contexts as context_of
+from normflow_vi.testing.contract import draw_context as context_of
 from normflow_vi.transforms import made, stagewise
 from normflow_vi.transforms.autoregressive import Autoregressive, InverseAutoregressive, MaskedAutoregressive
 from normflow_vi.transforms.conditioner import run_network

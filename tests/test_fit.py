@@ -24,7 +24,6 @@ from normflow_vi.flows.placing import place_density, place_samples
 from normflow_vi.flows.tracing import layers_of, origin, way_of_draws
 from normflow_vi.targets import U1, U2_box, lattice, u2
 from normflow_vi.testing.cases import CASES
-from normflow_vi.testing.contract import drawn
 from normflow_vi.transforms import Affine, Permutation, Planar
 
 
@@ -397,7 +396,7 @@ def test_an_argument_check_of_torch_does_not_hide_the_origin():
 )
 def test_layers_one_by_one_are_the_stack(case):
     dim = case.dims[-1]
-    transform, z = drawn(case, dim, 3), torch.randn(6, dim, dtype=torch.float64)
+    transform, z = case.draw(dim, 3), torch.randn(6, dim, dtype=torch.float64)
     value, total = z, 0.0
     for _, step in layers_of(transform):
         value, log_det = step(value)

@@ -28,7 +28,6 @@ from normflow_vi.fitting.fitted import FORMAT, Fit, trusted, verdict
 from normflow_vi.flows import Flow
 from normflow_vi.objectives import Estimate, estimate
 from normflow_vi.testing.cases import CASES
-from normflow_vi.testing.contract import drawn
 from normflow_vi.transforms import Affine, Chain, Planar, Transform
 from normflow_vi.transforms.laws import Law
 from normflow_vi.utils.files import sha256
@@ -306,7 +305,7 @@ def test_what_is_saved_is_loaded(path):
     "case", [case for case in CASES if case.name != "indexed, frozen noise"], ids=lambda case: case.name
 )
 def test_every_transform_comes_back(case, path):
-    q = Flow(drawn(case, case.dims[-1])).double().eval()
+    q = Flow(case.draw(case.dims[-1])).double().eval()
     of_samples(q=q).save(path)
     back = Fit.load(path).q
     assert (

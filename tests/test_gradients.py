@@ -13,7 +13,7 @@ from normflow_vi import Chain, Flow
 from normflow_vi.engine.runs import OneRun, StackedRuns
 from normflow_vi.objectives import elbo, forward_kl, free_energy, importance_weighted, renyi
 from normflow_vi.objectives.gradients import GRADIENTS, path_draws, stopped_log_prob
-from normflow_vi.testing.contract import C, drawn
+from normflow_vi.testing.contract import C
 from normflow_vi.transforms import Affine, BatchNorm, Inverse, Planar
 from normflow_vi.transforms.continuously_indexed import ContinuouslyIndexed
 from normflow_vi.transforms.coupling import AffineCoupling
@@ -180,7 +180,7 @@ def test_means_agree_for_a_planar_flow(bound, gradient, kind):
 @pytest.mark.parametrize("name", [name for name in CASE if "noise" not in name])
 def test_what_is_dropped_is_the_score(name, context_dim):
     "Draw by draw and for every family, the path derivative of log q is the whole one less that at a fixed point, for parameters and context."
-    q = Flow(drawn(CASE[name], 4, 2, context_dim)).double().eval()
+    q = Flow(CASE[name].draw(4, 2, context_dim)).double().eval()
     context = torch.randn(3, C, dtype=torch.float64, requires_grad=True)
     posterior = q() if q.context_dim is None else q(context)
     inputs = [*q.parameters(), context]

@@ -12,8 +12,8 @@ from normflow_vi.engine.optimizer import Optimizer
 from normflow_vi.engine.trainer import Trainer
 from normflow_vi.flows import Flow
 from normflow_vi.objectives import estimate
-from normflow_vi.testing.cases import used
-from normflow_vi.testing.contract import contexts, drawn
+from normflow_vi.testing.cases import feed_batch
+from normflow_vi.testing.contract import draw_context
 from normflow_vi.transforms.affine import Affine
 from normflow_vi.transforms.base import Chain, Inverse
 from normflow_vi.transforms.batchnorm import BatchNorm
@@ -31,7 +31,7 @@ def layer(transform, *names):
 @scales
 def test_prelu_against_extended_precision(scale):
     for _ in range(20):
-        transform, z = drawn(CASE["prelu"], 4, length=1, scale=scale), 3 * torch.randn(4, dtype=torch.float64)
+        transform, z = CASE["prelu"].draw(4, length=1, scale=scale), 3 * torch.randn(4, dtype=torch.float64)
         y, log_det = transform.forward(z)
         with mpmath.workdps(50):
             (log_alpha,) = layer(transform, "log_alpha")
@@ -45,7 +45,7 @@ def test_prelu_against_extended_precision(scale):
 def test_batchnorm_against_extended_precision(scale):
     for _ in range(20):
         transform, z = (
-            drawn(CASE["batchnorm"], 4, length=1, scale=scale),
+            CASE["batchnorm"].draw(4, length=1, scale=scale),
             3 * torch.randn(4, dtype=torch.float64),
         )
         y, log_det = transform.forward(z)
@@ -63,7 +63,7 @@ def test_batchnorm_against_extended_precision(scale):
 def test_plu_against_the_determinant_in_extended_precision(scale):
     "Entries from exp(-300) to exp(300): elimination needs many more digits than 50."
     for _ in range(5):
-        transform, z = drawn(CASE["plu"], 4, length=1, scale=scale), torch.randn(4, dtype=torch.float64)
+        transform, z = CASE["plu"].draw(4, length=1, scale=scale), torch.randn(4, dtype=torch.float64)
         y, log_det = transform.forward(z)
         with mpmath.workdps(1000):
             lu, bias = layer(transform, "lu", "bias")
@@ -167,7 +167,7 @@ def test_constants_are_not_trained(make):
 @pytest.mark.parametrize("context_dim", [None, 4])
 @pytest.mark.parametrize("dim, n", [(1, 2000), (2, 300)])
 def test_prelu_density_integrates_to_one_orthant_by_orthant(dim, n, context_dim):
-    transform, context = drawn(CASE["prelu"], dim, 2, context_dim), contexts(1, context_dim)
+    transform, context = CASE["prelu"].draw(dim, 2, context_dim), draw_context(1, context_dim)
     mass = 0.0
     for signs in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * dim).reshape(
         -1, dim
@@ -273,7 +273,7 @@ def test_batchnorm_in_training_has_the_gradients_of_its_statistics():
 
 
 def test_batchnorm_only_training_forward_moves_anything():
-    norm, z = used(BatchNorm(3)), torch.randn(20, 3)
+    norm, z = feed_batch(BatchNorm(3)), torch.randn(20, 3)
     before = {name: t.clone() for name, t in norm.state_dict().items()}
     inverse = norm.inverse(z)  # in training mode
     for found, expected in zip(norm.eval().inverse(z), inverse):
@@ -285,7 +285,7 @@ def test_batchnorm_only_training_forward_moves_anything():
 
 
 def test_batchnorm_replaces_its_statistics_so_earlier_graphs_stay_whole():
-    norm, z = used(BatchNorm(3)), torch.randn(20, 3, requires_grad=True)
+    norm, z = feed_batch(BatchNorm(3)), torch.randn(20, 3, requires_grad=True)
     held, version = norm.running_var, norm.running_var._version
     loss = norm.inverse(z)[0].square().sum()  # its graph holds the running statistics,
     loss = loss + norm.forward(z)[0].sin().sum()  # which this moves
@@ -315,7 +315,7 @@ def test_batchnorm_in_training_traces_and_maps_over_runs(context_dim):
     norms, z, context = (
         [BatchNorm(3, 2, context_dim).double() for _ in range(3)],
         torch.randn(3, 5, 20, 3, dtype=torch.float64),
-        contexts(20, context_dim),
+        draw_context(20, context_dim),
     )
     parameters, buffers = stack_module_state(norms)
 

@@ -9,7 +9,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from helpers import CASE
 from normflow_vi import Flow, transforms
 from normflow_vi.testing.cases import CASES
-from normflow_vi.testing.contract import CHECKS, C, Case, Direction, drawn, stacked
+from normflow_vi.testing.contract import CHECKS, C, Case, Direction, stack_calls
 from normflow_vi.transforms import *
 from normflow_vi.transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
@@ -52,9 +52,9 @@ def test_every_exception_has_a_reason():
 def test_flows_are_batched_over_runs_too():
     "Density and draws, the latter with one generator for all runs."
     case = Case("chain", lambda dim, length, context_dim: Chain(Affine(dim), Planar(dim, length)))
-    runs = [Flow(drawn(case, 3)).double() for _ in range(3)]
+    runs = [Flow(case.draw(3)).double() for _ in range(3)]
     x = torch.randn(7, 3, dtype=torch.float64)
-    log_q = stacked(runs, "log_prob")(x.expand(3, 7, 3))
+    log_q = stack_calls(runs, "log_prob")(x.expand(3, 7, 3))
     assert all(torch.allclose(log_q[r], run.log_prob(x), atol=1e-10) for r, run in enumerate(runs))
     drawing = [Direction(run, "rsample_and_log_prob") for run in runs]
 

@@ -76,7 +76,7 @@ class _Search:
 # %% ../../nbs/02_vae_nf/15_gaps.ipynb #7d68823a
 @dataclass(frozen=True)
 class Gaps:
-    """Of N images, `(N,)` each, in nats: `log_p`, the ELBO `best` of the optimised posterior, and the encoder's.
+    """Of N images, `(N,)` each in nats: `log_p`, and two ELBOs, `best` after optimisation and `elbo` before.
 
     `error`: the standard error of `log_p`, which is an importance-weighted bound from below:
     `total` and `approximation` are too small by its slack.
