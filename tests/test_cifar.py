@@ -1,4 +1,4 @@
-"""Patches of CIFAR-10: true crops at uniform places, a stream that resumes bitwise, de-quantisation, where the bound comes from, and a page that works without the data."""
+"""Patches of CIFAR-10: true crops a stream that resumes, and a page that works without data."""
 
 import math
 import shutil
@@ -14,16 +14,16 @@ from normflow_vi.experiments.vae_cifar import (
     DEQUANTISED,
     PLAIN,
     Patches,
+    _cut,
+    _cut_at_random,
+    _fixed_patches,
+    _is_saturated,
+    _log_p_by_pixel,
+    _split_free_energy,
+    _to_grey,
     all_runs,
-    by_pixel,
-    cut,
-    fixed_patches,
-    grey,
-    patches_of,
     plan,
     rows,
-    saturated,
-    shares,
     train,
 )
 from normflow_vi.reproduce import notebooks
@@ -66,13 +66,16 @@ def test_patches_are_true_crops_of_their_own_image():
     data, stream = images(40), Patches(Split(images(40), None), SHAPE, 40, seed=3)
     for _ in range(3):
         batch = (stream.next() * 255).round().byte()
-        places = [windows(data[row])[patch.numpy().tobytes()] for row, patch in zip(stream.order, batch)]
+        places = [
+            windows(data[row])[patch.numpy().tobytes()]
+            for row, patch in zip(stream.order, batch, strict=False)
+        ]
         assert len(set(places)) > 30
 
 
 def test_other_shapes_too():
     flat = images(2)[:, : 9 * 12]
-    patch = cut(flat, torch.tensor([[1, 3], [0, 0]]), (9, 12, 1))
+    patch = _cut(flat, torch.tensor([[1, 3], [0, 0]]), (9, 12, 1))
     assert torch.equal(
         patch.view(2, 8, 8), torch.stack([flat[0].view(9, 12)[1:9, 3:11], flat[1].view(9, 12)[:8, :8]])
     )
@@ -118,20 +121,21 @@ def test_a_training_that_is_interrupted_ends_with_the_same_bits(tmp_path):
     resumed = vae_cifar.trainer([run], data=data, folder=tmp_path)
     resumed.run()
     assert resumed.step == whole.step and all(
-        torch.equal(a, b) for a, b in zip(whole.models[0].parameters(), resumed.models[0].parameters())
+        torch.equal(a, b)
+        for a, b in zip(whole.models[0].parameters(), resumed.models[0].parameters(), strict=False)
     )
 
 
 def test_validation_patches_are_fixed_and_the_first_ones_stay_the_first():
     split = Split(images(50), None)
-    some, again = fixed_patches(split, SHAPE, 20), fixed_patches(split, SHAPE, 20)
+    some, again = _fixed_patches(split, SHAPE, 20), _fixed_patches(split, SHAPE, 20)
     torch.manual_seed(5)
     assert (
         torch.equal(some, again)
-        and torch.equal(some, fixed_patches(split, SHAPE, 20))
+        and torch.equal(some, _fixed_patches(split, SHAPE, 20))
         and some.shape == (20, 192)
     )
-    assert not torch.equal(some, patches_of(split.images[:20], SHAPE, torch.Generator().manual_seed(1)))
+    assert not torch.equal(some, _cut_at_random(split.images[:20], SHAPE, torch.Generator().manual_seed(1)))
 
 
 # Levels
@@ -139,8 +143,8 @@ def test_validation_patches_are_fixed_and_the_first_ones_stay_the_first():
 
 def test_levels_stay_in_range_and_noise_stays_within_its_level():
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(grey(levels) * 255, levels.float())
-    many = grey(levels.expand(20_000, 256), True, torch.Generator().manual_seed(0))
+    assert torch.equal(_to_grey(levels) * 255, levels.float())
+    many = _to_grey(levels.expand(20_000, 256), True, torch.Generator().manual_seed(0))
     assert (
         torch.equal((many * 256).floor(), levels.float().expand_as(many))
         and many.min() >= 0
@@ -162,8 +166,8 @@ def test_the_squeezed_range_is_that_of_the_paper():
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_saturated_pixels_are_those_of_the_two_outermost_levels(dequantize):
     levels = torch.arange(256, dtype=torch.uint8).expand(500, 256)
-    x = grey(levels, dequantize, torch.Generator().manual_seed(0))
-    assert torch.equal(saturated(x), (levels == 0) | (levels == 255))
+    x = _to_grey(levels, dequantize, torch.Generator().manual_seed(0))
+    assert torch.equal(_is_saturated(x), (levels == 0) | (levels == 255))
 
 
 # Where the bound comes from
@@ -172,10 +176,10 @@ def test_saturated_pixels_are_those_of_the_two_outermost_levels(dequantize):
 def test_the_pixels_add_up_to_the_likelihood():
     model, data = vae_cifar.build(small(2), noise()).double(), noise()
     x, z = (
-        fixed_patches(data.test, SHAPE, 20).double(),
-        torch.randn(3, 20, vae_cifar.DIM, dtype=torch.float64),
+        _fixed_patches(data.test, SHAPE, 20).double(),
+        torch.randn(3, 20, vae_cifar._DIM, dtype=torch.float64),
     )
-    each = by_pixel(model, x, z)
+    each = _log_p_by_pixel(model, x, z)
     assert each.shape == (3, 20, 192) and torch.allclose(
         each.sum(-1), model.log_joint(x, z)["log_likelihood"]
     )
@@ -193,9 +197,9 @@ def test_the_pixels_add_up_to_the_likelihood():
 
 def test_the_parts_of_the_bound_add_up():
     model, data = vae_cifar.build(small(2), noise()), noise()
-    x = fixed_patches(data.test, SHAPE, 60)
+    x = _fixed_patches(data.test, SHAPE, 60)
     with torch.no_grad():
-        parts = shares(model, x, seed=0, draws=50)
+        parts = _split_free_energy(model, x, seed=0, draws=50)
         z, log_q = model.q(x).rsample_and_log_prob((50,), torch.Generator().manual_seed(0))
         elbo = (sum(model.log_joint(x, z).values()) - log_q).mean(0)
     assert torch.allclose(
@@ -217,7 +221,7 @@ def test_seeds_train_together_as_they_would_alone():
         train(both, None, "cpu", data=data),
         [train([run], None, "cpu", data=data)[0] for run in both],
     )
-    for one, other in zip(together, alone):
+    for one, other in zip(together, alone, strict=False):
         assert (
             one.values.keys() == other.values.keys()
             and {"F", "nll", "kl", "F_train", "log_p_saturated", "log_p_others", "kl_prior"}
