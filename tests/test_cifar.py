@@ -13,15 +13,15 @@ from normflow_vi.experiments import vae_cifar
 from normflow_vi.experiments.vae_cifar import (
     DEQUANTISED,
     PLAIN,
-    Patches,
+    _all_runs,
     _cut,
     _cut_at_random,
     _fixed_patches,
     _is_saturated,
     _log_p_by_pixel,
+    _Patches,
     _split_free_energy,
     _to_grey,
-    all_runs,
     plan,
     rows,
     train,
@@ -46,7 +46,7 @@ def noise(n=120):
 
 
 def small(length=0, name=PLAIN, **budget):
-    run = next(run for run in all_runs("smoke") if run.data == name)
+    run = next(run for run in _all_runs("smoke") if run.data == name)
     return Run(**(run.to_dict() | {"length": length, "budget": dict(run.budget) | budget}))
 
 
@@ -63,7 +63,7 @@ def windows(image):
 
 def test_patches_are_true_crops_of_their_own_image():
     "Each patch of a batch lies somewhere in the image that the order names, and the places differ."
-    data, stream = images(40), Patches(Split(images(40), None), SHAPE, 40, seed=3)
+    data, stream = images(40), _Patches(Split(images(40), None), SHAPE, 40, seed=3)
     for _ in range(3):
         batch = (stream.next() * 255).round().byte()
         places = [
@@ -83,7 +83,7 @@ def test_other_shapes_too():
 
 def test_an_epoch_cuts_one_patch_of_each_image():
     own = torch.arange(60, dtype=torch.uint8)[:, None].expand(60, 3072).contiguous()
-    stream = Patches(Split(own, None), SHAPE, 20, seed=0)
+    stream = _Patches(Split(own, None), SHAPE, 20, seed=0)
     for _ in range(2):
         seen = (torch.cat([stream.next() for _ in range(3)])[:, 0] * 255).round().int()
         assert sorted(seen.tolist()) == list(range(60))
@@ -92,7 +92,7 @@ def test_an_epoch_cuts_one_patch_of_each_image():
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_the_stream_resumes_bitwise(dequantize):
     split = Split(images(70), None)
-    stream, again = Patches(split, SHAPE, 32, 0, dequantize), Patches(split, SHAPE, 32, 9, dequantize)
+    stream, again = _Patches(split, SHAPE, 32, 0, dequantize), _Patches(split, SHAPE, 32, 9, dequantize)
     for _ in range(5):
         stream.next()
     state = {
@@ -103,9 +103,9 @@ def test_the_stream_resumes_bitwise(dequantize):
     again.load_state_dict(state)
     assert all(torch.equal(batch, again.next()) for batch in later)
     with pytest.raises(ValueError, match="batch_size"):
-        Patches(split, SHAPE, 16, 0).load_state_dict(state)
+        _Patches(split, SHAPE, 16, 0).load_state_dict(state)
     with pytest.raises(ValueError, match="images"):
-        Patches(Split(images(71), None), SHAPE, 32, 0).load_state_dict(state)
+        _Patches(Split(images(71), None), SHAPE, 32, 0).load_state_dict(state)
 
 
 def test_a_training_that_is_interrupted_ends_with_the_same_bits(tmp_path):
@@ -248,14 +248,14 @@ def test_it_learns():
 
 def test_published_rows_are_met_and_stay_unconfirmed(tmp_path):
     for profile in ("quick", "paper"):
-        for run in all_runs(profile):
+        for run in _all_runs(profile):
             Record(run, {"nll": -300.0 - run.length}).save(tmp_path / profile)
         found = [
             row
             for row in join(published(), rows(Store([tmp_path / profile])))
             if row["item"] == "Table 3" and "Rezende" in row["source"] and row["value"] is not None
         ]
-        lengths = sorted({run.length for run in all_runs(profile) if run.data == PLAIN})
+        lengths = sorted({run.length for run in _all_runs(profile) if run.data == PLAIN})
         assert [(row["row"], row["value"]) for row in found] == [
             (f"DLGM+NF planar K={K}", -300.0 - K) for K in lengths
         ]
@@ -289,12 +289,12 @@ def bare(tmp_path, monkeypatch):
 
 def test_without_the_images_only_runs_with_a_record_are_planned(bare, monkeypatch):
     assert plan("smoke") == plan("quick") == []
-    kept = all_runs("quick")[1]
+    kept = _all_runs("quick")[1]
     Record(kept, {"nll": -300.0}).save(records_root("quick"))
     assert plan("quick") == plan("quick", "mnist") == [kept]
     asked = []
     monkeypatch.setattr(vae_cifar, "find", lambda source, download: asked.append(download))
-    assert plan("smoke") == all_runs("smoke") and asked == [False], "what lies here is not downloaded"
+    assert plan("smoke") == _all_runs("smoke") and asked == [False], "what lies here is not downloaded"
 
 
 @pytest.mark.parametrize(
@@ -309,10 +309,10 @@ def test_downloads_happen_for_runs_that_lack_a_record_only(bare, monkeypatch, pr
 
     monkeypatch.setattr(vae_cifar, "find", absent)
     assert plan(profile, data) == [] and sum(asked) == downloads
-    for run in all_runs(profile):
+    for run in _all_runs(profile):
         Record(run, {"nll": -300.0}).save(records_root(profile))
     asked.clear()
-    assert plan(profile, data) == all_runs(profile) and sum(asked) == 0
+    assert plan(profile, data) == _all_runs(profile) and sum(asked) == 0
 
 
 def test_the_page_says_that_it_was_not_run(bare):

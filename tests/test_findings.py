@@ -285,7 +285,7 @@ def test_what_families_win_in_the_plane(full, said):
     kl = {("diagonal", 0): 1.0, ("full", 1): full, ("planar", 2): 0.5, ("planar", 8): 0.0}
     per_image = {key: np.full(20, level) for key, level in kl.items()}
     per_image["planar", 8] = np.array([0.0] * 18 + [0.0, 1e-9])
-    text = str(posteriors.conclude_pictures(per_image))
+    text = str(posteriors._conclude_pictures(per_image))
     assert text.startswith(
         "**In the plane.** Over 20 images the diagonal Gaussian is 1.000 nats away on average"
     )
@@ -298,17 +298,17 @@ def test_whether_the_chain_grows():
     never = math.inf
     fitted = {"AR(1)": {4: 2.0, 8: 5.0}, "equicorrelated": {4: 2.0, 8: 2.1}}
     linear = {"AR(1)": {4: 1.0, 8: never}, "equicorrelated": {4: 1.0, 8: 1.0}}
-    text = str(posteriors.conclude_lengths(fitted, linear))
+    text = str(posteriors._conclude_lengths(fitted, linear))
     assert "planar 2.0 (D = 4), 5.0 (D = 8); linear of rank one 1.0, not reached. " in text
     assert "AR(1): yes; equicorrelated: no. " in text and text.endswith("(D = 8)? The answer is: yes.")
-    text = str(posteriors.conclude_lengths({name: {4: never, 8: never} for name in fitted}, linear))
+    text = str(posteriors._conclude_lengths({name: {4: never, 8: never} for name in fitted}, linear))
     assert "AR(1): undecided, since neither length was reached; equicorrelated: undecided" in text
 
 
 @pytest.mark.parametrize("kl, below", [(1.0, 0), (0.5, 1)])
 def test_whether_bending_helped(kl, below):
     fits = [made_up({"kl": (level, 0.1), "of_rank": 1.0}) for level in (kl, 1.2)]
-    text = str(posteriors.conclude_bending(fits))
+    text = str(posteriors._conclude_bending(fits))
     assert f"lie {below} of the 2 planar fits" in text
     assert text.endswith("there, bending helped." if below else "there is no sign that bending helped.")
 
@@ -319,7 +319,7 @@ def test_levels_in_one_dimension():
         values = {"mean_field": 5.0, "parameters": 1200.0}
         return {K: [made_up({"kl": 2.0 / K} | values, flow=flow, length=K)] for K in lengths}
 
-    text = str(posteriors.conclude_levels("AR(1)", 16, gaussians))
+    text = str(posteriors._conclude_levels("AR(1)", 16, gaussians))
     assert text == (
         "AR(1), D = 16: 5.00 nats with a diagonal Gaussian, 2.00 with K = 1, 0.03 with K = 64 "
         "(1,200 parameters), 2.00 with one IAF step (1,200) and 2.000 with a full covariance."

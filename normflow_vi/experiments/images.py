@@ -9,6 +9,7 @@ __all__ = ['RECIPE', 'FAMILIES', 'RULES', 'read_section', 'plan_runs', 'dataset'
 
 # %% ../../nbs/80_plans/15_images.ipynb #92229487
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -176,7 +177,11 @@ def _images_for_curves(run, data):
 
 
 def trainer(
-    runs: Sequence[Run], device: str = "cpu", folder=None, progress=None, data: Data | None = None
+    runs: Sequence[Run],
+    device: str = "cpu",
+    folder: Path | None = None,
+    progress: Callable | None = None,
+    data: Data | None = None,
 ) -> Trainer:
     "The `Trainer` of runs on images that differ in their seeds."
     run = runs[0]
