@@ -1,4 +1,4 @@
-"""Patches of CIFAR-10: true crops at uniform places, a stream that resumes bitwise, de-quantisation, where the bound comes from, and a page that works without the data."""
+"""Patches of CIFAR-10: true crops a stream that resumes, and a page that works without data."""
 
 import math
 import shutil
@@ -13,17 +13,17 @@ from normflow_vi.experiments import vae_cifar
 from normflow_vi.experiments.vae_cifar import (
     DEQUANTISED,
     PLAIN,
-    Patches,
-    all_runs,
-    by_pixel,
-    cut,
-    fixed_patches,
-    grey,
-    patches_of,
+    _all_runs,
+    _cut,
+    _cut_at_random,
+    _fixed_patches,
+    _is_saturated,
+    _log_p_by_pixel,
+    _Patches,
+    _split_free_energy,
+    _to_grey,
     plan,
     rows,
-    saturated,
-    shares,
     train,
 )
 from normflow_vi.reproduce import notebooks
@@ -46,7 +46,7 @@ def noise(n=120):
 
 
 def small(length=0, name=PLAIN, **budget):
-    run = next(run for run in all_runs("smoke") if run.data == name)
+    run = next(run for run in _all_runs("smoke") if run.data == name)
     return Run(**(run.to_dict() | {"length": length, "budget": dict(run.budget) | budget}))
 
 
@@ -63,16 +63,19 @@ def windows(image):
 
 def test_patches_are_true_crops_of_their_own_image():
     "Each patch of a batch lies somewhere in the image that the order names, and the places differ."
-    data, stream = images(40), Patches(Split(images(40), None), SHAPE, 40, seed=3)
+    data, stream = images(40), _Patches(Split(images(40), None), SHAPE, 40, seed=3)
     for _ in range(3):
         batch = (stream.next() * 255).round().byte()
-        places = [windows(data[row])[patch.numpy().tobytes()] for row, patch in zip(stream.order, batch)]
+        places = [
+            windows(data[row])[patch.numpy().tobytes()]
+            for row, patch in zip(stream.order, batch, strict=False)
+        ]
         assert len(set(places)) > 30
 
 
 def test_other_shapes_too():
     flat = images(2)[:, : 9 * 12]
-    patch = cut(flat, torch.tensor([[1, 3], [0, 0]]), (9, 12, 1))
+    patch = _cut(flat, torch.tensor([[1, 3], [0, 0]]), (9, 12, 1))
     assert torch.equal(
         patch.view(2, 8, 8), torch.stack([flat[0].view(9, 12)[1:9, 3:11], flat[1].view(9, 12)[:8, :8]])
     )
@@ -80,7 +83,7 @@ def test_other_shapes_too():
 
 def test_an_epoch_cuts_one_patch_of_each_image():
     own = torch.arange(60, dtype=torch.uint8)[:, None].expand(60, 3072).contiguous()
-    stream = Patches(Split(own, None), SHAPE, 20, seed=0)
+    stream = _Patches(Split(own, None), SHAPE, 20, seed=0)
     for _ in range(2):
         seen = (torch.cat([stream.next() for _ in range(3)])[:, 0] * 255).round().int()
         assert sorted(seen.tolist()) == list(range(60))
@@ -89,7 +92,7 @@ def test_an_epoch_cuts_one_patch_of_each_image():
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_the_stream_resumes_bitwise(dequantize):
     split = Split(images(70), None)
-    stream, again = Patches(split, SHAPE, 32, 0, dequantize), Patches(split, SHAPE, 32, 9, dequantize)
+    stream, again = _Patches(split, SHAPE, 32, 0, dequantize), _Patches(split, SHAPE, 32, 9, dequantize)
     for _ in range(5):
         stream.next()
     state = {
@@ -100,9 +103,9 @@ def test_the_stream_resumes_bitwise(dequantize):
     again.load_state_dict(state)
     assert all(torch.equal(batch, again.next()) for batch in later)
     with pytest.raises(ValueError, match="batch_size"):
-        Patches(split, SHAPE, 16, 0).load_state_dict(state)
+        _Patches(split, SHAPE, 16, 0).load_state_dict(state)
     with pytest.raises(ValueError, match="images"):
-        Patches(Split(images(71), None), SHAPE, 32, 0).load_state_dict(state)
+        _Patches(Split(images(71), None), SHAPE, 32, 0).load_state_dict(state)
 
 
 def test_a_training_that_is_interrupted_ends_with_the_same_bits(tmp_path):
@@ -118,20 +121,21 @@ def test_a_training_that_is_interrupted_ends_with_the_same_bits(tmp_path):
     resumed = vae_cifar.trainer([run], data=data, folder=tmp_path)
     resumed.run()
     assert resumed.step == whole.step and all(
-        torch.equal(a, b) for a, b in zip(whole.models[0].parameters(), resumed.models[0].parameters())
+        torch.equal(a, b)
+        for a, b in zip(whole.models[0].parameters(), resumed.models[0].parameters(), strict=False)
     )
 
 
 def test_validation_patches_are_fixed_and_the_first_ones_stay_the_first():
     split = Split(images(50), None)
-    some, again = fixed_patches(split, SHAPE, 20), fixed_patches(split, SHAPE, 20)
+    some, again = _fixed_patches(split, SHAPE, 20), _fixed_patches(split, SHAPE, 20)
     torch.manual_seed(5)
     assert (
         torch.equal(some, again)
-        and torch.equal(some, fixed_patches(split, SHAPE, 20))
+        and torch.equal(some, _fixed_patches(split, SHAPE, 20))
         and some.shape == (20, 192)
     )
-    assert not torch.equal(some, patches_of(split.images[:20], SHAPE, torch.Generator().manual_seed(1)))
+    assert not torch.equal(some, _cut_at_random(split.images[:20], SHAPE, torch.Generator().manual_seed(1)))
 
 
 # Levels
@@ -139,8 +143,8 @@ def test_validation_patches_are_fixed_and_the_first_ones_stay_the_first():
 
 def test_levels_stay_in_range_and_noise_stays_within_its_level():
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(grey(levels) * 255, levels.float())
-    many = grey(levels.expand(20_000, 256), True, torch.Generator().manual_seed(0))
+    assert torch.equal(_to_grey(levels) * 255, levels.float())
+    many = _to_grey(levels.expand(20_000, 256), True, torch.Generator().manual_seed(0))
     assert (
         torch.equal((many * 256).floor(), levels.float().expand_as(many))
         and many.min() >= 0
@@ -162,8 +166,8 @@ def test_the_squeezed_range_is_that_of_the_paper():
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_saturated_pixels_are_those_of_the_two_outermost_levels(dequantize):
     levels = torch.arange(256, dtype=torch.uint8).expand(500, 256)
-    x = grey(levels, dequantize, torch.Generator().manual_seed(0))
-    assert torch.equal(saturated(x), (levels == 0) | (levels == 255))
+    x = _to_grey(levels, dequantize, torch.Generator().manual_seed(0))
+    assert torch.equal(_is_saturated(x), (levels == 0) | (levels == 255))
 
 
 # Where the bound comes from
@@ -172,10 +176,10 @@ def test_saturated_pixels_are_those_of_the_two_outermost_levels(dequantize):
 def test_the_pixels_add_up_to_the_likelihood():
     model, data = vae_cifar.build(small(2), noise()).double(), noise()
     x, z = (
-        fixed_patches(data.test, SHAPE, 20).double(),
-        torch.randn(3, 20, vae_cifar.DIM, dtype=torch.float64),
+        _fixed_patches(data.test, SHAPE, 20).double(),
+        torch.randn(3, 20, vae_cifar._DIM, dtype=torch.float64),
     )
-    each = by_pixel(model, x, z)
+    each = _log_p_by_pixel(model, x, z)
     assert each.shape == (3, 20, 192) and torch.allclose(
         each.sum(-1), model.log_joint(x, z)["log_likelihood"]
     )
@@ -193,9 +197,9 @@ def test_the_pixels_add_up_to_the_likelihood():
 
 def test_the_parts_of_the_bound_add_up():
     model, data = vae_cifar.build(small(2), noise()), noise()
-    x = fixed_patches(data.test, SHAPE, 60)
+    x = _fixed_patches(data.test, SHAPE, 60)
     with torch.no_grad():
-        parts = shares(model, x, seed=0, draws=50)
+        parts = _split_free_energy(model, x, seed=0, draws=50)
         z, log_q = model.q(x).rsample_and_log_prob((50,), torch.Generator().manual_seed(0))
         elbo = (sum(model.log_joint(x, z).values()) - log_q).mean(0)
     assert torch.allclose(
@@ -217,7 +221,7 @@ def test_seeds_train_together_as_they_would_alone():
         train(both, None, "cpu", data=data),
         [train([run], None, "cpu", data=data)[0] for run in both],
     )
-    for one, other in zip(together, alone):
+    for one, other in zip(together, alone, strict=False):
         assert (
             one.values.keys() == other.values.keys()
             and {"F", "nll", "kl", "F_train", "log_p_saturated", "log_p_others", "kl_prior"}
@@ -244,14 +248,14 @@ def test_it_learns():
 
 def test_published_rows_are_met_and_stay_unconfirmed(tmp_path):
     for profile in ("quick", "paper"):
-        for run in all_runs(profile):
+        for run in _all_runs(profile):
             Record(run, {"nll": -300.0 - run.length}).save(tmp_path / profile)
         found = [
             row
             for row in join(published(), rows(Store([tmp_path / profile])))
             if row["item"] == "Table 3" and "Rezende" in row["source"] and row["value"] is not None
         ]
-        lengths = sorted({run.length for run in all_runs(profile) if run.data == PLAIN})
+        lengths = sorted({run.length for run in _all_runs(profile) if run.data == PLAIN})
         assert [(row["row"], row["value"]) for row in found] == [
             (f"DLGM+NF planar K={K}", -300.0 - K) for K in lengths
         ]
@@ -285,12 +289,12 @@ def bare(tmp_path, monkeypatch):
 
 def test_without_the_images_only_runs_with_a_record_are_planned(bare, monkeypatch):
     assert plan("smoke") == plan("quick") == []
-    kept = all_runs("quick")[1]
+    kept = _all_runs("quick")[1]
     Record(kept, {"nll": -300.0}).save(records_root("quick"))
     assert plan("quick") == plan("quick", "mnist") == [kept]
     asked = []
     monkeypatch.setattr(vae_cifar, "find", lambda source, download: asked.append(download))
-    assert plan("smoke") == all_runs("smoke") and asked == [False], "what lies here is not downloaded"
+    assert plan("smoke") == _all_runs("smoke") and asked == [False], "what lies here is not downloaded"
 
 
 @pytest.mark.parametrize(
@@ -305,10 +309,10 @@ def test_downloads_happen_for_runs_that_lack_a_record_only(bare, monkeypatch, pr
 
     monkeypatch.setattr(vae_cifar, "find", absent)
     assert plan(profile, data) == [] and sum(asked) == downloads
-    for run in all_runs(profile):
+    for run in _all_runs(profile):
         Record(run, {"nll": -300.0}).save(records_root(profile))
     asked.clear()
-    assert plan(profile, data) == all_runs(profile) and sum(asked) == 0
+    assert plan(profile, data) == _all_runs(profile) and sum(asked) == 0
 
 
 def test_the_page_says_that_it_was_not_run(bare):

@@ -1,4 +1,4 @@
-"""Convolutional posteriors: sizes, the split into correlation and non-Gaussianity against known answers, and what a record keeps."""
+"""Convolutional posteriors: sizes, correlation and non-Gaussianity told apart, and what a record keeps."""
 
 import math
 from dataclasses import replace
@@ -32,15 +32,15 @@ def near(found, exact, errors=4):
 
 @pytest.mark.parametrize("S", [60, 1000])
 def test_a_gaussian_has_its_total_correlation_and_no_negentropy(S):
-    "With 60 draws in 20 dimensions the sample covariance is far too small: without its known bias both are off by nats."
+    "With 60 draws in 20 dimensions the covariance is far too small: without its known bias both are off."
     D = 20
     factor = torch.eye(D).double() + 0.2 * torch.randn(D, D, dtype=torch.float64).tril(-1)
-    correlation, negentropy, _ = page.structure(*draws(torch.randn(D).double(), factor, S))
+    correlation, negentropy, _ = page._measure_structure(*draws(torch.randn(D).double(), factor, S))
     assert near(correlation, 0.5 * (factor @ factor.T).diagonal().log().sum()) and near(negentropy, 0)
 
 
 def test_a_mixture_has_the_negentropy_found_by_quadrature():
-    "Two modes in one entry of three; a rotation turns independence into correlation but leaves the negentropy as it is."
+    "Two modes in one entry of three; a rotation makes correlation but leaves the negentropy as it is."
     S, images, m, s = 4000, 60, 2.0, 0.5
     side, eps = (
         torch.randint(0, 2, (S, images)).double() * 2 - 1,
@@ -60,8 +60,8 @@ def test_a_mixture_has_the_negentropy_found_by_quadrature():
     log_q = log_mixture(z[..., 0]) - 0.5 * (z[..., 1:] ** 2).sum(-1) - math.log(2 * math.pi)
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
     (correlation, negentropy, _), (turned, same, _) = (
-        page.structure(z, log_q),
-        page.structure(z @ turn.T, log_q),
+        page._measure_structure(z, log_q),
+        page._measure_structure(z @ turn.T, log_q),
     )
     assert (
         exact > 0.3
@@ -78,7 +78,9 @@ def test_no_linear_posterior_has_negentropy_and_others_do():
         with torch.no_grad():
             for p in q.transform.parameters():
                 p.mul_(3.0)
-            correlation, negentropy, _ = page.structure(*q(context.double()).rsample_and_log_prob((1500,)))
+            correlation, negentropy, _ = page._measure_structure(
+                *q(context.double()).rsample_and_log_prob((1500,))
+            )
         assert near(negentropy, 0) == (family in ("diagonal", "circulant", "circulant-diagonal", "full")), (
             family
         )
@@ -89,17 +91,19 @@ def test_a_ring_profile_sees_the_ring_and_not_where_it_begins():
     D, rows = 10, torch.arange(10)
     distance = (rows[:, None] - rows).abs()
     ring = 0.5 ** torch.minimum(distance, D - distance).double()
-    assert torch.allclose(page.ring_profile(ring[None]), 0.5 ** torch.arange(1, 6).double())
-    assert torch.allclose(page.ring_profile(ring.roll((3, 3), (0, 1))[None]), page.ring_profile(ring[None]))
+    assert torch.allclose(page._ring_profile(ring[None]), 0.5 ** torch.arange(1, 6).double())
+    assert torch.allclose(page._ring_profile(ring.roll((3, 3), (0, 1))[None]), page._ring_profile(ring[None]))
     order = torch.randperm(D)
-    assert not torch.allclose(page.ring_profile(ring[order][:, order][None]), page.ring_profile(ring[None]))
+    assert not torch.allclose(page._ring_profile(ring[order][:, order][None]), page._ring_profile(ring[None]))
 
 
 # The plan, and what is kept
 
 
 def test_families_are_of_equal_size_but_for_the_two_that_cannot_be():
-    sizes = {family: page.size(posterior(family, 40, K, 400)) for family, K in page.LENGTHS.items()}
+    sizes = {
+        family: page._count_parameters(posterior(family, 40, K, 400)) for family, K in page.LENGTHS.items()
+    }
     others = [n for family, n in sizes.items() if family not in ("diagonal", "circulant")]
     assert (
         all(0.9 < n / sizes["full"] < 1.1 for n in others)
@@ -120,7 +124,7 @@ def test_only_the_posterior_differs():
 
 def test_timing_disturbs_no_random_stream():
     before = torch.get_rng_state()
-    assert all(page.flow_seconds(family, K, 16) > 0 for family, K in page.LENGTHS.items()) and torch.equal(
+    assert all(page._flow_seconds(family, K, 16) > 0 for family, K in page.LENGTHS.items()) and torch.equal(
         before, torch.get_rng_state()
     )
 
@@ -130,7 +134,7 @@ def test_a_record_and_its_rows(tmp_path):
     (found,) = page.train([run], None, "cpu")
     assert {"F", "nll", "kl", "tightened", "correlation", "negentropy", "parameters", "step_ms"} <= set(
         found.values
-    ) and found.value("parameters") == page.size(posterior(run.flow, 40, run.length, 64))
+    ) and found.value("parameters") == page._count_parameters(posterior(run.flow, 40, run.length, 64))
     assert (
         len(found.arrays["flow_ms"]) == len(run.get("dims"))
         and len(found.arrays["ring"]) == 20
@@ -154,4 +158,4 @@ def test_a_record_and_its_rows(tmp_path):
     rows = page.rows(Store([tmp_path]))
     joined = join(published(), rows)
     assert [row.value for row in rows if row.row == "full"] == [84, 88] and len(rows) == 2 * len(page.LENGTHS)
-    assert {row["verdict"] for row in joined if row["item"] == page.ITEM} == {"no published number"}
+    assert {row["verdict"] for row in joined if row["item"] == page._ITEM} == {"no published number"}

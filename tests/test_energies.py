@@ -1,4 +1,4 @@
-"""The 2-D energies: families and energies that train as one program are those that would train alone, and what is said beside the published numbers."""
+"""The 2-D energies: programs train what would train alone, and what is said beside the published numbers."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ import torch
 
 from normflow_vi import flows
 from normflow_vi.experiments import energies
+from normflow_vi.experiments.common import pack_density
 from normflow_vi.reproduce.jobs import read_unit, split_into_units, write_unit
 from normflow_vi.reproduce.status import join, published
 from normflow_vi.results.record import Record
@@ -54,7 +55,7 @@ def test_paper_is_everything_and_the_published_settings_are_a_switch():
     ours, theirs = energies.plan("paper"), energies.plan("paper", optimizer="rmsprop")
     assert {(r.flow, r.length, r.model, r.seed) for r in ours} == {
         (f, K, e, s)
-        for f in energies.FAMILIES
+        for f in energies._FAMILIES
         for K in (2, 8, 32)
         for e in energies.TARGETS
         for s in (0, 1, 2)
@@ -87,7 +88,7 @@ def test_a_unit_may_differ_in_energy_and_seed_only(tmp_path):
 def test_initial_models_are_those_of_separate_runs():
     runs = [run("nice-ortho", e, s) for e in energies.TARGETS for s in (0, 1)]
     together = energies.trainer(runs).models
-    for r, model in zip(runs, together):
+    for r, model in zip(runs, together, strict=False):
         alone = energies.build(3, r.seed, r.flow, r.model)
         assert all(
             torch.equal(tensor, model.state_dict()[name]) for name, tensor in alone.state_dict().items()
@@ -97,7 +98,7 @@ def test_initial_models_are_those_of_separate_runs():
     )
 
 
-@pytest.mark.parametrize("flow", energies.FAMILIES)
+@pytest.mark.parametrize("flow", energies._FAMILIES)
 def test_one_program_has_the_gradients_of_separate_runs(flow, monkeypatch):
     "With the same noise for all, loss and gradients of four runs as one program are those of each run alone."
     noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
@@ -140,13 +141,13 @@ def test_the_energy_meant_is_chosen_and_the_others_leave_no_trace(number, name, 
     assert all(target.log_density(z).isnan().all() for target in spoiled.values())
     for table in (ENERGIES, ENERGIES | spoiled):
         monkeypatch.setattr(energies, "ENERGIES", table)
-        slope, value = torch.func.vmap(torch.func.grad_and_value(energies.log_density), in_dims=(0, None))(
+        slope, value = torch.func.vmap(torch.func.grad_and_value(energies._log_density), in_dims=(0, None))(
             z, torch.tensor(number)
         )
         assert torch.allclose(value, at) and torch.allclose(slope, expected)
 
 
-@pytest.mark.parametrize("flow", energies.FAMILIES)
+@pytest.mark.parametrize("flow", energies._FAMILIES)
 def test_every_family_trains(flow):
     "A few updates of the smoke profile: four records, finite, small, with all that the figures need."
     runs = [r for r in energies.plan("smoke") if r.flow == flow and r.seed == 0][:4]
@@ -159,7 +160,7 @@ def test_every_family_trains(flow):
             and r.value("kl") > 0
             and 0 <= r.value("missed") <= 1
         )
-        density = energies.unpacked(r)
+        density = energies.density_of(r)
         assert (
             density.shape == (r.run.get("grid") ** 2,)
             and np.isfinite(density).all()
@@ -183,7 +184,10 @@ def test_the_published_settings_train():
 def test_a_record_is_a_few_kilobytes(tmp_path):
     "With the grid of `quick`, for a density that fills the window, and a curve of a hundred points."
     grid, _ = ENERGIES["U1"].grid(energies.plan("quick")[0].get("grid"), torch.float32)
-    arrays = energies.packed(torch.rand(len(grid), generator=torch.Generator().manual_seed(0)).numpy()) | {
+    density = torch.rand(len(grid), generator=torch.Generator().manual_seed(0)).numpy()
+    arrays = {
+        "density": pack_density(density),
+        "peak": density.max(),
         "step": np.arange(100, dtype=np.int32),
         "F": np.random.default_rng(0).random(100, dtype=np.float32),
     }
@@ -292,12 +296,12 @@ def test_rows_beside_the_group_report(tmp_path):
 
 def test_best_profile_of_each_family_and_length(tmp_path):
     store = store_of(tmp_path, ("planar", 8, 6000, "adam"))
-    quick = energies.fitted(store)["planar", 8]
+    quick = energies.best_fits(store)["planar", 8]
     assert set(quick) == set(energies.TARGETS) and all(len(some) == 3 for some in quick.values())
     Record(
         run("planar", "U1", 0, 8, "paper", updates=40_000),
         {"F": -1.8, "kl": 0.05, "missed": 0.0, "as_plotted": -0.2},
     ).save(tmp_path)
     assert {
-        name: [r.run.profile for r in some] for name, some in energies.fitted(store)["planar", 8].items()
+        name: [r.run.profile for r in some] for name, some in energies.best_fits(store)["planar", 8].items()
     } == {"U1": ["paper"]}
