@@ -104,7 +104,7 @@ def _has_same_result(a, b):
 
 
 def _merge_one(path):
-    "Take over the record in the file `path`; returns `(its name if it was taken, what is wrong if anything)`."
+    "Take over the record in the file `path`; returns `(its name if taken, what is wrong if anything)`."
     record = Record.load(path.parent)
     root = records_root(record.run.profile)
     ours = Store([root], damaged=[]).find(record.run)

@@ -72,7 +72,7 @@ def _chapters():
 
 
 def select(only: str | None) -> tuple[list[Experiment], list[str] | None]:
-    """`(experiments, chapters)` that `only` names: a chapter (a folder of `nbs/`), its number, or an experiment.
+    """`(experiments, chapters)` that `only` names: a chapter (a folder of `nbs/`), its number, an experiment.
 
     `(all, None)` for `None`. Raises `ParameterError` if there is no such chapter or experiment.
     """

@@ -79,8 +79,8 @@ def _write_single(work):
 def build(profile: str = "quick", failures: dict[str, str] | None = None, whole: bool = True) -> Path:
     """Build the site from the executed notebooks; returns the path of its first page.
 
-    `failures` {notebook: why} explains pages that have no result. The one-file report is replaced, too, unless
-    something speaks against it, which is then said; `whole`: all of the report was asked for.
+    `failures` {notebook: why} explains pages that have no result. The one-file report is replaced, too,
+    unless something speaks against it, which is then said; `whole`: all of the report was asked for.
     """
     failures = failures or {}
     site = outputs_root(profile)[0].parent / "site"
