@@ -28,6 +28,7 @@ from normflow_vi.experiments.vae_cifar import (
 )
 from normflow_vi.reproduce import notebooks
 from normflow_vi.reproduce.notebooks import execution_folder
+from normflow_vi.reproduce.planning import make_plan
 from normflow_vi.reproduce.status import join, published
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
@@ -317,7 +318,7 @@ def test_downloads_happen_for_runs_that_lack_a_record_only(bare, monkeypatch, pr
 
 def test_the_page_says_that_it_was_not_run(bare):
     experiment = experiments.get("vae_cifar")
-    manifest = notebooks.draw(experiment, "smoke")
+    manifest = notebooks.draw(make_plan(experiment, "smoke"))
     assert manifest.good and set(manifest.products) == set(experiment.products), manifest.cause
     assert (
         "not run: CIFAR-10 was not found"

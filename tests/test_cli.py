@@ -12,7 +12,7 @@ import pytest
 from test_runner import NOTEBOOK, PRODUCTS, make_project, project, read, snapshot, trial  # noqa: F401
 
 from normflow_vi import cli
-from normflow_vi.reproduce import drawing, report, status
+from normflow_vi.reproduce import drawing, pages, report, single, status
 from normflow_vi.reproduce.notebooks import Manifest, execute
 from normflow_vi.results.record import Record
 from normflow_vi.results.store import Store
@@ -203,7 +203,7 @@ def test_only_makes_the_chosen_chapters(project, monkeypatch, capsys, only, exec
     monkeypatch.setattr(
         report, "build", lambda profile, failures, whole: plans.append((failures, whole)) or "index.html"
     )
-    monkeypatch.setattr(cli, "reproduce_one", lambda e, plan, *rest: f"all {len(plan)} failed")
+    monkeypatch.setattr(cli, "reproduce_one", lambda plan, *rest: f"all {len(plan.runs)} failed")
     assert cli.main(["reproduce", *(["--only", only] if only else [])]) == bool(trained)
     assert asked == executed and plans == [({NOTEBOOK: "all 2 failed"} if trained else {}, only is None)]
     assert capsys.readouterr().err.count(f"normflow-vi: {NOTEBOOK}: all 2 failed") == (2 if trained else 0)
@@ -271,20 +271,22 @@ def test_reproduce(project, monkeypatch, capsys):
     )
     (project / NOTEBOOK).write_text(source)
     with monkeypatch.context() as m:
-        m.setattr(report, "standing_in", lambda profile: [NOTEBOOK])
+        m.setattr(report, "find_stand_ins", lambda profile: [NOTEBOOK])
         assert whole_after() == (
             False,
             f"figures/report.html is left as it is: these show the stand-in digits: {NOTEBOOK}\n",
         )
     assert whole_after() == (True, "")
     whole = read(project / "figures/report.html")
-    assert "the end" in whole and "MathJax" in whole and report.fetched(whole) == [] and len(whole) < 20e6
+    assert (
+        "the end" in whole and "MathJax" in whole and single.find_addresses(whole) == [] and len(whole) < 20e6
+    )
     for path in (project / "reports/site").rglob("*.html"):  # the site needs no network either
         assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["'](https?:)?//""", read(path)), path
     (project / "fault.txt").write_text("raises")  # a later failure: the page stays, with a warning
     before = snapshot(project)
     assert not execute(NOTEBOOK, {"profile": "quick"}, PRODUCTS, profile="quick").good
-    report.write_page(Path(NOTEBOOK), "quick", project / "pages")
+    pages.write_page(Path(NOTEBOOK), "quick", project / "pages")
     assert (
         "last attempt to execute it failed: code cell" in read(project / "pages/99_trial/10_trial.ipynb")
         and snapshot(project) == before

@@ -13,6 +13,7 @@ from normflow_vi import experiments
 from normflow_vi.reproduce import notebooks, report
 from normflow_vi.reproduce.jobs import complete
 from normflow_vi.reproduce.notebooks import execution_folder
+from normflow_vi.reproduce.planning import make_plan
 from normflow_vi.results.store import Store, records_root
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def text_of(notebook):
 def test_notebook_with_the_smoke_profile(checkout, name):
     experiment = experiments.get(name)
     complete(experiment.plan("smoke"), "cpu", progress=False)
-    manifest = notebooks.draw(experiment, "smoke")
+    manifest = notebooks.draw(make_plan(experiment, "smoke"))
     assert manifest.good, manifest.cause
     assert set(manifest.products) == set(experiment.products)
     assert not (checkout / "figures").exists() and not (checkout / "results").exists(), (
@@ -78,7 +79,7 @@ def test_without_data_the_digits_stand_in_and_nothing_of_theirs_passes_for_mnist
     runs = experiment.plan("quick", "auto")
     assert {run.data for run in runs} == {"digits-static"}
     complete(runs, "cpu", progress=False)
-    manifest = notebooks.draw(experiment, "quick", "auto")
+    manifest = notebooks.draw(make_plan(experiment, "quick", "auto"))
     assert manifest.good, manifest.cause
     shown = text_of(execution_folder(experiment.notebook, "quick") / "notebook.ipynb")
     assert (
@@ -92,7 +93,7 @@ def test_without_data_the_digits_stand_in_and_nothing_of_theirs_passes_for_mnist
         published.read_bytes() == b"from MNIST"
         and (bare / notebooks.STAND_IN_FIGURES / "table2.png").exists()
     )
-    assert report.standing_in("quick") == [experiment.notebook]
+    assert report.find_stand_ins("quick") == [experiment.notebook]
 
 
 def test_asking_for_mnist_without_having_it_is_one_error(bare):

@@ -367,9 +367,10 @@ def _write(experiment, tasks, answers):
 # %% ../../nbs/90_engine/54_certify.ipynb #7c727cf8
 def _headers(experiment):
     "The headers of all records of an experiment."
-    from normflow_vi.results.store import Store, _header
+    from normflow_vi.results.record import read_header
+    from normflow_vi.results.store import Store
 
-    return [_header(folder) for folder in Store()._folders(experiment, "record.json")]
+    return [read_header(folder) for folder in Store()._folders(experiment, "record.json")]
 
 
 def _line(experiment, headers, counted):

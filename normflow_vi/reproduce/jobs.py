@@ -309,7 +309,7 @@ def run_jobs(
 ) -> dict[str, str]:
     """Run jobs in processes; returns `{job name: last line of its log}` for those that failed.
 
-    At most `at_once` run at the same time, by default one a slot. An interruption stops them all, softly first.
+    At most `at_once` run at a time, by default one a slot. An interruption stops them all, softly first.
     """
     waiting, running, failures = list(jobs), {}, {}
     display = _Display(len(waiting), quiet)
@@ -337,7 +337,7 @@ def run_jobs(
 
 # %% ../../nbs/90_engine/52_jobs.ipynb #c896fef7
 def _stop(processes, grace=30):
-    "End processes with SIGTERM, so that they save their state; kill what is still there after `grace` seconds."
+    "End processes with SIGTERM, so that they save their state; kill what is there after `grace` seconds."
     processes = [process for process in processes if process is not None]
     for process in processes:
         process.terminate()
@@ -425,10 +425,10 @@ def complete(
     retrain: bool = False,
     engine: str = "local",
 ) -> list[Record]:
-    """Train the runs that have no record, all of them with `retrain`, and return the records of all, in order.
+    """Train the runs that have no record (with `retrain`, all); returns the records of all, in order.
 
-    `progress=False` keeps it silent. `engine="ray"` hands the units to a Ray cluster. Raises `RunsFailed` after
-    all others have finished.
+    `progress=False` keeps it silent. `engine="ray"` hands the units to a Ray cluster.
+    Raises `RunsFailed` after all others have finished.
     """
     if engine not in ("local", "ray"):
         raise ValueError(f"engine={engine!r}: allowed are local, ray")

@@ -232,11 +232,11 @@ def execute(
     rules: dict[str, Any] | None = None,
     figures: Path | None = None,
 ) -> Manifest:
-    """Execute a notebook into a fresh folder and publish it if it is good; its `Manifest`, also when it failed.
+    """Execute a notebook into a fresh folder, publish it if it is good; its `Manifest`, also of a failure.
 
     `parameters` are checked first (`ParameterError`). Products go to the folder `figures`, by default the
-    profile's. Earlier good results stay as they are unless this one is good. `Busy` if another process executes
-    the same notebook.
+    profile's. Earlier good results stay as they are unless this one is good. `Busy` if another process
+    executes the same notebook.
     """
     path, parameters = (project_root() / notebook).resolve(), dict(parameters or {})
     check_notebook(path, parameters, rules)

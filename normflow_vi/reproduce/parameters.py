@@ -98,7 +98,7 @@ def check_parameters(
     output: str = "",
     **more: Any,
 ) -> Context:
-    "Check a notebook's parameters, and those that its `experiment` declares; `ParameterError` names a bad one."
+    "Check a notebook's parameters, and those that `experiment` declares; `ParameterError` names a bad one."
     given = {"profile": profile, "data": data, "device": device, "output": output} | more
     declared = experiments.get(experiment).parameters if experiment is not None else {}
     _check_values(given, RULES | declared)

@@ -72,7 +72,7 @@ def _chapters():
 
 
 def select(only: str | None) -> tuple[list[Experiment], list[str] | None]:
-    """`(experiments, chapters)` that `only` names: a chapter (a folder of `nbs/`), its number, or an experiment.
+    """`(experiments, chapters)` that `only` names: a chapter (a folder of `nbs/`), its number, an experiment.
 
     `(all, None)` for `None`. Raises `ParameterError` if there is no such chapter or experiment.
     """
@@ -84,7 +84,8 @@ def select(only: str | None) -> tuple[list[Experiment], list[str] | None]:
     chosen = [e for e in known if e.chapter in chapters or e.name == only]
     if not chapters and not chosen:
         raise ParameterError(
-            f"--only {only}: there is no such chapter or experiment; chapters are {', '.join(_chapters())}; "
+            f"--only {only}: there is no such chapter or experiment; "
+            f"chapters are {', '.join(_chapters())}; "
             f"experiments are {', '.join(e.name for e in known)}"
         )
     return chosen, chapters or [chosen[0].chapter]

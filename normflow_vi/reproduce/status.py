@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from .. import experiments
@@ -52,7 +51,7 @@ def read_csv(name: str) -> list[dict[str, str]]:
 
 
 def _label(line, item):
-    "The shortest name of a published line that is unique within its `item` (the lines of one table or figure)."
+    "The shortest name of a published line that is unique within its `item`, the lines of a table or figure."
 
     def is_unique(*keys):
         return len({tuple(other[key] for key in ("model", *keys)) for other in item}) == len(item)
@@ -363,7 +362,7 @@ def _clip(text, width):
 
 
 def text(table: list[Row], everything: bool = False) -> str:
-    "The table as text for a terminal, with a summary; rows without a measurement only if `everything` is asked."
+    "The table as text for a terminal, with a summary; with `everything`, rows without a measurement, too."
     chosen = table if everything else select_shown(table)
     lines = [COLUMNS, *(_format_cells(row) for row in chosen)]
     widths = [min(44, max(map(len, column))) for column in zip(*lines, strict=True)]

@@ -53,7 +53,7 @@ def _import_statements(text):
 
 
 def _imports(text, package, known):
-    "The modules among `known` that the import statements of a source text name; `package` is what relative ones start from."
+    "The modules among `known` that a source text imports; `package` is what relative imports start from."
     for level, module, names in _import_statements(text):
         if level is not None:
             start = package.split(".")[: 1 - level or None] if level else []

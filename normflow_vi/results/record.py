@@ -228,7 +228,7 @@ class Record:
         return self.weights.sha256 if isinstance(self.weights, _WeightsFile) else None
 
     def load_weights(self) -> dict:
-        "The model's tensors by name, from their file where it has not been read; `ValueError` without weights."
+        "The model's tensors by name, read from their file if there is one; `ValueError` without weights."
         if not self.weights:
             raise ValueError("this record keeps no weights; train its run again where they are needed")
         return self.weights.load() if isinstance(self.weights, _WeightsFile) else dict(self.weights)

@@ -127,7 +127,7 @@ class Store(_Folders):
         return None
 
     def best(self, experiment: str, **match: Any) -> list[Record]:
-        "The records of the best group of runs that match, by flow, length and seed; an empty list without any."
+        "The records of the best group of runs that match, by flow, length and seed; maybe none."
         return self.best_over(experiment, "seed", (), **match)
 
     def best_over(self, experiment: str, name: str, values: Iterable, **match: Any) -> list[Record]:

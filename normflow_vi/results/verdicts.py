@@ -17,7 +17,10 @@ from .store import Store
 # %% ../../nbs/90_engine/44_verdicts.ipynb #73c29a1a
 @dataclass(frozen=True)
 class Measured:
-    "One row of a table: `source`, `item`, `row` (and `metric`, `data` where needed) name the published number it stands beside."
+    """One row of a table.
+
+    `source`, `item`, `row` (and `metric`, `data` where needed) name the published number it stands beside.
+    """
 
     source: str
     item: str
