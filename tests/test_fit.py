@@ -18,10 +18,10 @@ from torch.distributions import (
 from normflow_vi import Chain, Flow, Inverse, fit
 from normflow_vi.engine.errors import NonFinite
 from normflow_vi.evaluate.diagnosis import risen
-from normflow_vi.fitting import redrawn
+from normflow_vi.fitting import redraw_parameters
 from normflow_vi.flows import MAF, NICE, NSF, Place, RealNVP
 from normflow_vi.flows.placing import place_density, place_samples
-from normflow_vi.flows.tracing import layers_of, origin, way_of_draws
+from normflow_vi.flows.tracing import density_steps, find_origin, list_layers
 from normflow_vi.targets import U1, U2_box, lattice, u2
 from normflow_vi.testing.cases import CASES
 from normflow_vi.transforms import Affine, Permutation, Planar
@@ -202,7 +202,9 @@ def test_one_of_several_starts_is_the_flow_as_it_was_given():
     q = Flow(Affine(2))
     with torch.no_grad():
         q.transform.source.shift.fill_(2.0)
-    assert (redrawn(q, 1).transform.source.shift != 2).all() and (q.transform.source.shift == 2).all()
+    assert (redraw_parameters(q, 1).transform.source.shift != 2).all() and (
+        q.transform.source.shift == 2
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -210,7 +212,7 @@ def test_one_of_several_starts_is_the_flow_as_it_was_given():
 )
 def test_new_starts_differ_and_come_from_their_seed(make):
     q = Flow(make())
-    first, again, other = (redrawn(q, seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (redraw_parameters(q, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first) and any(
         not torch.equal(first[name], other[name]) for name in first
     )
@@ -374,7 +376,7 @@ def test_a_layer_that_overflows_is_named():
     q = Flow(Chain(Affine(2), RealNVP(2, 2, hidden=(8,))))
     with torch.no_grad():
         q.transform.transforms[0].source.log_scale.fill_(60.0)
-    found = origin(way_of_draws(q, square), torch.randn(10, 2))
+    found = find_origin(density_steps(q, square), torch.randn(10, 2))
     assert "RealNVP" not in found.layer and "transforms[" in found.layer and "max_log_scale" in found.remedy
 
 
@@ -398,7 +400,7 @@ def test_layers_one_by_one_are_the_stack(case):
     dim = case.dims[-1]
     transform, z = case.draw(dim, 3), torch.randn(6, dim, dtype=torch.float64)
     value, total = z, 0.0
-    for _, step in layers_of(transform):
+    for _, step in list_layers(transform):
         value, log_det = step(value)
         total = total + log_det
     y, expected = transform.forward(z)
@@ -625,7 +627,9 @@ def test_the_caller_s_random_stream_is_left_alone():
     before = torch.get_rng_state()
     noisy = lambda z: square(z) + 0.01 * torch.randn(())
     first, second = (
-        fit(redrawn(Flow(Affine(1)), 0), log_density=noisy, steps=10, draws=8, evaluation_draws=50).elbo.value
+        fit(
+            redraw_parameters(Flow(Affine(1)), 0), log_density=noisy, steps=10, draws=8, evaluation_draws=50
+        ).elbo.value
         for _ in range(2)
     )
     torch.set_rng_state(before)
@@ -638,6 +642,6 @@ def test_shared_masks_of_an_autoregressive_stack():
     transform = IAF(4, 4, hidden=(4, 4)).double()
     value, z = torch.randn(6, 4, dtype=torch.float64), None
     z = value
-    for _, step in layers_of(transform):
+    for _, step in list_layers(transform):
         value, _ = step(value)
     assert torch.allclose(value, transform.forward(z)[0], atol=1e-9)

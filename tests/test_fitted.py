@@ -24,7 +24,9 @@ from helpers import damage
 from normflow_vi.engine.checkpoint import MAGIC, Damaged, pack
 from normflow_vi.engine.history import History
 from normflow_vi.evaluate import diagnosis
-from normflow_vi.fitting.fitted import FORMAT, Fit, trusted, verdict
+from normflow_vi.fitting.files import FORMAT, trusted_classes
+from normflow_vi.fitting.fitted import Fit
+from normflow_vi.fitting.summary import verdict
 from normflow_vi.flows import Flow
 from normflow_vi.objectives import Estimate, estimate
 from normflow_vi.testing.cases import CASES
@@ -635,7 +637,7 @@ def test_the_payloads_bite(tmp_path):
 
 
 def test_only_harmless_classes_are_trusted():
-    found = trusted()
+    found = trusted_classes()
     assert (
         all(isinstance(cls, type) and not issubclass(cls, type) for cls in found)
         and Flow in found

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..numerics.product import linear
 from ..utils.checks import check_int, check_tensor
+from ..utils.modules import copy_into
 from ..utils.patching import patch
 
 # what a direction costs, best first; "none": it does not exist
@@ -188,6 +189,13 @@ def pull_stack(self: Transform, y: Tensor, **tensors: Tensor) -> tuple[Tensor, T
 def constants_of(self: Transform, k: int) -> dict[str, Tensor]:
     "The constants of layer `k` alone, by name."
     return {name: getattr(self, name)[k : k + 1] for name in self.constant_names}
+
+# %% ../../nbs/01_flows/05_transform.ipynb #7d1f04cf
+@patch
+def reset_parameters(self: Transform) -> None:
+    "Draw constants and starting values anew, in place, from torch's global generator; for owned tensors."
+    copy_into(self.constants(), {name: getattr(self, name) for name in self.constant_names})
+    copy_into(self.initial(), self.source())
 
 # %% ../../nbs/01_flows/05_transform.ipynb #3f7be5c2
 @patch
