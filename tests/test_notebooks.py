@@ -1,5 +1,6 @@
 """The notebooks are the source: clean, of one kind each, in step with the package, and they run."""
 
+import ast
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
-MAX_EXPORT_LINES = 25
+MAX_LINES, MAX_CLASS_LINES, MAX_COLUMNS = 40, 60, 110  # of an export cell
 
 
 def cells(path):
@@ -73,15 +74,29 @@ def test_is_of_one_kind(path):
         assert not default_exp and any(re.search(r"\bassert\b", source(cell)) for cell in code)
 
 
+def check_size(text):
+    """An export cell fits a screen: its lines, those of a class, and their width."""
+    lines = [line for line in text.splitlines() if not line.startswith("#|")]
+    allowed = MAX_CLASS_LINES if re.search(r"^class ", text, re.M) else MAX_LINES
+    assert len(lines) <= allowed, f"{len(lines)} lines: {lines[0]}"
+    assert max(map(len, lines)) <= MAX_COLUMNS, max(lines, key=len)
+
+
+def test_size_can_fail():
+    check_size("#| export\n" + "x = 1\n" * MAX_LINES)
+    check_size("#| export\nclass A:\n" + "    x = 1\n" * (MAX_CLASS_LINES - 1))
+    for text in ("x = 1\n" * (MAX_LINES + 1), "x" * (MAX_COLUMNS + 1)):
+        with pytest.raises(AssertionError):
+            check_size(text)
+
+
 @each
 def test_is_written_to_be_read(path):
-    exports = [len(source(cell).splitlines()) for cell in cells(path) if is_export(cell)]
-    assert max(exports, default=0) <= MAX_EXPORT_LINES, f"export cells of {exports} lines"
-    asserting = sum(
-        bool(re.search(r"\bassert\b|expect_fail", source(cell)))
-        for cell in cells(path)
-        if cell["cell_type"] == "code"
-    )
+    exports = [source(cell) for cell in cells(path) if is_export(cell)]
+    for text in exports:
+        check_size(text)
+    code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
+    asserting = sum(bool(re.search(r"\bassert\b|expect_fail", text)) for text in code)
     assert asserting >= 0.5 * len(exports), f"{len(exports)} export cells, {asserting} cells that assert"
     first = cells(path)[0]
     assert first["cell_type"] == "markdown" and source(first).startswith("# "), "begins with a title"
@@ -111,6 +126,47 @@ def test_a_cell_that_must_not_run_runs_nowhere(path):
     for cell in cells(path):
         if re.search(r"^#\|\s*eval:\s*false", source(cell), re.M):
             assert "skip-execution" in tags(cell), "papermill would run it"
+
+
+def modules_of_pages():
+    """The page that exports each module, `{module: page}`."""
+    found = {}
+    for path in NOTEBOOKS:
+        for name in re.findall(r"^#\|\s*default_exp (\S+)", "\n".join(map(source, cells(path))), re.M):
+            found["normflow_vi." + name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports_of(text):
+    """The modules that the import statements of a piece of code name, as dotted names."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def forward_imports(pages, modules):
+    """`(page, later page)` for exported code that imports from a page further on."""
+    place, wrong = {path: i for i, path in enumerate(pages)}, []
+    for path in pages:
+        exported = "\n".join(source(cell) for cell in cells(path) if is_export(cell))
+        later = {modules[name] for name in imports_of(exported) if name in modules}
+        wrong += [(path.name, other.name) for other in later if place.get(other, -1) > place[path]]
+    return wrong
+
+
+APPENDIX = ("80_plans", "90_engine")
+CHAPTERS = [path for path in NOTEBOOKS if path.parent.name not in APPENDIX and path.parent.name != "nbs"]
+
+
+def test_reading_order_is_dependency_order():
+    """What a page exports needs earlier pages only, and the appendix, which explains the tools."""
+    assert forward_imports(CHAPTERS, modules_of_pages()) == []
+
+
+def test_an_import_from_a_later_page_is_noticed():
+    """The check above can fail."""
+    assert forward_imports(CHAPTERS[::-1], modules_of_pages())
 
 
 def export_into(folder):
