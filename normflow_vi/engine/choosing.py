@@ -8,7 +8,8 @@ __all__ = ['Engine', 'time_update', 'choose_engine']
 # %% ../../nbs/90_engine/32_choosing.ipynb #2fd91b7a
 import statistics
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +24,7 @@ class Engine(NamedTuple):
     processes: float
 
 
-def time_update(trainer):
+def time_update(trainer: Any) -> float:
     "Seconds that one update takes, under the trainer's own number of threads."
     torch.set_num_threads(trainer.threads)
     start = time.perf_counter()
@@ -33,14 +34,25 @@ def time_update(trainer):
     return time.perf_counter() - start
 
 # %% ../../nbs/90_engine/32_choosing.ipynb #d6f91c9c
-def choose_engine(make_trainer, seeds, processes, steps=11):
-    "Measure `make_trainer(seeds)`, one program, against one run of `make_trainer(seeds[:1])` times the processes; leaves no trace."
+_WARMUP = 3  # updates of each that are not counted
+
+
+def choose_engine(
+    make_trainer: Callable[[Sequence[int]], Any], seeds: Sequence[int], processes: int, steps: int = 11
+) -> Engine:
+    """Measure one program, `make_trainer(seeds)`, against one run times the processes; leaves no trace.
+
+    `make_trainer(seeds[:1])` is the one run; the median of `steps` updates counts.
+    """
     with undisturbed(1, torch.device("cpu")):
         together, alone = make_trainer(seeds), make_trainer(seeds[:1])
     if together.device.type == "cuda":
         processes = 1  # they would share one GPU
     with undisturbed(1, together.device):
-        times = [(time_update(together), time_update(alone)) for _ in range(steps + 3)][3:]
-    batched, single = (statistics.median(column) for column in zip(*times))
-    rates = len(seeds) / batched, min(processes, len(seeds)) / single
-    return Engine("batched" if rates[0] > rates[1] else "processes", *rates)
+        times = [(time_update(together), time_update(alone)) for _ in range(steps + _WARMUP)]
+    seconds_together, seconds_alone = (
+        statistics.median(column) for column in zip(*times[_WARMUP:], strict=True)
+    )
+    batched = len(seeds) / seconds_together
+    separate = min(processes, len(seeds)) / seconds_alone
+    return Engine("batched" if batched > separate else "processes", batched, separate)

@@ -7,59 +7,60 @@ __all__ = ['check_int', 'check_tensor', 'first_false', 'check_choice', 'check_po
 
 # %% ../../nbs/90_engine/02_checks.ipynb #9b483c88
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 # %% ../../nbs/90_engine/02_checks.ipynb #53f5ec32
-def check_int(name, value, least=1):
+def check_int(name: str, value: Any, least: int = 1) -> int:
     "Return `value` if it is an int of at least `least`; raise `ValueError` otherwise."
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
     return value
 
 
-def check_tensor(name, value, size, size_name):
+def check_tensor(name: str, value: Any, size: int, size_name: str) -> None:
     "Raise unless `value` is a floating-point tensor whose last axis has `size` entries."
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise TypeError(
-            f"{name}: expected a floating-point tensor, got {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}"
-        )
+        kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
     if value.dim() < 1 or value.shape[-1] != size:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: its last axis must be {size_name}={size}")
 
 
-def first_false(good):
+def first_false(good: torch.Tensor) -> int:
     "Where the first False of a boolean tensor is, counted along the flattened tensor."
     return int(good.flatten().int().argmin())
 
 # %% ../../nbs/90_engine/02_checks.ipynb #2849ea57
-def check_choice(name, value, allowed, besides=""):
+def check_choice(name: str, value: Any, allowed: Iterable[str], besides: str = "") -> str:
     "Return `value` if it is one of the names `allowed`; `besides` says what else is."
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)} {besides}".rstrip())
     return value
 
 
-def check_positive(name, value):
+def check_positive(name: str, value: Any) -> float:
     "Return `value` if it is a finite number above zero."
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r}: expected a finite number above 0")
     return value
 
 
-def check_widths(name, value):
+def check_widths(name: str, value: Any) -> tuple[int, ...]:
     "Return `value` as a tuple if it lists the widths of a network's hidden layers; `()` is a linear one."
     if not isinstance(value, (tuple, list)):
         raise ValueError(f"{name}={value!r}: expected a tuple of widths, such as (64, 64)")
     return tuple(check_int(name, width) for width in value)
 
 # %% ../../nbs/90_engine/02_checks.ipynb #102f3811
-def check_limit(value):
+def check_limit(value: Any) -> float | None:
     "Return `max_log_scale`: `None`, or a finite number above zero."
     return None if value is None else check_positive("max_log_scale", value)
 
 
-def require(good, name, value, allowed):
+def require(good: bool, name: str, value: Any, allowed: str) -> None:
     "Raise `ValueError` naming parameter, value and allowed range unless `good`."
     if not good:
         raise ValueError(f"{name}={value!r}: allowed is {allowed}")

@@ -12,18 +12,19 @@ import hashlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/90_engine/00_files.ipynb #7ba051d4
-def atomic_write(path, data):
-    "Write `data` (`bytes` or `str`) to `path` so that other processes see the old file or the whole new one; returns `path`."
-    path, data = Path(path), data.encode() if isinstance(data, str) else data
+def atomic_write(path: Path | str, data: bytes | str) -> Path:
+    "Write `data` to `path` so that other processes see the old file or the whole new one; returns `path`."
+    path, content = Path(path), data.encode() if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -34,7 +35,7 @@ def atomic_write(path, data):
     return path
 
 # %% ../../nbs/90_engine/00_files.ipynb #298de1aa
-def sync_folder(folder):
+def sync_folder(folder: Path | str) -> None:
     "Flush a folder's entries (names, renames) to the disk."
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -43,17 +44,19 @@ def sync_folder(folder):
         os.close(handle)
 
 # %% ../../nbs/90_engine/00_files.ipynb #480e9b9f
-def _exchange(a, b):
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of the system call
+
+
+def _exchange(a: Path, b: Path) -> bool:
     "Exchange the names of two folders in one step; `False` where the system cannot."
     try:
-        return (
-            ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0
-        )  # AT_FDCWD, RENAME_EXCHANGE
+        exchange = ctypes.CDLL(None).renameat2
+        return exchange(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
     except (OSError, AttributeError):
         return False
 
 
-def replace_folder(new, final):
+def replace_folder(new: Path | str, final: Path | str) -> Path:
     "Give the finished folder `new` the name `final`; an older folder of that name goes afterwards."
     new, final = Path(new), Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,7 @@ def replace_folder(new, final):
     return final
 
 # %% ../../nbs/90_engine/00_files.ipynb #7435e1a2
-def sha256(data):
+def sha256(data: bytes | bytearray | memoryview | Path | str) -> str:
     "SHA-256, as 64 hexadecimal digits, of `bytes` or of the file at a path."
     if isinstance(data, (bytes, bytearray, memoryview)):
         return hashlib.sha256(data).hexdigest()
@@ -84,7 +87,7 @@ class Busy(RuntimeError):
 
 
 @contextmanager
-def exclusive(folder):
+def exclusive(folder: Path | str) -> Iterator[Path]:
     "Hold `folder` alone for the length of a `with` block; raises `Busy` at once if another process holds it."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

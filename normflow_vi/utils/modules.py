@@ -7,20 +7,23 @@ __all__ = ['named_tensors', 'copy_tree', 'copy_into', 'is_finite', 'evaluating',
            'fix_global_stream', 'pick_device']
 
 # %% ../../nbs/90_engine/03_modules.ipynb #1a61b319
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .checks import require
 from .files import sha256
 
 # %% ../../nbs/90_engine/03_modules.ipynb #88e53d2e
-def named_tensors(model):
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     "Parameters and buffers of a module by name."
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def copy_tree(tree):
+def copy_tree(tree: Any) -> Any:
     "A copy of a tree, its tensors detached and cloned."
     if isinstance(tree, torch.Tensor):
         return tree.detach().clone()
@@ -29,14 +32,14 @@ def copy_tree(tree):
     return [copy_tree(item) for item in tree] if isinstance(tree, list) else tree
 
 
-def copy_into(saved, live):
+def copy_into(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
     "Copy saved tensors into the live ones of the same names."
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(saved[name])
 
 # %% ../../nbs/90_engine/03_modules.ipynb #63746743
-def is_finite(tensors):
+def is_finite(tensors: Sequence[Tensor]) -> bool:
     "Whether all numbers in a list of tensors are finite (one number read from the device)."
     ends = [
         end.to(tensors[0].device)
@@ -48,7 +51,7 @@ def is_finite(tensors):
 
 # %% ../../nbs/90_engine/03_modules.ipynb #e7e95bef
 @contextmanager
-def evaluating(model):
+def evaluating(model: nn.Module) -> Iterator[None]:
     "Evaluation mode without gradients; modes and buffers are as before afterwards."
     modes, buffers = [(m, m.training) for m in model.modules()], dict(model.named_buffers())
     kept = copy_tree(buffers)
@@ -63,7 +66,7 @@ def evaluating(model):
 
 # %% ../../nbs/90_engine/03_modules.ipynb #eb37d7d9
 @contextmanager
-def undisturbed(threads, device):
+def undisturbed(threads: int, device: torch.device) -> Iterator[None]:
     "Use `threads` threads; afterwards restore their number and torch's global random streams."
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -75,8 +78,11 @@ def undisturbed(threads, device):
 
 
 @contextmanager
-def unvalidated():
-    "Torch's distributions that are made inside do not check their arguments: what is not finite is then found, and explained, by the training."
+def unvalidated() -> Iterator[None]:
+    """Torch's distributions that are made inside do not check their arguments.
+
+    What is not finite is then found, and explained, by the training.
+    """
     before = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(False)
     try:
@@ -85,23 +91,22 @@ def unvalidated():
         torch.distributions.Distribution.set_default_validate_args(before)
 
 # %% ../../nbs/90_engine/03_modules.ipynb #e4397025
-def derive_seed(*parts):
+def derive_seed(*parts: Any) -> int:
     "One 48-bit seed from whatever identifies a random stream."
     return int(sha256(repr(parts).encode())[:12], 16)
 
 
-def fix_global_stream(device, seeds, step):
+def fix_global_stream(device: torch.device, seeds: Sequence[int], step: int) -> None:
     "Make torch's global random streams, on the CPU and on `device`, a function of seeds and step."
-    streams = [
-        torch.default_generator,
-        *([torch.cuda.default_generators[device.index]] if device.type == "cuda" else []),
-    ]
+    streams = [torch.default_generator]
+    if device.type == "cuda":
+        streams.append(torch.cuda.default_generators[device.index])
     for stream in streams:
         stream.manual_seed(derive_seed("global", seeds) + step)
 
 # %% ../../nbs/90_engine/03_modules.ipynb #b5834491
-def pick_device(name):
-    "`torch.device` for cpu, cuda, cuda:N, or auto (a GPU where there is one); raises `ValueError` where it does not exist."
+def pick_device(name: str | torch.device) -> torch.device:
+    "The device cpu, cuda, cuda:N, or auto (a GPU where there is one); `ValueError` where it does not exist."
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
