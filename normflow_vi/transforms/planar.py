@@ -159,7 +159,7 @@ class Planar(Transform):
     """`K = length` planar layers, `f(z) = z + u_hat tanh(w.z + b)`.
 
     `log|det| = log(1 + (1 - tanh^2) w.u_hat)` a layer, in nats. `u`, `w`: `(..., K, dim)`, `b`: `(..., K)`,
-    uniform within `+-sqrt(2/dim)` at the start. `constraint`: "identity" (`u = 0` is the identity) or "paper".
+    uniform within `+-sqrt(2/dim)` at the start. `constraint`: "identity", where `u = 0` is, or "paper".
     Raises `ValueError` naming the argument.
     Forward O(K dim); inverse: iterative, 40 rounds on scalars a layer.
     Source: Rezende & Mohamed 2015, eqs. 10-12 and appendix A.1.
