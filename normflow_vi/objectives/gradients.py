@@ -7,7 +7,7 @@ __all__ = ['GRADIENTS', 'Posterior', 'stopped_log_prob', 'check_posterior', 'pat
 
 # %% ../../nbs/01_flows/40_gradients.ipynb #900b4a07
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -123,7 +123,7 @@ def _scale_paths(recorders, x, factor):
 # %% ../../nbs/01_flows/40_gradients.ipynb #6d2b9f31
 def path_draws(
     posterior: Posterior,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     generator: torch.Generator | None = None,
     rate: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
