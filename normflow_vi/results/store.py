@@ -65,9 +65,9 @@ class _Folders:
         self.roots = [records_root("paper")] if roots is None else [Path(root) for root in roots]
         self.damaged = damaged
 
-    def _folders(self, experiment, name, match):
+    def _folders(self, experiment, name, match=None):
         "The folders that hold a file `name`, without those whose own name shows that they do not `match`."
-        pattern, folders = _file_pattern(name, match), []
+        pattern, folders = _file_pattern(name, match or {}), []
         for root in self.roots:
             paths = sorted((root / experiment).glob(pattern))
             folders += [path.parent for path in paths if not path.parent.name.startswith(".")]
@@ -154,7 +154,7 @@ class Store(_Folders):
 
     def all(self, experiment: str) -> list[Record]:
         "Every record of an experiment."
-        loaded = [self._read(Record.load, f) for f in self._folders(experiment, "record.json", {})]
+        loaded = [self._read(Record.load, f) for f in self._folders(experiment, "record.json")]
         return [record for record in loaded if record is not None]
 
     def _groups(self, experiment, match):
