@@ -39,8 +39,8 @@ class SplineCoupling(Coupling):
         activation: str = "relu",
         bins: int = 8,
         bound: float = 3.0,
-        *,
         mask: str | Sequence[bool] | Tensor = "half",
+        *,
         shape: tuple[int, ...] | None = None,
         mix: str | None = None,
     ):
@@ -75,8 +75,8 @@ class SplineAutoregressive(Autoregressive):
         activation: str = "relu",
         bins: int = 8,
         bound: float = 3.0,
-        *,
         order: str = "alternate",
+        *,
         residual: bool = False,
     ):
         law = Spline(bins, bound)
