@@ -3,9 +3,8 @@
     .venv/bin/python benchmarks/versions.py OLD NEW [--rounds 15]
 
 `OLD` and `NEW` are folders, for example worktrees of two commits. Each gets a process of its own on the same
-core; the two take turns, and the one that waits sleeps. The models are those of `planar.py`, `vae_step.py` and
-`overhead.py`. Printed are the least and the median processor time of a turn, and the
-ratios new to old.
+core; the two take turns, and the one that waits sleeps. The models are those of `planar.py`, `vae_step.py`
+and `overhead.py`. Printed are the least and the median processor time of a turn, and the ratios new to old.
 """
 
 import argparse

@@ -65,10 +65,10 @@ class ConvolutionCoupling(Coupling):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         mask: str | Tensor = "half",
         shape: tuple[int, ...] | None = None,
         mix: str | None = None,
+        *,
         max_log_scale: float | None = None,
     ):
         where = dict(mask=mask, shape=shape, mix=mix)

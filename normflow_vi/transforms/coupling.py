@@ -126,9 +126,9 @@ class Coupling(Transform):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         mask: str | Tensor = "half",
         shape: tuple[int, ...] | None = None,
+        *,
         mix: str | None = None,
     ):
         self.law, self.hidden = check_law(law), check_network(hidden, activation)
@@ -198,7 +198,6 @@ class AdditiveCoupling(Coupling):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         mask: str | Tensor = "half",
         shape: tuple[int, ...] | None = None,
         mix: str | None = None,
@@ -226,10 +225,10 @@ class AffineCoupling(Coupling):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         mask: str | Tensor = "half",
         shape: tuple[int, ...] | None = None,
         mix: str | None = None,
+        *,
         max_log_scale: float | None = None,
     ):
         where = dict(mask=mask, shape=shape, mix=mix)
