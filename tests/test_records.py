@@ -413,15 +413,16 @@ def test_measured(tmp_path):
     note_failure(tmp_path, run(seed=3), "not finite")
     note_failure(tmp_path, run(seed=3, length=20), "not finite")
     m = measured(store, store.best("trial"), "F", shortened=False, **row)
-    assert (m.value, m.seeds, m.failed, m.updates, m.profile, m.device, m.codes) == (
+    assert (m.value, m.seeds, m.failed, m.updates, m.profile, m.device, m.state) == (
         92,
         (0, 1, 2),
         1,
         100,
         "quick",
         "cpu",
-        (None,) * 3,
+        "measured",
     )
+    assert len(m.records) == 3 and m.records[0][0] == run(seed=0)
     assert m.se == pytest.approx(2 / 3**0.5)
     assert (
         measured(store, store.best("trial", seed=0), "F", **row).se == 0.2

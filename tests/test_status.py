@@ -121,12 +121,12 @@ def test_measured_rows_are_joined(with_experiments, capsys):
     assert cli.main(["status"]) == 0
     text = capsys.readouterr().out
     assert (
-        text.count("\n") == 2 + len(status.select_shown(table)) + 1
+        text.count("\n") == 2 + len(status.select_shown(table)) + 2
         and len(found) == 3
         and "reproduced" in text
         and f"{len(table)} rows" in text
     )
-    assert cli.main(["status", "--all"]) == 0 and capsys.readouterr().out.count("\n") == len(table) + 3
+    assert cli.main(["status", "--all"]) == 0 and capsys.readouterr().out.count("\n") == len(table) + 4
 
 
 def test_earlier_code_is_marked(with_experiments, monkeypatch):
@@ -250,7 +250,7 @@ def test_small_errors_and_single_seeds_are_told(with_experiments, results, capsy
         ["88.50 ± 0.50", "2", "10", "cpu"],
         ["88.00000 ± 0.00050*", "1", "10", "cpu"],
     ]
-    assert "device" in lines[0] and lines[-2] == "* standard error over images or draws, one seed"
+    assert "device" in lines[0] and lines[-3] == "* standard error over images or draws, one seed"
     shown = status.markdown([r for r in status.rows()[0] if r["value"] is not None])
     assert "0.00050\\* |" in shown and shown.endswith("\n\n\\* standard error over images or draws, one seed")
 

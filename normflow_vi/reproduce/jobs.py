@@ -108,7 +108,7 @@ def _codes_noted(folder):
 
 
 def _prepare_checkpoints(folder, code, retrain):
-    "`(checkpoint folder, codes)` of a unit that goes on under `code`, or begins; the last of `codes` is `code`."
+    "`(checkpoint folder, codes)` of a unit that begins or goes on under `code`, the last of `codes`."
     checkpoints, codes = folder / "checkpoints", _codes_noted(folder)
     if retrain:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -481,7 +481,7 @@ def complete(
     `retrain="earlier"`: also those whose record is of earlier code; `"all"`: every one.
 
     `progress=False` keeps it silent. `engine="ray"` hands the units to a Ray cluster.
-    Raises `RunsFailed` after all others have finished, `UncommittedChanges` before one for publication starts.
+    Raises `RunsFailed` after all others have finished, `UncommittedChanges` before one for publication.
     """
     if engine not in ("local", "ray"):
         raise ValueError(f"engine={engine!r}: allowed are local, ray")
