@@ -250,7 +250,7 @@ def figure_row(line: dict[str, str]) -> Row:
     )
 
 
-def _judge(m):
+def _with_state(m):
     "A row with the worst state of its records."
     return replace(m, state=worst_state(state for _, state in states_of(m.records)))
 
@@ -260,7 +260,7 @@ def rows(store: Store | None = None) -> tuple[list[Row], list[str]]:
     measured, problems = [], []
     roots = store.roots if store else Store().roots
     for experiment in experiments.all():
-        measured += map(_judge, experiment.rows(Store(roots, problems)))
+        measured += map(_with_state, experiment.rows(Store(roots, problems)))
     figures = [figure_row(line) for line in read_csv("figures.csv")]
     return join(published(), measured) + figures, problems
 
