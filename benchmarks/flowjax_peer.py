@@ -1,6 +1,9 @@
-"""The side of flowjax 19.1.2 (jax 0.10.2), in an environment without torch: `planar.py`, `spline.py` and `vae_step.py` start it, `harness.Neighbour` talks to it.
+"""The side of flowjax 19.1.2 (jax 0.10.2), in an environment without torch: `planar.py`,
+`spline.py` and `vae_step.py` start it, `harness.Neighbour` talks to it.
 
-One JSON object a line. `build` compiles a case from tensors and answers what it computes from them; `run` calls it `times` times and answers the seconds that took. Everything is compiled (jit) and single precision, jax's default.
+One JSON object a line. `build` compiles a case from tensors and answers what it computes from them;
+`run` calls it `times` times and answers the seconds that took. Everything is compiled (jit) and
+single precision, jax's default.
 """
 
 import json
@@ -34,7 +37,9 @@ def log_density(z):
 
 
 def fit(params, z, samples):
-    """Training steps on U1, by the loop of the library and bare; the answer: values, log-dets, and log-densities of the target."""
+    """Training steps on U1, by the loop of the library and bare; the answer: values, log-dets, and
+    log-densities of the target.
+    """
     dist, loss, optimizer = (
         Transformed(StandardNormal((2,)), stack(params)),
         ElboLoss(log_density, samples),
@@ -93,7 +98,9 @@ def amortised(params, z, gy, gl):
 
 
 def spline(theta, z, gy, gl, bound, inverse):
-    """Splines with parameters of their own: widths and heights before the softmax, slopes at all knots before the softplus."""
+    """Splines with parameters of their own: widths and heights before the softmax, slopes at all
+    knots before the softplus.
+    """
 
     def one(theta, z):
         bins = (theta.shape[-1] - 1) // 3
@@ -118,7 +125,9 @@ def dense(x, weight, bias):
 
 
 def scanned(head, z, h):
-    """Planar layers by `lax.scan`, with all that does not depend on `z` computed outside of it, for all layers at once; `head`: the weights of one linear layer for all of them."""
+    """Planar layers by `lax.scan`, with all that does not depend on `z` computed outside of it, for
+    all layers at once; `head`: the weights of one linear layer for all of them.
+    """
     B, D = z.shape
     K = len(head[1]) // (2 * D + 1)
     u, w, b = jnp.split(dense(h, *head), [K * D, 2 * K * D], -1)
@@ -137,7 +146,9 @@ def scanned(head, z, h):
 
 
 def conditional(head, z, h):
-    """flowjax's planar layers with a context, as the library has them: each emits its parameters by a linear network of its own."""
+    """flowjax's planar layers with a context, as the library has them: each emits its parameters by
+    a linear network of its own.
+    """
     K, dim = head[0].shape[0], z.shape[-1]
     layers = eqx.filter_vmap(lambda key: Planar(key, dim=dim, cond_dim=h.shape[-1], width_size=1, depth=0))(
         jr.split(jr.key(0), K)
@@ -149,7 +160,9 @@ def conditional(head, z, h):
 
 
 def image_energy(parameters, x, noise, stack):
-    """The free energy of a batch: encoder of two layers, diagonal Gaussian, `stack`, decoder of three layers."""
+    """The free energy of a batch: encoder of two layers, diagonal Gaussian, `stack`, decoder of
+    three layers.
+    """
     h = jax.nn.relu(dense(jax.nn.relu(dense(x, *parameters[0:2])), *parameters[2:4]))
     shift, log_scale = jnp.split(dense(h, *parameters[10:12]), 2, -1)
     z, log_det = shift + jnp.exp(log_scale) * noise, 0.0
@@ -163,7 +176,9 @@ def image_energy(parameters, x, noise, stack):
 
 
 def image_model(path, name, flow, dynamic):
-    """Whole training steps of an image model whose weights, images, batch and noise are in the file `path`; values and gradients of that batch go into `path + name`."""
+    """Whole training steps of an image model whose weights, images, batch and noise are in the file
+    `path`; values and gradients of that batch go into `path + name`.
+    """
     given = np.load(path)
     stack, optimizer = {"scan": scanned, "flowjax": conditional}[flow], optax.adam(1e-3)
     parameters = [

@@ -1,20 +1,30 @@
-"""Planar flows: a whole training step in two dimensions, and the stack alone with emitted parameters. One thread on one core, one interleaved run.
+r"""Planar flows: a whole training step in two dimensions, and the stack alone with emitted
+parameters.
+
+One thread on one core, one interleaved run.
 
 Ours needs nothing more than `make setup`. The peers go into two folders of their own, beside it:
 
-    .venv/bin/python -m pip install --target /tmp/peers --no-deps normflows==1.7.3 pyro-ppl==1.9.2 pyro-api==0.1.2 opt_einsum==3.4.0 zuko==1.6.0 nflows==0.14 umnn==1.71 tqdm
-    .venv/bin/python -m venv /tmp/peers-jax && /tmp/peers-jax/bin/python -m pip install jax==0.10.2 flowjax==19.1.2
+    .venv/bin/python -m pip install --target /tmp/peers --no-deps normflows==1.7.3 pyro-ppl==1.9.2 \
+        pyro-api==0.1.2 opt_einsum==3.4.0 zuko==1.6.0 nflows==0.14 umnn==1.71 tqdm
+    .venv/bin/python -m venv /tmp/peers-jax
+    /tmp/peers-jax/bin/python -m pip install jax==0.10.2 flowjax==19.1.2
     .venv/bin/python benchmarks/planar.py --peers /tmp/peers --jax /tmp/peers-jax/bin/python
 
 What is not there is named and left out. zuko has no planar flow.
 
-The training step: 1,000 draws, K = 32 layers, the energy U1, backward, Adam. All start at the same weights, with the constraint of the paper (flowjax has another one; its weights are converted, so that its layers are the same
-maps). Ours runs as `fit` runs it, with gradient clipping and one log point in each turn of 50 updates ("fit's engine"), and bare: `free_energy` and torch's fused Adam. The peers run bare, with Adam as torch (as optax)
-makes it by default; `--fused 1` gives those in torch the fused Adam too. flowjax runs in the loop of the library, and bare.
+The training step: 1,000 draws, K = 32 layers, the energy U1, backward, Adam. All start at the same
+weights, with the constraint of the paper (flowjax has another one; its weights are converted, so
+that its layers are the same maps). Ours runs as `fit` runs it, with gradient clipping and one log
+point in each turn of 50 updates ("fit's engine"), and bare: `free_energy` and torch's fused Adam.
+The peers run bare, with Adam as torch (as optax) makes it by default; `--fused 1` gives those in
+torch the fused Adam too. flowjax runs in the loop of the library, and bare.
 
-The stack: K = 80, D = 40, batch 100, forward and backward, from one tensor as a network's head emits it, `(100, 80 (2 D + 1))`, to gradients with respect to it and to `z`. normflows shares its parameters among the batch:
-less work. The naive loop takes its layers apart by `unbind`; "by index" writes `u[:, k]`, whose gradient is a whole tensor for every layer.
-Agreement: values, log-dets and gradients against the naive loop, in double precision (flowjax: single).
+The stack: K = 80, D = 40, batch 100, forward and backward, from one tensor as a network's head
+emits it, `(100, 80 (2 D + 1))`, to gradients with respect to it and to `z`. normflows shares its
+parameters among the batch: less work. The naive loop takes its layers apart by `unbind`; "by index"
+writes `u[:, k]`, whose gradient is a whole tensor for every layer. Agreement: values, log-dets and
+gradients against the naive loop, in double precision (flowjax: single).
 """
 
 import math
@@ -40,7 +50,9 @@ torch.manual_seed(0)
 
 
 def for_flowjax(u, w, b):
-    """`(..., 2 D + 1)` numbers `w, u, b` with which flowjax, whose constraint has one logarithm more, makes the same layers."""
+    """`(..., 2 D + 1)` numbers `w, u, b` with which flowjax, whose constraint has one logarithm
+    more, makes the same layers.
+    """
     alpha = (w * u).sum(-1, keepdim=True)
     return torch.cat(
         [w, u + ((alpha.exp().expm1()).log() - alpha) * w / (w * w).sum(-1, keepdim=True), b[..., None]], -1
@@ -48,7 +60,9 @@ def for_flowjax(u, w, b):
 
 
 class Emitted(nn.Module):
-    """Stands where a transform has its tensors: hands out views of a head's output, as an amortised transform gets them."""
+    """Stands where a transform has its tensors: hands out views of a head's output, as an amortised
+    transform gets them.
+    """
 
     def __init__(self, head, length, dim):
         super().__init__()
@@ -92,7 +106,7 @@ def mean_energy(apply, u):
 
 def naive_flow(u, w, b):
     columns = [[nn.Parameter(part.clone()) for part in tensor] for tensor in (u, w, b)]
-    layers = [lambda z, u=u, w=w, b=b: naive_layer(z, u, w, b) for u, w, b in zip(*columns)]
+    layers = [lambda z, u=u, w=w, b=b: naive_layer(z, u, w, b) for u, w, b in zip(*columns, strict=True)]
     return (lambda z: through(layers, z)), sum(columns, []), mean_energy(lambda z: through(layers, z), u)
 
 
@@ -101,7 +115,7 @@ def normflows_flow(u, w, b):
 
     layers = [
         normflows.flows.Planar((u.shape[-1],), u=u_k[None].clone(), w=w_k[None].clone(), b=b_k[None].clone())
-        for u_k, w_k, b_k in zip(u, w, b)
+        for u_k, w_k, b_k in zip(u, w, b, strict=True)
     ]
     model = normflows.NormalizingFlow(
         normflows.distributions.DiagGaussian(u.shape[-1], trainable=False), layers, U1_for_normflows()
@@ -125,8 +139,8 @@ def pyro_flow(u, w, b):
     from pyro import distributions
 
     layers = [distributions.transforms.Planar(u.shape[-1]).to(u.dtype) for _ in u]
-    for layer, *values in zip(layers, u, w, b):
-        for parameter, value in zip((layer.u, layer.w, layer.bias), values):
+    for layer, *values in zip(layers, u, w, b, strict=True):
+        for parameter, value in zip((layer.u, layer.w, layer.bias), values, strict=True):
             parameter.data.copy_(value)
     base = distributions.Normal(torch.zeros(u.shape[-1]), torch.ones(u.shape[-1]))
 
@@ -177,7 +191,9 @@ def engine(flow):
 
 
 def answers(apply, parameters, z, gy, gl):
-    """Values, log-dets, and the gradients of `sum gy y + sum gl log_det`, each family of parameters as one flat tensor."""
+    """Values, log-dets, and the gradients of `sum gy y + sum gl log_det`, each family of parameters
+    as one flat tensor.
+    """
     y, log_det = apply(z)
     found = torch.autograd.grad((y * gy).sum() + (log_det * gl).sum(), [z, *parameters])
     return y, log_det, found[0], torch.cat([g.flatten() for g in found[1:]])
@@ -217,7 +233,8 @@ if jax:
     candidates |= {"flowjax, its loop": jax.timed("fit", TURN), "flowjax, bare": jax.timed("step", TURN)}
 found = interleaved(candidates, given.rounds)
 report(
-    f"planar K = {K} on U1, {given.samples} draws, whole training step, float32, Adam of the peers: {'fused' if given.fused else 'default'}",
+    f"planar K = {K} on U1, {given.samples} draws, whole training step, float32, Adam of the peers: "
+    f"{'fused' if given.fused else 'default'}",
     found,
     per=TURN,
 )
@@ -242,7 +259,7 @@ def emitted_naive(head, K, D, apart=lambda t: t.unbind(1)):
         parts = Emitted(head, K, D)()
         layers = [
             lambda z, u=u, w=w, b=b: naive_layer(z, u, w, b[:, None])
-            for u, w, b in zip(*(apart(parts[name]) for name in "uwb"))
+            for u, w, b in zip(*(apart(parts[name]) for name in "uwb"), strict=True)
         ]
         return through(layers, z)
 
@@ -258,7 +275,7 @@ def emitted_pyro(head, K, D):
 
     def apply(z):
         parts = Emitted(head, K, D)()
-        emitted = zip(*(parts[name].unbind(1) for name in "buw"))
+        emitted = zip(*(parts[name].unbind(1) for name in "buw"), strict=True)
         layers = [
             ConditionalPlanar(lambda context, b=b, u=u, w=w: (b[:, None], u, w)).condition(None)
             for b, u, w in emitted

@@ -1,14 +1,20 @@
-"""Rational-quadratic splines: one call in each direction with its gradients. One thread on one core, one interleaved run.
+"""Rational-quadratic splines: one call in each direction with its gradients.
+
+One thread on one core, one interleaved run.
 
 Ours needs nothing more than `make setup`. The peers go into two folders of their own, beside it:
 
     .venv/bin/python -m pip install --target /tmp/peers --no-deps nflows==0.14 zuko==1.6.0 umnn==1.71 tqdm
-    .venv/bin/python -m venv /tmp/peers-jax && /tmp/peers-jax/bin/python -m pip install jax==0.10.2 flowjax==19.1.2
+    .venv/bin/python -m venv /tmp/peers-jax
+    /tmp/peers-jax/bin/python -m pip install jax==0.10.2 flowjax==19.1.2
     .venv/bin/python benchmarks/spline.py --peers /tmp/peers --jax /tmp/peers-jax/bin/python
 
-What is not there is named and left out. 100 rows of 20 numbers, each with 8 bins of its own on [-3, 3] and, being normal with standard deviation 1.5, a chance of 1 in 22 to lie outside; gradients with respect to the numbers and all
-parameters. The parameters are converted for each peer, outside the time measured, so that all compute the same functions; flowjax trains the slopes at the two ends as well, the others hold them at 1.
-Agreement: values, log-slopes and the gradient with respect to the numbers against our torch reference, in double precision (flowjax: single).
+What is not there is named and left out. 100 rows of 20 numbers, each with 8 bins of its own on [-3,
+3] and, being normal with standard deviation 1.5, a chance of 1 in 22 to lie outside; gradients with
+respect to the numbers and all parameters. The parameters are converted for each peer, outside the
+time measured, so that all compute the same functions; flowjax trains the slopes at the two ends as
+well, the others hold them at 1. Agreement: values, log-slopes and the gradient with respect to the
+numbers against our torch reference, in double precision (flowjax: single).
 """
 
 import math
@@ -40,7 +46,9 @@ def nflows_spline():
 
 
 def zuko_spline():
-    """The function, and the parameters it needs: it squashes them, has no least width, and takes the exponential for the slopes."""
+    """The function, and the parameters it needs: it squashes them, has no least width, and takes
+    the exponential for the slopes.
+    """
     from zuko.transforms import MonotonicRQSTransform
 
     def apply(z, theta, inverse):
@@ -128,7 +136,8 @@ for inverse in (False, True):
         candidates["flowjax"] = jax.timed("pull" if inverse else "push", TURN)
     found = interleaved(candidates, given.rounds)
     report(
-        f"spline, {z.numel()} numbers, {BINS} bins, {'inverse' if inverse else 'forward'} direction and its gradients, float32",
+        f"spline, {z.numel()} numbers, {BINS} bins, {'inverse' if inverse else 'forward'} direction and "
+        "its gradients, float32",
         found,
         per=TURN,
     )

@@ -1,20 +1,31 @@
-"""A whole training step of the image model, 784-400-400 and back, 40 latents, batches of 100: diagonal posterior and K planar layers. One thread on one core, one interleaved run.
+"""A whole training step of the image model, 784-400-400 and back, 40 latents, batches of 100:
+diagonal posterior and K planar layers.
+
+One thread on one core, one interleaved run.
 
     .venv/bin/python benchmarks/vae_step.py --peers /tmp/peers --jax /tmp/peers-jax/bin/python
 
-The peers' folders are made as `planar.py` says. A step is: choose 100 of 50,000 images of MNIST's shape, binarise them (`--dynamic 0`: they are bits already), forward, backward, update.
-Random pixels do: no data set is needed.
+The peers' folders are made as `planar.py` says. A step is: choose 100 of 50,000 images of MNIST's
+shape, binarise them (`--dynamic 0`: they are bits already), forward, backward, update. Random
+pixels do: no data set is needed.
 
-Ours is a step of the `Trainer` as the MNIST experiment calls it, with its bookkeeping, weight decay, rate schedule and fused Adam; once with the matrix products of `transforms.product` and
-once with torch's own. What a log point costs beside the curve, which a long training meets every thousandth step, is printed by itself. The peers' steps are bare: resident floats, an index,
-`torch.bernoulli`, and Adam as torch makes it by default (`--fused 1`: fused). Their encoder, decoder and likelihood are plain torch, the same for all; only the flow differs. The naive loop
-writes one layer after the other, all emitted by one linear layer; pyro has a linear layer for each, as its `ConditionalPlanar` asks for, and once more all by one; normflows has no planar
-layer with a context: its parameters are shared by all images, which spares K x 81 outputs of the encoder and so is less work. `+ switch`: every product of the process sent to oneDNN by
-torch's global switch. jax: a program of its own, planar by `lax.scan` with all that can be taken out of it; flowjax: `Planar(cond_dim=...)`, one linear network a layer, in a `Scan`; both
-jitted from the choice of the batch to optax's Adam.
+Ours is a step of the `Trainer` as the MNIST experiment calls it, with its bookkeeping, weight
+decay, rate schedule and fused Adam; once with the matrix products of `transforms.product` and once
+with torch's own. What a log point costs beside the curve, which a long training meets every
+thousandth step, is printed by itself. The peers' steps are bare: resident floats, an index,
+`torch.bernoulli`, and Adam as torch makes it by default (`--fused 1`: fused). Their encoder,
+decoder and likelihood are plain torch, the same for all; only the flow differs. The naive loop
+writes one layer after the other, all emitted by one linear layer; pyro has a linear layer for each,
+as its `ConditionalPlanar` asks for, and once more all by one; normflows has no planar layer with a
+context: its parameters are shared by all images, which spares K x 81 outputs of the encoder and so
+is less work. `+ switch`: every product of the process sent to oneDNN by torch's global switch. jax:
+a program of its own, planar by `lax.scan` with all that can be taken out of it; flowjax:
+`Planar(cond_dim=...)`, one linear network a layer, in a `Scan`; both jitted from the choice of the
+batch to optax's Adam.
 
-Agreement, before anything is timed: loss and gradients of one batch, same weights and noise, against the naive loop in double precision (flowjax with its own constraint: against the naive
-loop with that one); it raises beyond rounding.
+Agreement, before anything is timed: loss and gradients of one batch, same weights and noise,
+against the naive loop in double precision (flowjax with its own constraint: against the naive loop
+with that one); it raises beyond rounding.
 """
 
 import tempfile
@@ -63,7 +74,9 @@ FLOATS = SPLIT.images.float() / (255 if given.dynamic else 1)
 
 
 def apart(head, order):
-    """Rows of a head `u, w, b` for all layers `(K (2 D + 1), ...)` -> `(K, 2 D + 1, ...)`, the parts of a layer in the `order` given."""
+    """Rows of a head `u, w, b` for all layers `(K (2 D + 1), ...)` -> `(K, 2 D + 1, ...)`, the
+    parts of a layer in the `order` given.
+    """
     K = len(head) // (2 * D + 1)
     u, w, b = head.split([K * D, K * D, K])
     parts = {"u": u.unflatten(0, (K, D)), "w": w.unflatten(0, (K, D)), "b": b[:, None]}
@@ -72,7 +85,7 @@ def apart(head, order):
 
 def together(layers, order):
     """The inverse of `apart`."""
-    parts = dict(zip(order, layers.split([1 if name == "b" else D for name in order], 1)))
+    parts = dict(zip(order, layers.split([1 if name == "b" else D for name in order], 1), strict=True))
     return torch.cat([parts[name].flatten(0, 1) for name in "uwb"])
 
 
@@ -121,7 +134,7 @@ def pyro(weights):
 
     matrices, biases = (apart(t, "buw") for t in weights[12:])
     networks, K = [Emits(400, 2 * D + 1) for _ in matrices], len(matrices)
-    for network, weight, bias in zip(networks, matrices, biases):
+    for network, weight, bias in zip(networks, matrices, biases, strict=True):
         network.weight.data.copy_(weight), network.bias.data.copy_(bias)
     layers = [ConditionalPlanar(network) for network in networks]
     plain = Plain(
@@ -185,7 +198,9 @@ def slopes_of_jax(name, flow, weights, x, noise, folder):
 
 
 def agree(name, found, expected, most=1e-4):
-    """Raise unless loss and all gradients are those expected, up to rounding: the largest relative error in the norm."""
+    """Raise unless loss and all gradients are those expected, up to rounding: the largest relative
+    error in the norm.
+    """
     error = max(
         ((a.double() - b).norm() / b.norm()).item()
         for a, b in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True)
@@ -199,7 +214,9 @@ def agree(name, found, expected, most=1e-4):
 
 
 def engine(model):
-    """A turn of the trainer's own steps with one point of the learning curves, and what a log point does besides."""
+    """A turn of the trainer's own steps with one point of the learning curves, and what a log point
+    does besides.
+    """
     trainer = Trainer(
         [model],
         image_loss,
@@ -277,7 +294,8 @@ def compare(K, folder):
         candidates[name] = jax.timed(f"{name} {K}", given.turn)
     found = interleaved(candidates, given.rounds)
     report(
-        f"{f'planar K = {K}' if K else 'diagonal posterior'}, whole training step, batch {given.batch}, {'dynamic' if given.dynamic else 'static'} binarisation, float32",
+        f"{f'planar K = {K}' if K else 'diagonal posterior'}, whole training step, batch {given.batch}, "
+        f"{'dynamic' if given.dynamic else 'static'} binarisation, float32",
         found,
         per=given.turn,
     )

@@ -37,7 +37,9 @@ def plant(monkeypatch, place, found, wrong):
 
 
 def caught(monkeypatch, check, place, found, wrong):
-    "Assert that `check` passes as things are, and fails with the piece `found` of `place` replaced by `wrong`."
+    """Assert that `check` passes as things are, and fails with the piece `found` of `place`
+    replaced by `wrong`.
+    """
     check()
     plant(monkeypatch, place, found, wrong)
     with pytest.raises(AssertionError):
@@ -62,7 +64,9 @@ def moved(transform, scale=1.0, jitter=0.3, dtype=torch.float64):
 
 
 def emitting(make, draws, scale, dtype, **given):
-    "A layer `make(context_dim)` whose head passes on its context, and such a context: a draw of its tensors a row, `scale` times standard normals but for those `given`."
+    """A layer `make(context_dim)` whose head passes on its context, and such a context: a draw of
+    its tensors a row, `scale` times standard normals but for those `given`.
+    """
     initial = make(None).initial()
     context = torch.cat(
         [
@@ -102,7 +106,11 @@ def exact(value):
 
 
 def near(found, expected, tolerance=1e-10):
-    "Whether `|found - expected| <= tolerance (1 + |expected|)`, for a tensor and a number, or tensors and lists of numbers."
+    """Whether `|found - expected| <= tolerance (1 + |expected|)`, for a tensor and a number, or
+    tensors and lists of numbers.
+    """
     if isinstance(expected, list):
-        return len(found) == len(expected) and all(near(f, e, tolerance) for f, e in zip(found, expected))
+        return len(found) == len(expected) and all(
+            near(f, e, tolerance) for f, e in zip(found, expected, strict=True)
+        )
     return abs(found.item() - expected) <= tolerance * (1 + abs(expected))

@@ -181,7 +181,7 @@ for limit in limits:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3, limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0], limits[0]))
-save(folder, 200, {"weights": torch.ones(20_000)})                                        # not caught: what does the process say?
+save(folder, 200, {"weights": torch.ones(20_000)})    # not caught: what does the process say?
 """
 
 

@@ -1,6 +1,9 @@
-"""Continuously-indexed layers: what must integrate to one does, known answers are met, the rest of the library uses them unchanged."""
+"""Continuously-indexed layers: what must integrate to one does, known answers are met, the rest of
+the library uses them unchanged.
+"""
 
 import math
+from functools import partial
 
 import mpmath
 import pytest
@@ -96,7 +99,9 @@ def midpoints(half, n):
 
 
 def masses(layer, dim, n, half, context=None):
-    "Three sums over a grid, each 1: the joint q(z, u), the bracket of `forward` against a normalised f, and that of `inverse` as an importance weight."
+    """Three sums over a grid, each 1: the joint q(z, u), the bracket of `forward` against a
+    normalised f, and that of `inverse` as an importance weight.
+    """
     axis, step = midpoints(half, n)
     grid = torch.cartesian_prod(*[axis] * (dim + 1))
     point, last, cell = grid[:, :dim], grid[:, dim:], step ** (dim + 1)
@@ -155,7 +160,9 @@ def test_so_it_does_around_a_spline_on_the_plane():
 
 
 def test_the_context_reaches_r_and_the_inside():
-    "And nothing else: with an inside that takes none, z is the same whatever the context, its log-weight is not."
+    """And nothing else: with an inside that takes none, z is the same whatever the context, its
+    log-weight is not.
+    """
     w, contexts = torch.randn(50, 2, dtype=torch.float64), torch.randn(2, 50, C, dtype=torch.float64)
     plain, conditional = (
         Frozen(Affine(2), context_dim=C).double(),
@@ -214,7 +221,9 @@ def tight(form, mean, cov, index_noise=0.5):
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("dim", [1, 3])
 def test_the_exact_auxiliary_gives_log_q_draw_by_draw(form, length, dim):
-    "Also for a chain, where each r looks at the output of its own layer, and for the density of given points, whatever index is drawn."
+    """Also for a chain, where each r looks at the output of its own layer, and for the density of
+    given points, whatever index is drawn.
+    """
     mean, cov, layers = torch.zeros(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64), []
     for _ in range(length):
         layer, mean, cov = tight(form, mean, cov)
@@ -254,7 +263,10 @@ def test_the_density_of_a_point_is_bounded_in_the_mean_and_reached_in_the_limit(
 @scales
 @both_forms
 def test_against_extended_precision(form, scale):
-    "The whole bracket for given noise, from the formulas of the paper with 50 digits. Log-scales stay within +-5, as without a bound `exp` leaves the range of doubles."
+    """The whole bracket for given noise, from the formulas of the paper with 50 digits.
+
+    Log-scales stay within +-5, as without a bound `exp` leaves the range of doubles.
+    """
     mp = mpmath.mp
     for _ in range(10):
         layer = moved(Frozen(Affine(2), hidden=(3,), form=form, max_log_scale=5.0), scale, jitter=3.0)
@@ -264,33 +276,38 @@ def test_against_extended_precision(form, scale):
         z, bracket = layer.forward(w)
         with mp.workdps(50):
 
-            def net(prefix, x):
+            def net(prefix, x, layer=layer):
                 parts = {
                     name: exact(getattr(layer.source, f"{prefix}{name}")[0])
                     for name in ("weight_0", "bias_0", "weight_1", "bias_1")
                 }
                 h = [
-                    mp.tanh(sum(xi * row[j] for xi, row in zip(x, parts["weight_0"])) + b)
+                    mp.tanh(sum(xi * row[j] for xi, row in zip(x, parts["weight_0"], strict=True)) + b)
                     for j, b in enumerate(parts["bias_0"])
                 ]
                 out = [
-                    sum(hi * row[j] for hi, row in zip(h, parts["weight_1"])) + b
+                    sum(hi * row[j] for hi, row in zip(h, parts["weight_1"], strict=True)) + b
                     for j, b in enumerate(parts["bias_1"])
                 ]
                 return out[: len(out) // 2], [5 * mp.tanh(v / 5) for v in out[len(out) // 2 :]]
 
-            log_density = lambda u, m, ls: -(((u - m) / mp.exp(ls)) ** 2) / 2 - ls - mp.log(2 * mp.pi) / 2
+            def log_density(u, m, ls):
+                return -(((u - m) / mp.exp(ls)) ** 2) / 2 - ls - mp.log(2 * mp.pi) / 2
+
             (m_q,), (s_q,) = net("q_", exact(w))
             u = m_q + mp.exp(s_q) * exact(layer.eps)[0]
             t, s = net("ts_", [u])
             shift, log_scale = (
                 exact(getattr(layer.transform.source, name)[0]) for name in ("shift", "log_scale")
             )
-            g = lambda x: [a + mp.exp(b) * c for a, b, c in zip(shift, log_scale, x)]
+
+            def g(x, shift=shift, log_scale=log_scale):
+                return [a + mp.exp(b) * c for a, b, c in zip(shift, log_scale, x, strict=True)]
+
             if form == "after":
-                at = [mp.exp(si) * gi + ti for si, gi, ti in zip(s, g(exact(w)), t)]
+                at = [mp.exp(si) * gi + ti for si, gi, ti in zip(s, g(exact(w)), t, strict=True)]
             else:
-                at = g([mp.exp(si) * (wi + ti) for si, wi, ti in zip(s, exact(w), t)])
+                at = g([mp.exp(si) * (wi + ti) for si, wi, ti in zip(s, exact(w), t, strict=True)])
             (m_r,), (s_r,) = net("r_", at)
             expected = sum(s) + sum(log_scale) - log_density(u, m_q, s_q) + log_density(u, m_r, s_r)
             assert near(bracket, expected) and near(z, at)
@@ -301,7 +318,10 @@ def test_against_extended_precision(form, scale):
 @pytest.mark.parametrize("scale, bound", [(1.0, None), (1.0, 5.0), (10.0, 5.0), (100.0, 5.0)])
 @both_forms
 def test_many_parameter_draws_stay_finite(draws, dtype, scale, bound, form):
-    "As one batch, in both directions. Without a bound the last layers are small enough for log-scales within +-5."
+    """As one batch, in both directions.
+
+    Without a bound the last layers are small enough for log-scales within +-5.
+    """
     layer = ContinuouslyIndexed(Affine(3, max_log_scale=5.0), index_dim=2, form=form, max_log_scale=bound).to(
         dtype
     )
@@ -329,7 +349,10 @@ def test_many_parameter_draws_stay_finite(draws, dtype, scale, bound, form):
 
 def test_a_generator_repeats_it():
     q = Flow(Chain(*(ContinuouslyIndexed(Planar(2, 2), index_dim=2) for _ in range(3))))
-    seeded = lambda seed: torch.Generator().manual_seed(seed)
+
+    def seeded(seed):
+        return torch.Generator().manual_seed(seed)
+
     (z, log_q), (again, log_q_again), (other, _) = (
         q.rsample_and_log_prob((50,), seeded(seed)) for seed in (1, 1, 2)
     )
@@ -348,7 +371,9 @@ def test_a_generator_repeats_it():
 
 
 def test_draws_follow_q_of_u():
-    "With z = w + t(u) and t = u, the difference z - w is the index: its mean and standard deviation are those of q(u|w)."
+    """With z = w + t(u) and t = u, the difference z - w is the index: its mean and standard
+    deviation are those of q(u|w).
+    """
     layer = ContinuouslyIndexed(Affine(1), hidden=()).double()
     with torch.no_grad():
         layer.source.ts_weight_0.copy_(torch.tensor([[[1.0, 0.0]]]))
@@ -378,22 +403,25 @@ def test_gradients_in_every_parameter_are_those_of_differences():
     for name in ("forward", "inverse"):
         module = Direction(layer, name)
         parameters = dict(module.named_parameters())
+        directions = {key: torch.randn_like(p) for key, p in parameters.items()}
 
-        def total(changed=None, by=0.0):
-            moved = {key: p + by * directions[key] if key == changed else p for key, p in parameters.items()}
-            z, weight = functional_call(module, moved, (w,))
+        def total(changed, module=module):
+            z, weight = functional_call(module, changed, (w,))
             return z.sin().sum() + weight.sum()
 
-        directions = {key: torch.randn_like(p) for key, p in parameters.items()}
-        slopes = torch.autograd.grad(total(), list(parameters.values()))
-        for (key, p), slope in zip(parameters.items(), slopes):
-            numeric = (total(key, step) - total(key, -step)) / (2 * step)
+        slopes = torch.autograd.grad(total(parameters), list(parameters.values()))
+        for (key, p), slope in zip(parameters.items(), slopes, strict=True):
+            above = total(parameters | {key: p + step * directions[key]})
+            below = total(parameters | {key: p - step * directions[key]})
+            numeric = (above - below) / (2 * step)
             assert abs((slope * directions[key]).sum() - numeric) <= 1e-5 * (1 + abs(numeric)), (name, key)
 
 
 @pytest.mark.parametrize("name", ["forward", "inverse"])
 def test_runs_are_one_more_axis(name):
-    "Stacked parameters under `vmap`: each run draws for itself, also from one generator for all of them, which repeats them all."
+    """Stacked parameters under `vmap`: each run draws for itself, also from one generator for all
+    of them, which repeats them all.
+    """
     runs, w = (
         [drawn_layer(ContinuouslyIndexed, "planar", "after", 2, None) for _ in range(3)],
         torch.randn(7, 2, dtype=torch.float64),
@@ -405,7 +433,9 @@ def test_runs_are_one_more_axis(name):
 
         return vmap(call, randomness="different")(*stack_module_state([Direction(run, name) for run in runs]))
 
-    seeded = lambda: torch.Generator().manual_seed(0)
+    def seeded():
+        return torch.Generator().manual_seed(0)
+
     z, weight = draw(runs)
     assert (
         z.shape == (3, 7, 2)
@@ -428,7 +458,8 @@ def test_traces_to_one_graph_while_drawing(context_dim):
     w = torch.randn(7, 2, dtype=torch.float64)
     for call in (layer.forward, layer.inverse):
         torch._dynamo.reset()
-        z, weight = torch.compile(lambda w: call(w, context), fullgraph=True, backend="eager")(w)
+        compiled = torch.compile(partial(call, context=context), fullgraph=True, backend="eager")
+        z, weight = compiled(w)
         assert z.shape == (7, 2) and weight.shape == (7,) and z.isfinite().all()
 
 
@@ -448,7 +479,7 @@ def test_precision_is_the_wider_one(parameters, values):
     if values == torch.float64:
         wide = Frozen(Affine(2, context_dim=C), index_dim=3).double()
         wide.load_state_dict(layer.state_dict())
-        for found, expected in zip(layer.forward(w, context), wide.forward(w, context)):
+        for found, expected in zip(layer.forward(w, context), wide.forward(w, context), strict=True):
             assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 
 
@@ -466,12 +497,17 @@ def test_bound_on_a_gaussian_target():
 
 
 def test_amortised_posterior_through_the_evaluator():
-    "z ~ N(0, I), x | z ~ N(z, I): the importance-weighted estimate over (z, u) rises to log p(x), the bound stays below."
+    """z ~ N(0, I), x | z ~ N(z, I): the importance-weighted estimate over (z, u) rises to log p(x),
+    the bound stays below.
+    """
     unit = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
-    log_joint = lambda x, z: {
-        "log_prior": unit.log_prob(z).sum(-1),
-        "log_likelihood": torch.distributions.Normal(z, 1.0).log_prob(x).sum(-1),
-    }
+
+    def log_joint(x, z):
+        return {
+            "log_prior": unit.log_prob(z).sum(-1),
+            "log_likelihood": torch.distributions.Normal(z, 1.0).log_prob(x).sum(-1),
+        }
+
     affine = Affine(2, context_dim=2)
     with torch.no_grad():
         affine.source.linear.weight.zero_()
@@ -509,11 +545,11 @@ def test_annealed_objective_traces():
 
 def test_fit_closes_most_of_the_gap():
     "Two modes, and an inside that is affine: without an index the gap is at least ln 2 = 0.69."
-    modes = lambda z: (
-        torch.logsumexp(-0.5 * ((z - torch.tensor([-1.5, 1.5])) / 0.3) ** 2, -1)
-        - math.log(2 * 0.3)
-        - 0.5 * math.log(2 * math.pi)
-    )
+
+    def modes(z):
+        two = torch.logsumexp(-0.5 * ((z - torch.tensor([-1.5, 1.5])) / 0.3) ** 2, -1)
+        return two - math.log(2 * 0.3) - 0.5 * math.log(2 * math.pi)
+
     torch.manual_seed(0)
     q = Flow(Chain(ContinuouslyIndexed(Affine(1)), ContinuouslyIndexed(Affine(1))))
     before = elbo(modes, q(), samples=2000)

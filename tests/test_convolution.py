@@ -1,4 +1,6 @@
-"""Convolutions beyond the walked contract: explicit matrices in extended precision, ends, gates, many draws."""
+"""Convolutions beyond the walked contract: explicit matrices in extended precision, ends, gates,
+many draws.
+"""
 
 import mpmath
 import numpy as np
@@ -142,7 +144,9 @@ def test_cosine_basis_is_orthogonal_to_working_precision(dtype, atol):
 
 @pytest.mark.parametrize("n", [2, 5, 6])
 def test_every_filter_with_positive_sums_is_reached(n):
-    "Positive at frequency zero and, for even `n`, at the highest one; the map back is the logarithm of the spectrum."
+    """Positive at frequency zero and, for even `n`, at the highest one; the map back is the
+    logarithm of the spectrum.
+    """
     for _ in range(20):
         w = torch.randn(n, dtype=torch.float64)
         w = w + 1e-3 + (-w.sum()).clamp(min=0) / n * 1.1
@@ -165,7 +169,9 @@ def test_a_ring_has_no_beginning():
 
 @pytest.mark.parametrize("n", [2, 3, 8, 9])
 def test_mirrors(n):
-    "A symmetric convolution is an even filter along the reflected signal, and commutes with reading backwards."
+    """A symmetric convolution is an even filter along the reflected signal, and commutes with
+    reading backwards.
+    """
     layer, x = randomised(SymmetricConvolution(n)), torch.randn(5, n, dtype=torch.float64)
     s = layer.source.log_gain[0].exp().detach()
     even = [
@@ -235,7 +241,7 @@ def test_gate_in_extended_precision(scale):
     y, log_det = gate.forward(x)
     with mpmath.workdps(400):
         terms = []
-        for xi, yi, r in zip(*map(exact, (x, y, gate.source.log_ratio[0]))):
+        for xi, yi, r in zip(*map(exact, (x, y, gate.source.log_ratio[0])), strict=True):
             alpha = mpmath.exp(r)
             terms.append(mpmath.log(1 + alpha * abs(xi)))
             expected = mpmath.sign(xi) * terms[-1] / alpha
@@ -276,7 +282,7 @@ def test_adaptive_filter_in_extended_precision(n, scale, digits):
         log_d, packed = exact(theta[:, 1]), exact(theta[:, 2])
         expected = determinant(
             [
-                [v * mpmath.exp(d) for v, d in zip(row, log_d)]
+                [v * mpmath.exp(d) for v, d in zip(row, log_d, strict=True)]
                 for row in ring(packed[: n // 2 + 1], packed[n // 2 + 1 :], n)
             ]
         )
@@ -308,10 +314,14 @@ def test_adaptive_coupling_keeps_convolves_and_adapts():
 @scales
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_draws(kind, draws, dtype, scale):
-    "Finite values and log-dets, both directions, and positive determinants: log-scales cut at +-5, and free ones within `max_log_scale`."
+    """Finite values and log-dets, both directions, and positive determinants: log-scales cut at
+    +-5, and free ones within `max_log_scale`.
+    """
     x = torch.randn(draws, 6, dtype=dtype)
     for options, limit in (({}, 5.0), ({"max_log_scale": 5.0}, None)):
-        transform, context = emitting(lambda c: kind(6, 1, c, **options), draws, scale, dtype)
+        transform, context = emitting(
+            lambda c, options=options: kind(6, 1, c, **options), draws, scale, dtype
+        )
         if limit:
             context = context.clamp(-limit, limit)
         y, log_det = transform.forward(x, context)
@@ -322,7 +332,7 @@ def test_many_draws(kind, draws, dtype, scale):
         )
         if kind is SLog:
             continue  # elementwise and increasing
-        matrices = vmap(jacrev(lambda x, c: transform.forward(x, c)[0]))(
+        matrices = vmap(jacrev(lambda x, c, transform=transform: transform.forward(x, c)[0]))(
             x[:500].double(), context[:500].double()
         )
         sign, expected = torch.linalg.slogdet(matrices)

@@ -84,7 +84,9 @@ def test_jacobian_has_exact_zeros_where_the_mask_says_so(mask, dim, shape, law):
 
 @each_mask
 def test_second_layer_keeps_the_other_end(mask, dim, shape):
-    "In a stack of two, an entry neither layer keeps conditions nothing: its column has only its diagonal entry."
+    """In a stack of two, an entry neither layer keeps conditions nothing: its column has only its
+    diagonal entry.
+    """
     transform = moved(AffineCoupling(dim, 2, mask=mask, shape=shape, hidden=(7,), activation="tanh"))
     matrix, kept = jacobian(transform, torch.randn(dim, dtype=torch.float64)), transform.kept
     conditions = set(transform.order[:, :kept].flatten().tolist())
@@ -100,7 +102,9 @@ def test_no_weight_is_dead(hidden):
     "As many weights as `kept -> moved` networks have, and a gradient in every one of them."
     transform = moved(AffineCoupling(5, 3, C, hidden=hidden, activation="tanh"))
     widths = [2, *hidden, 6]
-    expected = sum((m + 1) * n for m, n in zip(widths, widths[1:])) + sum(C * n for n in hidden or (6,))
+    expected = sum((m + 1) * n for m, n in zip(widths, widths[1:], strict=False)) + sum(
+        C * n for n in hidden or (6,)
+    )
     assert sum(p.numel() for p in transform.parameters()) == 3 * expected
     y, log_det = transform.forward(
         torch.randn(50, 5, dtype=torch.float64), torch.randn(50, C, dtype=torch.float64)
@@ -209,7 +213,9 @@ def test_against_extended_precision(scale, options):
 @dtypes
 @scales
 def test_many_draws(draws, dtype, scale):
-    "Every draw is a stack of layers of its own: finite values, and a log-det within what `max_log_scale` allows; for free log-scales within +-5 as well."
+    """Every draw is a stack of layers of its own: finite values, and a log-det within what
+    `max_log_scale` allows; for free log-scales within +-5 as well.
+    """
     bounded = AffineCoupling(5, 3, hidden=(8, 8), max_log_scale=5.0).to(dtype)
     free = AffineCoupling(5, 3, hidden=(8, 8), activation="tanh").to(dtype)
     z = torch.randn(draws, 5, dtype=dtype)
@@ -225,7 +231,9 @@ def test_many_draws(draws, dtype, scale):
 
 
 def within_five(drawn):
-    "The same draws, the weights and biases that make log-scales divided so that `|s| <= 5` for hidden units within +-1."
+    """The same draws, the weights and biases that make log-scales divided so that `|s| <= 5` for
+    hidden units within +-1.
+    """
     weight, bias = drawn["source.weight_2"], drawn["source.bias_2"]
     size = weight.abs().sum(-2) + bias.abs()
     factor = torch.where(torch.arange(6) % 2 == 1, 5 / size, torch.ones_like(size))

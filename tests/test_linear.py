@@ -1,6 +1,9 @@
-"""Elementwise and linear layers: PReLU, BatchNorm in training mode, permutations and rotations, PLU and Householder."""
+"""Elementwise and linear layers: PReLU, BatchNorm in training mode, permutations and rotations, PLU
+and Householder.
+"""
 
 import math
+from functools import partial
 
 import mpmath
 import pytest
@@ -35,9 +38,10 @@ def test_prelu_against_extended_precision(scale):
         y, log_det = transform.forward(z)
         with mpmath.workdps(50):
             (log_alpha,) = layer(transform, "log_alpha")
-            expected = [mpmath.exp(a) * v if v < 0 else v for a, v in zip(log_alpha, exact(z))]
+            expected = [mpmath.exp(a) * v if v < 0 else v for a, v in zip(log_alpha, exact(z), strict=True)]
             assert near(
-                log_det, mpmath.log(mpmath.fprod(mpmath.exp(a) for a, v in zip(log_alpha, z) if v < 0))
+                log_det,
+                mpmath.log(mpmath.fprod(mpmath.exp(a) for a, v in zip(log_alpha, z, strict=True) if v < 0)),
             ) and near(y, expected, 1e-12 * scale)
 
 
@@ -53,9 +57,10 @@ def test_batchnorm_against_extended_precision(scale):
             log_gamma, beta = layer(transform, "log_gamma", "beta")
             mean, var = exact(transform.running_mean[0]), exact(transform.running_var[0])
             slopes = [
-                mpmath.exp(g) / mpmath.sqrt(v + mpmath.mpf(transform.eps)) for g, v in zip(log_gamma, var)
+                mpmath.exp(g) / mpmath.sqrt(v + mpmath.mpf(transform.eps))
+                for g, v in zip(log_gamma, var, strict=True)
             ]
-            expected = [b + s * (v - m) for b, s, v, m in zip(beta, slopes, exact(z), mean)]
+            expected = [b + s * (v - m) for b, s, v, m in zip(beta, slopes, exact(z), mean, strict=True)]
             assert near(log_det, mpmath.log(mpmath.fprod(slopes))) and near(y, expected, 1e-12 * scale)
 
 
@@ -93,7 +98,7 @@ def test_householder_against_extended_precision(scale):
             found = exact(z)
             for v in layer(transform, "v")[0]:
                 factor = 2 * mpmath.fdot(v, found) / mpmath.fdot(v, v)
-                found = [f - factor * x for f, x in zip(found, v)]
+                found = [f - factor * x for f, x in zip(found, v, strict=True)]
         assert near(transform.forward(z)[0], found, 1e-12)
 
 
@@ -115,7 +120,9 @@ def test_is_orthogonal_in_double_precision_however_it_was_stored(make, dim):
 
 
 def test_haar_prefers_no_direction():
-    "E Q_ij = 0, E Q_ij^2 = 1 / D, E Q_ij^4 = 3 / (D (D + 2)), for every entry; both determinants are equally likely."
+    """E Q_ij = 0, E Q_ij^2 = 1 / D, E Q_ij^4 = 3 / (D (D + 2)), for every entry; both determinants
+    are equally likely.
+    """
     torch.manual_seed(0)
     q = draw_rotations(20_000, 4)
     assert (
@@ -254,11 +261,14 @@ def test_batchnorm_moves_its_running_statistics_towards_those_of_the_batch():
     mean, var = torch.zeros(2, 3).double(), torch.ones(2, 3).double()
     for batch in batches:
         value, total, moments = batch, 0.0, []
-        for gamma, beta in zip(norm.source.log_gamma, norm.source.beta):
+        for gamma, beta in zip(norm.source.log_gamma, norm.source.beta, strict=True):
             moments.append((value.mean(0), value.var(0, correction=0)))
             total = total + (gamma - 0.5 * (moments[-1][1] + 1e-5).log()).sum()
             value = beta + gamma.exp() * (value - moments[-1][0]) / (moments[-1][1] + 1e-5).sqrt()
-        mean, var = (0.7 * old + 0.3 * torch.stack(new) for old, new in zip((mean, var), zip(*moments)))
+        mean, var = (
+            0.7 * old + 0.3 * torch.stack(new)
+            for old, new in zip((mean, var), zip(*moments, strict=True), strict=True)
+        )
         y, log_det = norm.forward(batch)
         assert torch.allclose(y, value) and torch.allclose(log_det, total.expand(50))
         assert torch.allclose(norm.running_mean, mean) and torch.allclose(norm.running_var, var)
@@ -276,7 +286,7 @@ def test_batchnorm_only_training_forward_moves_anything():
     norm, z = feed_batch(BatchNorm(3)), torch.randn(20, 3)
     before = {name: t.clone() for name, t in norm.state_dict().items()}
     inverse = norm.inverse(z)  # in training mode
-    for found, expected in zip(norm.eval().inverse(z), inverse):
+    for found, expected in zip(norm.eval().inverse(z), inverse, strict=True):
         assert torch.equal(found, expected)
     norm.forward(z)
     assert all(torch.equal(t, before[name]) for name, t in norm.state_dict().items())
@@ -332,8 +342,9 @@ def test_batchnorm_in_training_traces_and_maps_over_runs(context_dim):
     assert torch.equal(norms[0].running_var, untouched)  # functional_call leaves the module alone
     for r, norm in enumerate(norms):
         torch._dynamo.reset()
-        traced = torch.compile(lambda z: norm.forward(z, context), fullgraph=True, backend="eager")(z[r])
-        for found, expected in zip(together, (*traced, norm.running_mean, norm.running_var)):
+        call = partial(norm.forward, context=context)
+        traced = torch.compile(call, fullgraph=True, backend="eager")(z[r])
+        for found, expected in zip(together, (*traced, norm.running_mean, norm.running_var), strict=True):
             assert torch.allclose(found[r], expected, atol=1e-12)
 
 
@@ -386,7 +397,7 @@ def test_batchnorm_under_the_training_engine():
     "Three seeds as one program and one alone give the statistics of a plain loop."
     seeds = [1, 2, 3]
     together = trained(seeds)
-    for seed, flow in zip(seeds, together):
+    for seed, flow in zip(seeds, together, strict=True):
         by_hand, stream = density_flow(seed).train(), Batches(seed)
         adam = torch.optim.Adam(by_hand.parameters(), lr=1e-2)
         for step in range(30):

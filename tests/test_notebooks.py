@@ -107,7 +107,9 @@ DRAWS = r"torch\.(rand|randn|randperm|randint|bernoulli)\b|\b(Flow|Trainer|VAE|M
 
 @pytest.mark.parametrize("path", LIBRARY + SHOWS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
 def test_draws_the_same_numbers_at_every_run(path):
-    """Torch starts with a seed of its own in every process; a page that draws begins by setting it, so that what it asserts does not depend on luck."""
+    """Torch starts with a seed of its own in every process; a page that draws begins by setting it,
+    so that what it asserts does not depend on luck.
+    """
     shown = [source(cell) for cell in cells(path) if cell["cell_type"] == "code" and not is_export(cell)]
     drawing = [i for i, text in enumerate(shown) if re.search(DRAWS, text)]
     seeded = [i for i, text in enumerate(shown) if "torch.manual_seed(" in text]
@@ -209,11 +211,15 @@ def test_an_edited_module_is_noticed(tmp_path, monkeypatch):
         test_the_package_is_what_the_notebooks_export(tmp_path / "again")
 
 
-# Pages of the engine change folders, signals and environments: each in a process of its own. Of the others six share one, and import torch once.
+# Pages of the engine change folders, signals and environments: each in a process of its own. Of the
+# others six share one, and import torch once.
 ENGINE = [path for path in LIBRARY if path.parent.name == "90_engine"]
 OTHERS = [path for path in LIBRARY + SHOWS if path not in ENGINE]
 GROUPS = [[path] for path in ENGINE] + [OTHERS[i : i + 6] for i in range(0, len(OTHERS), 6)]
-RUN = "import sys; from nbdev.test import test_nb; sys.exit(' '.join(path for path in sys.argv[1:] if not test_nb(path)[0]) or 0)"
+RUN = (
+    "import sys; from nbdev.test import test_nb; sys.exit(' '.join(path for path in sys.argv[1:] if "
+    "not test_nb(path)[0]) or 0)"
+)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Records: what is written is what is read; what is damaged is refused; the best wins; verdicts follow their definition."""
+"""Records: what is written is what is read; what is damaged is refused; the best wins; verdicts
+follow their definition.
+"""
 
 import io
 import json
@@ -122,7 +124,9 @@ def test_bad_content_is_refused(tmp_path, values, arrays):
 
 @pytest.mark.parametrize("name", ["record.json", "arrays.npz"])
 def test_damage_is_refused_naming_the_file(tmp_path, name):
-    """Flipped bits, truncations and zeroed blocks at 120 random places: never another content, always the file's name."""
+    """Flipped bits, truncations and zeroed blocks at 120 random places: never another content,
+    always the file's name.
+    """
     folder = record().save(tmp_path)
     good, chance, silent = (folder / name).read_bytes(), random.Random(0), 0
     for trial in range(120):
@@ -159,7 +163,9 @@ def weighted(**more):
 
 
 def test_weights_round_trip(tmp_path):
-    """As they were given, in their own precision, through saving, loading and saving elsewhere; records without them have none on the disk."""
+    """As they were given, in their own precision, through saving, loading and saving elsewhere;
+    records without them have none on the disk.
+    """
     import torch
 
     folder = weighted().save(tmp_path / "a")
@@ -282,14 +288,16 @@ def test_killed_while_saving(tmp_path):
     """30 processes are killed while they replace a record: it is there, whole, every time."""
     record(0.0).save(tmp_path)
     chance, values = random.Random(1), set()
+    rename = os.rename
+
+    def rename_slowly(old, new):
+        time.sleep(0.02)
+        rename(old, new)
+
     for trial in range(30):
         child = os.fork()
         if child == 0:
-            rename = os.rename
-            os.rename = lambda a, b: (
-                time.sleep(0.02),
-                rename(a, b),
-            )  # a gap between two renames would be hit
+            os.rename = rename_slowly  # a gap between two renames would be hit
             try:
                 while True:
                     record(float(trial)).save(tmp_path)
@@ -342,7 +350,9 @@ def test_smoke_records_are_seen_only_on_request(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("newer", [0, 1])
 def test_the_newest_of_equal_groups_wins(tmp_path, newer):
-    """Two budgets that differ in the learning rate: when they were finished decides, whatever their hashes are."""
+    """Two budgets that differ in the learning rate: when they were finished decides, whatever their
+    hashes are.
+    """
     for i, rate in enumerate((1e-3, 2e-3)):
         made = record(float(i), budget={"updates": 100, "rate": rate})
         for seed, day in ((0, 1), (1, 3 if i == newer else 2)):
@@ -484,7 +494,9 @@ def test_every_published_metric_has_a_direction():
 
 
 def test_code_hash_follows_the_imports(tmp_path, monkeypatch):
-    """A change of meaning in what is imported changes the hash; comments, empty lines and other modules do not."""
+    """A change of meaning in what is imported changes the hash; comments, empty lines and other
+    modules do not.
+    """
     import normflow_vi.results.information as provenance
 
     top = tmp_path / "normflow_vi"

@@ -1,4 +1,6 @@
-"""Radial and Sylvester layers: closed forms in extended precision, many parameter draws, the centre of a radial layer."""
+"""Radial and Sylvester layers: closed forms in extended precision, many parameter draws, the centre
+of a radial layer.
+"""
 
 import math
 
@@ -31,7 +33,9 @@ every = pytest.mark.parametrize("name", FAMILIES)
 
 
 def many(name, dim, draws, scale, dtype):
-    "An amortised layer and a context that hands it one draw a row: free numbers `scale` times a standard normal."
+    """An amortised layer and a context that hands it one draw a row: free numbers `scale` times a
+    standard normal.
+    """
     return emitting(lambda context_dim: FAMILIES[name](dim, 1, context_dim), draws, scale, dtype)
 
 
@@ -50,7 +54,7 @@ def radial_in_extended_precision(z, z0, a, b, constraint):
         a, b = exact(a), exact(b)
         alpha = softplus(a) + FLOOR
         beta = -alpha + softplus(a + b if constraint == "identity" else b) + FLOOR
-        r = mpmath.norm([x - x0 for x, x0 in zip(exact(z), exact(z0))])
+        r = mpmath.norm([x - x0 for x, x0 in zip(exact(z), exact(z0), strict=True)])
         h, slope = 1 / (alpha + r), -1 / (alpha + r) ** 2
         return (len(z) - 1) * mpmath.log(1 + beta * h) + mpmath.log(1 + beta * h + beta * slope * r)
 
@@ -118,7 +122,9 @@ def test_sylvester_against_extended_precision(options, scale):
 @dtypes
 @scales
 def test_determinant_never_changes_sign(name, draws, dtype, scale):
-    "Every factor of every determinant is positive, and values and log-dets are finite, also at the centre and far away."
+    """Every factor of every determinant is positive, and values and log-dets are finite, also at
+    the centre and far away.
+    """
     transform, context = many(name, 5, draws, scale, dtype)
     tensors = transform.prepare(**transform.source(context, dtype))
     for factor in ("alpha", "m") if "radial" in name else ("slope",):
@@ -147,7 +153,11 @@ def test_the_jacobian_has_a_positive_determinant(name, scale):
 @every
 @scales
 def test_inverse_is_as_good_as_the_digits_of_z(name, scale):
-    "`z` is what is left of `y` after a move, so its last digit is that of the larger of them; and where a layer is steep, that is many units of `y`. The residual is allowed as much."
+    """`z` is what is left of `y` after a move, so its last digit is that of the larger of them; and
+    where a layer is steep, that is many units of `y`.
+
+    The residual is allowed as much.
+    """
     transform, context = many(name, 5, 500, scale, torch.float64)
     y = 3 * torch.randn(500, 5, dtype=torch.float64)
     z, minus = transform.inverse(y, context)
@@ -174,7 +184,9 @@ def test_inverse_is_as_good_as_the_digits_of_z(name, scale):
 @pytest.mark.parametrize("dim", [1, 2, 5])
 @dtypes
 def test_radial_at_its_centre(dim, dtype):
-    "The Jacobian is m / alpha times the identity; first and second derivatives are finite in both directions, in values and parameters."
+    """The Jacobian is m / alpha times the identity; first and second derivatives are finite in both
+    directions, in values and parameters.
+    """
     transform, context = many("radial", dim, 50, 2.0, dtype)
     tensors = transform.prepare(**transform.source(context, dtype))
     centre, ratio = tensors["z0"][:, 0].detach(), (tensors["m"] / tensors["alpha"])[:, 0].detach()
@@ -183,7 +195,7 @@ def test_radial_at_its_centre(dim, dtype):
     torch.testing.assert_close(transform.forward(centre, context)[1], dim * ratio.log())
     for direction in (transform.forward, transform.inverse):
 
-        def total(z, c):
+        def total(z, c, direction=direction):
             y, log_det = direction(z, c)
             return log_det + y.sin().sum()
 
@@ -275,9 +287,12 @@ def test_one_unit_is_a_planar_layer():
     transform = Sylvester(3, 2, bottleneck=1).double()
     z, tensors = torch.randn(20, 3, dtype=torch.float64), transform.prepare(**transform.source())
     layers = [
-        {"u_hat": A[:, 0], "w": B[0], "b": b[0]} for A, B, b in zip(tensors["A"], tensors["B"], tensors["b"])
+        {"u_hat": A[:, 0], "w": B[0], "b": b[0]}
+        for A, B, b in zip(tensors["A"], tensors["B"], tensors["b"], strict=True)
     ]
-    for found, expected in zip(transform.forward(z), planar_stack(z, layers, tensors["slope"][:, 0])):
+    for found, expected in zip(
+        transform.forward(z), planar_stack(z, layers, tensors["slope"][:, 0]), strict=True
+    ):
         torch.testing.assert_close(found, expected)
 
 

@@ -1,4 +1,6 @@
-"""Couplings with one tanh unit beyond their contract: other code for the equation, the mixes, digits of single precision, planted bugs."""
+"""Couplings with one tanh unit beyond their contract: other code for the equation, the mixes,
+digits of single precision, planted bugs.
+"""
 
 import numpy as np
 import pytest
@@ -24,10 +26,10 @@ def each(turn):
 def test_against_numpy(mix, dim):
     "Values and inverse of eighty layers by numpy, point by point."
     layers, half = TanhCoupling(dim, 80, mix=mix).double(), dim // 2
-    u, w, b = (layers.source()[name].detach().numpy() for name in ("u", "w", "b"))
+    us, ws, bs = (layers.source()[name].detach().numpy() for name in ("u", "w", "b"))
     z = torch.randn(20, dim, dtype=torch.float64)
     expected = z.numpy().copy()
-    for Q, u, w, b in zip(each(layers.turn), u, w, b):
+    for Q, u, w, b in zip(each(layers.turn), us, ws, bs, strict=True):
         expected = expected @ Q.T
         expected[:, half:] += np.tanh(expected[:, :half] @ w + b)[:, None] * u
     y, log_det = layers.forward(z)
@@ -60,7 +62,9 @@ def test_rotations_are_uniform():
 @mixes
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
 def test_single_precision(mix, size):
-    "A stack of eighty layers and its gradients: the constraint of the planar kernel, which divides by |w|^2, costs no more than rounding over |w|."
+    """A stack of eighty layers and its gradients: the constraint of the planar kernel, which
+    divides by |w|^2, costs no more than rounding over |w|.
+    """
     wide = TanhCoupling(40, 80, mix=mix).double()
     with torch.no_grad():
         wide.source.w.mul_(size)
@@ -74,7 +78,7 @@ def test_single_precision(mix, size):
         assert not log_det.any()
         into += [y, *torch.autograd.grad(y.sin().mean(0).sum(), list(layers.parameters()))]
     blurred = 1e-5 * max(1.0, size, 0.01 / size)  # a steep unit magnifies rounding, and so does a small w
-    for f, e in zip(found, expected):
+    for f, e in zip(found, expected, strict=True):
         assert (f - e).norm() < blurred * e.norm()
 
 
@@ -119,7 +123,9 @@ def test_a_rotation_that_stays_in_single_precision_is_noticed(monkeypatch):
 
 
 def test_options_and_decay():
-    "The text shows the options, by which models of one shape are told apart; no tensor of the stack is a network's weight."
+    """The text shows the options, by which models of one shape are told apart; no tensor of the
+    stack is a network's weight.
+    """
     assert repr(TanhCoupling(4, 2, mix="ortho")) != repr(TanhCoupling(4, 2)) != repr(TanhCoupling(4, 3))
     assert (
         TanhCoupling(4, 2).source.weight_decayed == () == TanhCoupling(4, 2, 3).source.linear.weight_decayed

@@ -10,7 +10,31 @@ from helpers import CASE
 from normflow_vi import Flow, transforms
 from normflow_vi.testing.cases import CASES
 from normflow_vi.testing.contract import CHECKS, C, Case, Direction, stack_calls
-from normflow_vi.transforms import *
+from normflow_vi.transforms import (
+    PLU,
+    AdditiveCoupling,
+    Affine,
+    AffineCoupling,
+    BatchNorm,
+    Chain,
+    CircularConvolution,
+    ContinuouslyIndexed,
+    ConvolutionCoupling,
+    Householder,
+    Inverse,
+    InverseAutoregressive,
+    MaskedAutoregressive,
+    Orthogonal,
+    Permutation,
+    Planar,
+    PReLU,
+    Radial,
+    SLog,
+    SplineAutoregressive,
+    SplineCoupling,
+    Sylvester,
+    SymmetricConvolution,
+)
 from normflow_vi.transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
 WALKS = [
@@ -135,7 +159,9 @@ def test_heads_start_with_the_variance_that_they_are_scaled_to(name):
 
 
 def test_what_weight_decay_shrinks():
-    "Matrices of networks, and the heads of layers that are an encoder's: neither biases nor the tensors of a flow."
+    """Matrices of networks, and the heads of layers that are an encoder's: neither biases nor the
+    tensors of a flow.
+    """
     assert AffineCoupling(4, 2, 3, hidden=(5,)).source.weight_decayed == ("weight_0", "context_0", "weight_1")
     assert Affine(4, context_dim=3).source.linear.weight_decayed == ("weight",)
     for layer in (Planar(4, 2), Affine(4, 2), PLU(4), Sylvester(4)):
