@@ -46,7 +46,8 @@ def filter_with_numpy(log_gain, phase, n):
 @sizes
 def test_circular_layer_is_its_matrix(n):
     "`y_i = sum_n x_n w_{(i-n) mod N}`, inverse and determinant included."
-    layer, x = randomised(CircularConvolution(n)), torch.randn(20, n, dtype=torch.float64)
+    layer = randomised(CircularConvolution(n))
+    x = torch.randn(20, n, dtype=torch.float64)
     w = filter_with_numpy(
         layer.source.log_gain[0].detach().numpy(), layer.source.phase[0].detach().numpy(), n
     )
@@ -54,21 +55,23 @@ def test_circular_layer_is_its_matrix(n):
     y, log_det = layer.forward(x)
     assert np.allclose(y.detach(), x.numpy() @ matrix.T, atol=1e-12 * n)
     sign, expected = np.linalg.slogdet(matrix)
-    assert sign == 1 and np.allclose(log_det.detach(), expected, rtol=0, atol=1e-10)
+    assert sign == 1
+    assert np.allclose(log_det.detach(), expected, rtol=0, atol=1e-10)
     back, minus = layer.inverse(y)
-    assert torch.allclose(back, x, atol=1e-9) and torch.equal(minus, -log_det)
+    assert torch.allclose(back, x, atol=1e-9)
+    assert torch.equal(minus, -log_det)
 
 
 @sizes
 def test_symmetric_layer_is_its_matrix(n):
-    layer, x = randomised(SymmetricConvolution(n)), torch.randn(20, n, dtype=torch.float64)
+    layer = randomised(SymmetricConvolution(n))
+    x = torch.randn(20, n, dtype=torch.float64)
     k, i = np.mgrid[:n, :n]
     basis = np.cos(np.pi * k * (2 * i + 1) / (2 * n)) * np.where(k == 0, np.sqrt(1 / n), np.sqrt(2 / n))
     matrix = basis.T @ np.diag(layer.source.log_gain[0].exp().detach()) @ basis
     y, log_det = layer.forward(x)
-    assert np.allclose(basis @ basis.T, np.eye(n), atol=1e-12) and np.allclose(
-        y.detach(), x.numpy() @ matrix.T, atol=1e-11
-    )
+    assert np.allclose(basis @ basis.T, np.eye(n), atol=1e-12)
+    assert np.allclose(y.detach(), x.numpy() @ matrix.T, atol=1e-11)
     assert np.allclose(log_det.detach(), np.linalg.slogdet(matrix)[1], rtol=0, atol=1e-10)
     assert np.linalg.eigvalsh(matrix).min() > 0
     assert torch.allclose(layer.inverse(y)[0], x, atol=1e-9)
@@ -94,10 +97,8 @@ def ring(a, phi, n):
 @pytest.mark.parametrize("n", [1, 2, 5, 6])
 def test_determinants_in_extended_precision(n, scale, digits):
     for _ in range(3):
-        circular, symmetric = (
-            randomised(CircularConvolution(n), scale),
-            randomised(SymmetricConvolution(n), scale),
-        )
+        circular = randomised(CircularConvolution(n), scale)
+        symmetric = randomised(SymmetricConvolution(n), scale)
         x = torch.randn(n, dtype=torch.float64)
         with mpmath.workdps(digits):
             assert near(
@@ -136,7 +137,8 @@ def test_cosine_basis_is_orthogonal_to_working_precision(dtype, atol):
         assert (product - torch.eye(n)).abs().max() <= atol
     layer = SymmetricConvolution(40)
     matrix = jacrev(lambda z: layer.forward(z)[0])(torch.randn(40, dtype=dtype)).detach()
-    assert matrix.dtype == dtype and (matrix - torch.eye(40)).abs().max() <= atol
+    assert matrix.dtype == dtype
+    assert (matrix - torch.eye(40)).abs().max() <= atol
 
 
 # What the layers are for
@@ -161,10 +163,12 @@ def test_every_filter_with_positive_sums_is_reached(n):
 
 
 def test_a_ring_has_no_beginning():
-    layer, x = randomised(CircularConvolution(9, 2)), torch.randn(5, 9, dtype=torch.float64)
+    layer = randomised(CircularConvolution(9, 2))
+    x = torch.randn(5, 9, dtype=torch.float64)
     y, log_det = layer.forward(x)
     turned, same = layer.forward(x.roll(4, -1))
-    assert torch.allclose(turned, y.roll(4, -1)) and torch.equal(same, log_det)
+    assert torch.allclose(turned, y.roll(4, -1))
+    assert torch.equal(same, log_det)
 
 
 @pytest.mark.parametrize("n", [2, 3, 8, 9])
@@ -172,7 +176,8 @@ def test_mirrors(n):
     """A symmetric convolution is an even filter along the reflected signal, and commutes with
     reading backwards.
     """
-    layer, x = randomised(SymmetricConvolution(n)), torch.randn(5, n, dtype=torch.float64)
+    layer = randomised(SymmetricConvolution(n))
+    x = torch.randn(5, n, dtype=torch.float64)
     s = layer.source.log_gain[0].exp().detach()
     even = [
         (s[0] + 2 * sum(s[k] * np.cos(np.pi * k * m / n) for k in range(1, n))) / (2 * n)
@@ -183,12 +188,14 @@ def test_mirrors(n):
         [sum(ring[:, (i - m) % (2 * n)] * even[m] for m in range(2 * n)) for i in range(n)], -1
     )
     y = layer.forward(x)[0]
-    assert torch.allclose(y, expected) and torch.allclose(layer.forward(x.flip(-1))[0], y.flip(-1))
+    assert torch.allclose(y, expected)
+    assert torch.allclose(layer.forward(x.flip(-1))[0], y.flip(-1))
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_a_stack_is_the_composition_of_its_layers(kind):
-    stack, x = randomised(kind(7, 3, max_log_scale=2.0)), torch.randn(5, 7, dtype=torch.float64)
+    stack = randomised(kind(7, 3, max_log_scale=2.0))
+    x = torch.randn(5, 7, dtype=torch.float64)
     y, total = x, 0
     for k in range(3):
         one = kind(7, max_log_scale=2.0).double()
@@ -197,12 +204,14 @@ def test_a_stack_is_the_composition_of_its_layers(kind):
                 one.source()[name].copy_(tensor[k : k + 1])
         y, log_det = one.forward(y)
         total = total + log_det
-    assert torch.allclose(stack.forward(x)[0], y) and torch.allclose(stack.forward(x)[1], total)
+    assert torch.allclose(stack.forward(x)[0], y)
+    assert torch.allclose(stack.forward(x)[1], total)
 
 
 def test_multiplication_and_convolution():
     "`y = w (*) (d . x) + t`: log-dets of both add."
-    layers, x = randomised(Chain(Affine(6), CircularConvolution(6))), torch.randn(5, 6, dtype=torch.float64)
+    layers = randomised(Chain(Affine(6), CircularConvolution(6)))
+    x = torch.randn(5, 6, dtype=torch.float64)
     d, log_gain, phase = (
         layers.transforms[0].source.log_scale[0].exp(),
         *(p[0] for p in layers.transforms[1].parameters()),
@@ -216,7 +225,8 @@ def test_multiplication_and_convolution():
 def test_identity_at_the_start(kind):
     x = torch.randn(50, 6)
     y, log_det = kind(6, 2).forward(x) if kind is not SLog else kind(6, 2, alpha=1e-12).forward(x)
-    assert torch.allclose(y, x, atol=1e-6) and torch.allclose(log_det, torch.zeros(50), atol=1e-6)
+    assert torch.allclose(y, x, atol=1e-6)
+    assert torch.allclose(log_det, torch.zeros(50), atol=1e-6)
 
 
 def test_what_is_refused():
@@ -251,9 +261,8 @@ def test_gate_in_extended_precision(scale):
                 )  # beyond, numbers lose digits
         assert near(log_det, -mpmath.fsum(terms))
     back, minus = gate.inverse(y)
-    assert torch.allclose(gate.forward(back)[0], y, rtol=1e-10, atol=0) and torch.allclose(
-        minus, -log_det, rtol=1e-10
-    )
+    assert torch.allclose(gate.forward(back)[0], y, rtol=1e-10, atol=0)
+    assert torch.allclose(minus, -log_det, rtol=1e-10)
 
 
 def test_gate_at_zero_and_far_out():
@@ -261,12 +270,12 @@ def test_gate_at_zero_and_far_out():
     for value in (0.0, -0.0, 1e-300, 1e6, -1e6, 1e300):
         x = torch.tensor([value], dtype=torch.float64)
         (slope,) = jacrev(lambda x: gate.forward(x)[0])(x)
-        assert slope.isfinite() and torch.allclose(slope.log(), gate.forward(x)[1].detach(), atol=1e-12)
+        assert slope.isfinite()
+        assert torch.allclose(slope.log(), gate.forward(x)[1].detach(), atol=1e-12)
         assert jacrev(lambda x: gate.inverse(x)[0])(x / (1 + x.abs())).isfinite().all()
     x = torch.linspace(-50, 50, 1001)[:, None].double()
-    assert (gate.forward(x)[0].diff(dim=0) > 0).all() and torch.equal(
-        gate.forward(-x)[0], -gate.forward(x)[0]
-    )
+    assert (gate.forward(x)[0].diff(dim=0) > 0).all()
+    assert torch.equal(gate.forward(-x)[0], -gate.forward(x)[0])
 
 
 # The data-adaptive coupling
@@ -279,7 +288,8 @@ def test_adaptive_filter_in_extended_precision(n, scale, digits):
     theta = scale * torch.randn(n, 3, dtype=torch.float64)
     _, log_slopes = Convolve().push(torch.randn(n, dtype=torch.float64), theta)
     with mpmath.workdps(digits):
-        log_d, packed = exact(theta[:, 1]), exact(theta[:, 2])
+        log_d = exact(theta[:, 1])
+        packed = exact(theta[:, 2])
         expected = determinant(
             [
                 [v * mpmath.exp(d) for v, d in zip(row, log_d, strict=True)]
@@ -295,14 +305,15 @@ def test_adaptive_coupling_keeps_convolves_and_adapts():
     at, elsewhere = (
         jacrev(lambda z: conf.forward(z)[0])(z + shift).detach() for shift in (0.0, torch.arange(10) % 2)
     )
-    kept, moved = torch.arange(1, 10, 2), torch.arange(0, 10, 2)
+    kept = torch.arange(1, 10, 2)
+    moved = torch.arange(0, 10, 2)
     assert torch.equal(at[kept], torch.eye(10, dtype=torch.float64)[kept])
     for matrix in (at, elsewhere):
         block = matrix[moved][:, moved]
         block = block / block.sum(0)  # the sum of a filter is the same in every column
-        assert (block.diagonal() != block[0, 1]).all() and all(
-            torch.allclose(block[:, k].roll(-k), block[:, 0]) for k in range(5)
-        )
+        assert (block.diagonal() != block[0, 1]).all()
+        for k in range(5):
+            assert torch.allclose(block[:, k].roll(-k), block[:, 0])
     assert not torch.allclose(at[moved][:, moved], elsewhere[moved][:, moved], atol=1e-3)
 
 
@@ -326,17 +337,17 @@ def test_many_draws(kind, draws, dtype, scale):
             context = context.clamp(-limit, limit)
         y, log_det = transform.forward(x, context)
         back, minus = transform.inverse(y, context)
-        assert (
-            all(t.isfinite().all() for t in (y, log_det, back, minus))
-            and (log_det.abs() <= 6 * 5 * (1 + 1e-5) + (kind is SLog) * 1e3).all()
-        )
+        for t in (y, log_det, back, minus):
+            assert t.isfinite().all()
+        assert (log_det.abs() <= 6 * 5 * (1 + 1e-5) + (kind is SLog) * 1e3).all()
         if kind is SLog:
             continue  # elementwise and increasing
         matrices = vmap(jacrev(lambda x, c, transform=transform: transform.forward(x, c)[0]))(
             x[:500].double(), context[:500].double()
         )
         sign, expected = torch.linalg.slogdet(matrices)
-        assert (sign == 1).all() and torch.allclose(
+        assert (sign == 1).all()
+        assert torch.allclose(
             log_det[:500].double(),
             expected,
             rtol=1e-4 if dtype == torch.float32 else 1e-9,
@@ -351,9 +362,7 @@ def test_many_draws_of_adaptive_couplings(draws, dtype, scale):
     "Networks of their own in every draw; the filter's and the scales' logarithms within +-5."
     conf = ConvolutionCoupling(5, 2, hidden=(6,), activation="tanh", max_log_scale=5.0).to(dtype)
     y, log_det = over_draws(conf, tensors_of(conf, draws, scale, dtype), torch.randn(draws, 5, dtype=dtype))
-    assert (
-        y.isfinite().all()
-        and log_det.isfinite().all()
-        and (log_det.abs() <= 2 * 2 * 3 * 5 * (1 + 1e-5)).all()
-        and log_det.std() > 1
-    )
+    assert y.isfinite().all()
+    assert log_det.isfinite().all()
+    assert (log_det.abs() <= 2 * 2 * 3 * 5 * (1 + 1e-5)).all()
+    assert log_det.std() > 1

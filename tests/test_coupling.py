@@ -38,7 +38,8 @@ def jacobian(transform, z):
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (6,), (3, 4), (1, 3, 3), (4, 2, 3)])
 def test_masks_are_what_they_say(shape):
-    entries, size = list(itertools.product(*map(range, shape))), math.prod(shape)
+    entries = list(itertools.product(*map(range, shape)))
+    size = math.prod(shape)
     assert _conditioning_entries("half", size, shape).tolist() == [i < size // 2 for i in range(size)]
     assert _conditioning_entries("checkerboard", size, shape).tolist() == [
         sum(entry[-2:]) % 2 == 1 for entry in entries
@@ -54,14 +55,15 @@ def test_masks_are_what_they_say(shape):
 @each_mask
 def test_layers_alternate(mask, dim, shape):
     transform = AdditiveCoupling(dim, 5, mask=mask, shape=shape, hidden=())
-    order, back = transform.order, transform.back
+    order = transform.order
+    back = transform.back
     chosen = _conditioning_entries(mask, dim, shape)
     kept = int(chosen.sum())
-    assert torch.equal(order.gather(1, back), torch.arange(dim).expand(5, -1)) and torch.equal(
-        back.gather(1, order), torch.arange(dim).expand(5, -1)
-    )
+    assert torch.equal(order.gather(1, back), torch.arange(dim).expand(5, -1))
+    assert torch.equal(back.gather(1, order), torch.arange(dim).expand(5, -1))
     for k in range(5):
-        assert torch.equal(order[k], order[k % 2]) and torch.equal(order[k].flip(0), order[1 - k % 2])
+        assert torch.equal(order[k], order[k % 2])
+        assert torch.equal(order[k].flip(0), order[1 - k % 2])
     assert set(order[0, :kept].tolist()) == set(chosen.nonzero().flatten().tolist())
     if 2 * kept == dim:
         assert set(order[1, :kept].tolist()) == set((~chosen).nonzero().flatten().tolist())
@@ -70,7 +72,8 @@ def test_layers_alternate(mask, dim, shape):
 @each_mask
 @pytest.mark.parametrize("law", [Shift(), ScaleShift(), Gate()], ids=lambda law: type(law).__name__)
 def test_jacobian_has_exact_zeros_where_the_mask_says_so(mask, dim, shape, law):
-    z, chosen = torch.randn(dim, dtype=torch.float64), _conditioning_entries(mask, dim, shape)
+    z = torch.randn(dim, dtype=torch.float64)
+    chosen = _conditioning_entries(mask, dim, shape)
     matrix = jacobian(moved(Coupling(dim, law, mask=mask, shape=shape, hidden=(7,), activation="tanh")), z)
     assert torch.equal(matrix[chosen], EYE[dim][chosen])  # kept entries
     others = matrix[~chosen]
@@ -88,13 +91,15 @@ def test_second_layer_keeps_the_other_end(mask, dim, shape):
     diagonal entry.
     """
     transform = moved(AffineCoupling(dim, 2, mask=mask, shape=shape, hidden=(7,), activation="tanh"))
-    matrix, kept = jacobian(transform, torch.randn(dim, dtype=torch.float64)), transform.kept
+    matrix = jacobian(transform, torch.randn(dim, dtype=torch.float64))
+    kept = transform.kept
     conditions = set(transform.order[:, :kept].flatten().tolist())
     for i in range(dim):
         others = torch.cat([matrix[:i, i], matrix[i + 1 :, i]])
         assert (others != 0).any() if i in conditions else (others == 0).all()
     if kept:
-        assert len(conditions) == 2 * kept and (matrix.diagonal() != 1).any()
+        assert len(conditions) == 2 * kept
+        assert (matrix.diagonal() != 1).any()
 
 
 @pytest.mark.parametrize("hidden", [(), (3,), (4, 6)])
@@ -117,7 +122,8 @@ def test_what_is_refused():
     def message(*words, **options):
         with pytest.raises(ValueError) as raised:
             AffineCoupling(**options)
-        assert all(word in str(raised.value) for word in words), raised.value
+        for word in words:
+            assert word in str(raised.value), raised.value
 
     message("mask", "half, checkerboard, channel", dim=4, mask="halves")
     message("shape=(2, 3)", "dim=4", dim=4, shape=(2, 3))
@@ -139,11 +145,13 @@ def test_what_is_refused():
 
 def test_laws_start_where_they_say():
     bias = Coupling(6, Gate(), 2, hidden=(32,)).source.bias_1.view(2, 3, 2)
-    assert (bias[..., 1] - 1.5).abs().max() < 0.1 > bias[..., 0].abs().max() and bias[..., 0].any()
+    assert (bias[..., 1] - 1.5).abs().max() < 0.1 > bias[..., 0].abs().max()
+    assert bias[..., 0].any()
 
 
 def test_additive_coupling_preserves_volume():
-    transform, z = moved(AdditiveCoupling(5, 4), 10.0), torch.randn(20, 5, dtype=torch.float64)
+    transform = moved(AdditiveCoupling(5, 4), 10.0)
+    z = torch.randn(20, 5, dtype=torch.float64)
     assert transform.forward(z)[1].count_nonzero() == 0 == transform.inverse(z)[1].count_nonzero()
 
 
@@ -151,17 +159,14 @@ def test_additive_coupling_preserves_volume():
 def test_conditioned_on_what_is_kept_and_on_the_context(dim, context_dim):
     "Values may lack the batch axis that a context has."
     transform = moved(AffineCoupling(dim, 3, context_dim, hidden=(8,)))
-    z, context = (
-        torch.randn(dim, dtype=torch.float64),
-        None if context_dim is None else torch.randn(6, C, dtype=torch.float64),
-    )
+    z = torch.randn(dim, dtype=torch.float64)
+    context = None if context_dim is None else torch.randn(6, C, dtype=torch.float64)
     y, log_det = transform.forward(z, context)
-    assert y.shape == ((dim,) if context_dim is None else (6, dim)) and log_det.shape == y.shape[:-1]
+    assert y.shape == ((dim,) if context_dim is None else (6, dim))
+    assert log_det.shape == y.shape[:-1]
     if context_dim is not None:
-        assert (
-            torch.allclose(y, transform.forward(z.expand(6, -1), context)[0])
-            and len(set(log_det.tolist())) == 6
-        )
+        assert torch.allclose(y, transform.forward(z.expand(6, -1), context)[0])
+        assert len(set(log_det.tolist())) == 6
         assert torch.allclose(
             transform.inverse(z, context)[0], transform.inverse(z.expand(6, -1), context)[0]
         )
@@ -174,7 +179,9 @@ def in_extended_precision(transform, z, context):
         def read(name, i):
             return mpmath.matrix(exact(getattr(transform.source, f"{name}_{i}")[0]))
 
-        order, kept, last = transform.order[0].tolist(), transform.kept, len(transform.hidden)
+        order = transform.order[0].tolist()
+        kept = transform.kept
+        last = len(transform.hidden)
         z = exact(z[order])
         act = {"relu": lambda v: max(v, mpmath.mpf(0)), "tanh": mpmath.tanh}[transform.activation]
         h = mpmath.matrix(z[:kept])
@@ -201,7 +208,8 @@ def test_against_extended_precision(scale, options):
         transform = moved(
             AffineCoupling(5, 1, C, hidden=(6, 6), mask=("half", "checkerboard")[draw % 2], **options), scale
         )
-        z, context = torch.randn(5, dtype=torch.float64) / scale, torch.randn(C, dtype=torch.float64) / scale
+        z = torch.randn(5, dtype=torch.float64) / scale
+        context = torch.randn(C, dtype=torch.float64) / scale
         y, log_det = transform.forward(z, context)
         values, expected = in_extended_precision(transform, z, context)
         assert near(log_det, expected)
@@ -222,11 +230,9 @@ def test_many_draws(draws, dtype, scale):
     drawn = tensors_of(bounded, draws, scale, dtype)
     for transform, parameters in ((bounded, drawn), (free, within_five(drawn))):
         y, log_det = over_draws(transform, parameters, z)
-        assert (
-            y.isfinite().all()
-            and log_det.isfinite().all()
-            and (log_det.abs() <= 3 * 3 * 5 * (1 + 1e-5)).all()
-        )
+        assert y.isfinite().all()
+        assert log_det.isfinite().all()
+        assert (log_det.abs() <= 3 * 3 * 5 * (1 + 1e-5)).all()
         assert log_det.std() > 1  # and the draws are spread over it
 
 
@@ -234,7 +240,8 @@ def within_five(drawn):
     """The same draws, the weights and biases that make log-scales divided so that `|s| <= 5` for
     hidden units within +-1.
     """
-    weight, bias = drawn["source.weight_2"], drawn["source.bias_2"]
+    weight = drawn["source.weight_2"]
+    bias = drawn["source.bias_2"]
     size = weight.abs().sum(-2) + bias.abs()
     factor = torch.where(torch.arange(6) % 2 == 1, 5 / size, torch.ones_like(size))
     return drawn | {"source.weight_2": weight * factor[..., None, :], "source.bias_2": bias * factor}
@@ -259,10 +266,8 @@ def test_a_mixed_stack_is_the_chain_of_mixes_and_couplings(mix, dim):
     stack = AdditiveCoupling(dim, 4, mix=mix, hidden=(8,)).double()
     parts = []
     for k in range(4):
-        fixed, layer = (
-            {"perm": Permutation, "ortho": Orthogonal}[mix](dim).double(),
-            AdditiveCoupling(dim, hidden=(8,)).double(),
-        )
+        fixed = {"perm": Permutation, "ortho": Orthogonal}[mix](dim).double()
+        layer = AdditiveCoupling(dim, hidden=(8,)).double()
         with torch.no_grad():
             if mix == "ortho":
                 fixed.q.copy_(stack.matrix[k : k + 1])
@@ -273,11 +278,9 @@ def test_a_mixed_stack_is_the_chain_of_mixes_and_couplings(mix, dim):
         parts += [fixed, layer]
     z = torch.randn(50, dim, dtype=torch.float64)
     y, log_det = stack.forward(z)
-    assert (
-        torch.allclose(y, Chain(*parts).forward(z)[0])
-        and not log_det.any()
-        and torch.allclose(stack.inverse(y)[0], z)
-    )
+    assert torch.allclose(y, Chain(*parts).forward(z)[0])
+    assert not log_det.any()
+    assert torch.allclose(stack.inverse(y)[0], z)
 
 
 def test_what_is_no_mix():

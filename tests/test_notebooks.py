@@ -47,11 +47,13 @@ SHOWS = [
 def test_is_clean(path):
     book = json.loads(path.read_text())
     ids = [cell.get("id") for cell in book["cells"]]
-    assert all(ids) and len(set(ids)) == len(ids), "every cell has an id of its own"
+    assert all(ids), "every cell has an id of its own"
+    assert len(set(ids)) == len(ids), "every cell has an id of its own"
     for cell in book["cells"]:
         assert set(cell["metadata"]) <= {"tags"}, "cells carry no metadata but tags"
         if cell["cell_type"] == "code":
-            assert not cell["outputs"] and cell["execution_count"] is None, "no outputs in the source"
+            assert not cell["outputs"], "no outputs in the source"
+            assert cell["execution_count"] is None, "no outputs in the source"
     assert path.read_text() == json.dumps(book, sort_keys=True, indent=1, ensure_ascii=False) + "\n", (
         "as nbdev writes it"
     )
@@ -65,13 +67,17 @@ def test_is_of_one_kind(path):
     parameters = [cell for cell in code if "parameters" in tags(cell)]
     default_exp = [cell for cell in code if re.search(r"^#\|\s*default_exp", source(cell), re.M)]
     if path.name == "index.ipynb":
-        assert not exports and not parameters
+        assert not exports
+        assert not parameters
     elif parameters:
-        assert len(parameters) == 1 and not exports and not default_exp
+        assert len(parameters) == 1
+        assert not exports
+        assert not default_exp
     elif exports:
         assert len(default_exp) == 1
     else:
-        assert not default_exp and any(re.search(r"\bassert\b", source(cell)) for cell in code)
+        assert not default_exp
+        assert any(re.search(r"\bassert\b", source(cell)) for cell in code)
 
 
 def check_size(text):
@@ -99,7 +105,8 @@ def test_is_written_to_be_read(path):
     asserting = sum(bool(re.search(r"\bassert\b|expect_fail", text)) for text in code)
     assert asserting >= 0.5 * len(exports), f"{len(exports)} export cells, {asserting} cells that assert"
     first = cells(path)[0]
-    assert first["cell_type"] == "markdown" and source(first).startswith("# "), "begins with a title"
+    assert first["cell_type"] == "markdown", "begins with a title"
+    assert source(first).startswith("# "), "begins with a title"
 
 
 DRAWS = r"torch\.(rand|randn|randperm|randint|bernoulli)\b|\b(Flow|Trainer|VAE|MLP|Planar)\("
@@ -149,7 +156,8 @@ def imports_of(text):
 
 def forward_imports(pages, modules):
     """`(page, later page)` for exported code that imports from a page further on."""
-    place, wrong = {path: i for i, path in enumerate(pages)}, []
+    place = {path: i for i, path in enumerate(pages)}
+    wrong = []
     for path in pages:
         exported = "\n".join(source(cell) for cell in cells(path) if is_export(cell))
         later = {modules[name] for name in imports_of(exported) if name in modules}
@@ -249,7 +257,8 @@ def test_a_page_that_fails_is_named(tmp_path):
         text=True,
         timeout=100,
     )
-    assert done.returncode and done.stderr.strip().endswith(str(bad))
+    assert done.returncode
+    assert done.stderr.strip().endswith(str(bad))
 
 
 def test_settings_of_notebook_tools():
@@ -274,4 +283,5 @@ def test_readme_is_that_of_the_index():
 
     committed = (ROOT / "README.md").read_text()
     assert without_outputs(readme()).split() == without_outputs(committed).split(), "run make readme"
-    assert "make test" in committed and "smoke |" not in committed
+    assert "make test" in committed
+    assert "smoke |" not in committed

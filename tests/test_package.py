@@ -85,10 +85,8 @@ def test_front_door(name):
 def test_version():
     assert normflow_vi.__version__ in (ROOT / "CHANGELOG.md").read_text()
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert (
-        settings["project"]["dynamic"] == ["version"]
-        and settings["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "normflow_vi.__version__"
-    )
+    assert settings["project"]["dynamic"] == ["version"]
+    assert settings["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "normflow_vi.__version__"
 
 
 def test_lock():
@@ -97,9 +95,8 @@ def test_lock():
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line and not line.startswith("#")
     ]
-    assert "torch==2.13.0" in lines and all(
-        "==" in line and "://" not in line and "+" not in line for line in lines
-    )
+    assert "torch==2.13.0" in lines
+    assert all("==" in line and "://" not in line and "+" not in line for line in lines)
 
 
 # The folders of the package are its floors, the lowest first; a module outside a folder stands on a

@@ -51,11 +51,13 @@ def softplus(x):
 def radial_in_extended_precision(z, z0, a, b, constraint):
     "log|det| from the formulas of the paper, its brackets as they are printed."
     with mpmath.workdps(60):
-        a, b = exact(a), exact(b)
+        a = exact(a)
+        b = exact(b)
         alpha = softplus(a) + FLOOR
         beta = -alpha + softplus(a + b if constraint == "identity" else b) + FLOOR
         r = mpmath.norm([x - x0 for x, x0 in zip(exact(z), exact(z0), strict=True)])
-        h, slope = 1 / (alpha + r), -1 / (alpha + r) ** 2
+        h = 1 / (alpha + r)
+        slope = -1 / (alpha + r) ** 2
         return (len(z) - 1) * mpmath.log(1 + beta * h) + mpmath.log(1 + beta * h + beta * slope * r)
 
 
@@ -74,16 +76,22 @@ def test_radial_against_extended_precision(constraint, scale, dim):
 def sylvester_in_extended_precision(z, v, square, diagonal, b, constraint):
     "log|det(I + Q R diag(h') R_tilde Q^T)|, the whole D x D determinant."
     with mpmath.workdps(60):
-        dim, units = len(z), len(b)
+        dim = len(z)
+        units = len(b)
         q = mpmath.eye(dim)
         for x in map(mpmath.matrix, exact(v)):
             q = (mpmath.eye(dim) - 2 * x * x.T / (x.T * x)[0]) * q
-        q, square, diagonal = q[:, :units], mpmath.matrix(exact(square)), exact(diagonal)
-        r, r_tilde = mpmath.zeros(units), mpmath.zeros(units)
+        q = q[:, :units]
+        square = mpmath.matrix(exact(square))
+        diagonal = exact(diagonal)
+        r = mpmath.zeros(units)
+        r_tilde = mpmath.zeros(units)
         for i in range(units):
             for j in range(i + 1, units):
-                r[i, j], r_tilde[i, j] = square[i, j], square[j, i]
-            free, other = square[i, i], diagonal[i]
+                r[i, j] = square[i, j]
+                r_tilde[i, j] = square[j, i]
+            free = square[i, i]
+            other = diagonal[i]
             r[i, i] = (
                 mpmath.tanh(free)
                 if constraint == "paper"
@@ -128,7 +136,8 @@ def test_determinant_never_changes_sign(name, draws, dtype, scale):
     transform, context = many(name, 5, draws, scale, dtype)
     tensors = transform.prepare(**transform.source(context, dtype))
     for factor in ("alpha", "m") if "radial" in name else ("slope",):
-        assert tensors[factor].isfinite().all() and (tensors[factor] >= 0).all()
+        assert tensors[factor].isfinite().all()
+        assert (tensors[factor] >= 0).all()
         assert (
             (tensors[factor] > 0).all() or name == "sylvester-paper" and scale == 100
         )  # there 1 + tanh(300) tanh(-300) underflows
@@ -137,7 +146,8 @@ def test_determinant_never_changes_sign(name, draws, dtype, scale):
     )
     for z in points:
         y, log_det = transform.forward(z, context)
-        assert y.isfinite().all() and log_det.isfinite().all()
+        assert y.isfinite().all()
+        assert log_det.isfinite().all()
 
 
 @every
@@ -171,11 +181,15 @@ def test_inverse_is_as_good_as_the_digits_of_z(name, scale):
         return tensors[key].flatten(1).norm(dim=-1)
 
     if "radial" in name:
-        last_digit, steep = z.norm(dim=-1) + size("z0"), 1 + tensors["m"] / tensors["alpha"]
+        last_digit = z.norm(dim=-1) + size("z0")
+        steep = 1 + tensors["m"] / tensors["alpha"]
     else:
-        last_digit, steep = z.norm(dim=-1) + size("r") + size("b"), 1 + size("r") * size("r_tilde")
+        last_digit = z.norm(dim=-1) + size("r") + size("b")
+        steep = 1 + size("r") * size("r_tilde")
     allowed = 1e-10 * (1 + y.norm(dim=-1)) + 1e-15 * last_digit * steep
-    assert z.isfinite().all() and minus.isfinite().all() and ((again - y).norm(dim=-1) <= allowed).all()
+    assert z.isfinite().all()
+    assert minus.isfinite().all()
+    assert ((again - y).norm(dim=-1) <= allowed).all()
 
 
 # The centre of a radial layer
@@ -189,7 +203,8 @@ def test_radial_at_its_centre(dim, dtype):
     """
     transform, context = many("radial", dim, 50, 2.0, dtype)
     tensors = transform.prepare(**transform.source(context, dtype))
-    centre, ratio = tensors["z0"][:, 0].detach(), (tensors["m"] / tensors["alpha"])[:, 0].detach()
+    centre = tensors["z0"][:, 0].detach()
+    ratio = (tensors["m"] / tensors["alpha"])[:, 0].detach()
     jacobian = vmap(jacrev(lambda z, c: transform.forward(z, c)[0]))(centre, context)
     torch.testing.assert_close(jacobian, ratio[:, None, None] * torch.eye(dim, dtype=dtype))
     torch.testing.assert_close(transform.forward(centre, context)[1], dim * ratio.log())
@@ -211,7 +226,8 @@ def test_radial_at_its_centre(dim, dtype):
 def test_radial_gradients_are_finite_close_to_the_centre():
     for size in (1e-300, 1e-160, 1e-30, 1e-8):
         z = torch.full((3,), size, dtype=torch.float64)
-        assert grad(_norm)(z).isfinite().all() and grad(_norm)(z).norm() <= 1.001
+        assert grad(_norm)(z).isfinite().all()
+        assert grad(_norm)(z).norm() <= 1.001
         assert _norm(z) == pytest.approx(size * math.sqrt(3), rel=1e-6, abs=1e-150)
 
 
@@ -231,15 +247,17 @@ def test_the_radius_has_all_its_digits_and_slopes():
     alpha, m, t = (torch.tensor(v, dtype=torch.float64) for v in (1.0, [1e4, 1e8, 1e12], [1e-3, 1.0, 10.0]))
     r = _solve_radius(t, alpha, m)
     assert torch.allclose(r * (r + m) / (r + alpha), t, rtol=1e-14)
-    at, slope = torch.ones((), dtype=torch.float64), lambda t: _solve_radius(t, 2 * alpha, alpha)
+    at = torch.ones((), dtype=torch.float64)
+
+    def slope(t):
+        return _solve_radius(t, 2 * alpha, alpha)
+
     assert abs(grad(slope)(at) - (slope(at + 1e-6) - slope(at - 1e-6)) / 2e-6) < 1e-8
 
 
 def test_layers_start_at_the_size_that_they_document():
-    assert (
-        abs(Radial(400, 50).source.z0.std() * 20 - 1) < 0.05
-        and (_positive_lengths(*(Radial(2).source()[n] for n in "ab"), "identity")[0] - 1).abs() < 1e-6
-    )
+    assert abs(Radial(400, 50).source.z0.std() * 20 - 1) < 0.05
+    assert (_positive_lengths(*(Radial(2).source()[n] for n in "ab"), "identity")[0] - 1).abs() < 1e-6
     for tensor, size in (
         (Planar(8, 50).source.u, 0.5),
         (Planar(8, 50).source.w, 0.5),
@@ -256,10 +274,8 @@ def test_radial_far_away_moves_by_beta():
     beta = math.log1p(math.exp(2)) - 1
     z = transform.source.z0.detach() + 1e9 * torch.eye(3, dtype=torch.float64)
     y, log_det = transform.forward(z)
-    assert (
-        torch.allclose((y - z).norm(dim=-1), torch.full((3,), beta, dtype=torch.float64), atol=1e-6)
-        and log_det.abs().max() < 1e-7
-    )
+    assert torch.allclose((y - z).norm(dim=-1), torch.full((3,), beta, dtype=torch.float64), atol=1e-6)
+    assert log_det.abs().max() < 1e-7
 
 
 # Sylvester
@@ -278,14 +294,14 @@ def test_columns_are_orthonormal(shape, scale):
 
 
 def test_how_many_units_there_are_unless_told():
-    assert [Sylvester(dim).bottleneck for dim in (3, 20)] == [3, 8] and [
-        Sylvester(dim, kind="householder").reflections for dim in (3, 20)
-    ] == [3, 8]
+    assert [Sylvester(dim).bottleneck for dim in (3, 20)] == [3, 8]
+    assert [Sylvester(dim, kind="householder").reflections for dim in (3, 20)] == [3, 8]
 
 
 def test_one_unit_is_a_planar_layer():
     transform = Sylvester(3, 2, bottleneck=1).double()
-    z, tensors = torch.randn(20, 3, dtype=torch.float64), transform.prepare(**transform.source())
+    z = torch.randn(20, 3, dtype=torch.float64)
+    tensors = transform.prepare(**transform.source())
     layers = [
         {"u_hat": A[:, 0], "w": B[0], "b": b[0]}
         for A, B, b in zip(tensors["A"], tensors["B"], tensors["b"], strict=True)

@@ -25,7 +25,8 @@ def each(turn):
 @pytest.mark.parametrize("dim", [1, 2, 7, 40])
 def test_against_numpy(mix, dim):
     "Values and inverse of eighty layers by numpy, point by point."
-    layers, half = TanhCoupling(dim, 80, mix=mix).double(), dim // 2
+    layers = TanhCoupling(dim, 80, mix=mix).double()
+    half = dim // 2
     us, ws, bs = (layers.source()[name].detach().numpy() for name in ("u", "w", "b"))
     z = torch.randn(20, dim, dtype=torch.float64)
     expected = z.numpy().copy()
@@ -33,30 +34,25 @@ def test_against_numpy(mix, dim):
         expected = expected @ Q.T
         expected[:, half:] += np.tanh(expected[:, :half] @ w + b)[:, None] * u
     y, log_det = layers.forward(z)
-    assert np.allclose(y.detach().numpy(), expected, atol=1e-10) and torch.allclose(
-        layers.inverse(y)[0], z, atol=1e-11
-    )
+    assert np.allclose(y.detach().numpy(), expected, atol=1e-10)
+    assert torch.allclose(layers.inverse(y)[0], z, atol=1e-11)
     assert torch.equal(log_det, torch.zeros(20, dtype=torch.float64))
 
 
 def test_mixes_are_permutations_other_than_the_identity():
     for Q in each(_multiply_mixes("perm", 50, 3)):
-        assert (
-            np.isin(Q, (0, 1)).all()
-            and (Q.sum(0) == 1).all()
-            and (Q.sum(1) == 1).all()
-            and not np.array_equal(Q, np.eye(3))
-        )
+        assert np.isin(Q, (0, 1)).all()
+        assert (Q.sum(0) == 1).all()
+        assert (Q.sum(1) == 1).all()
+        assert not np.array_equal(Q, np.eye(3))
 
 
 def test_rotations_are_uniform():
     "Of `Q_k`, not only of their products: both signs of the determinant, and `E Q_11^4 = 3 / (D (D + 2))`."
     Q = np.stack(each(_multiply_mixes("ortho", 4000, 3)))
     fourth = Q[:, 0, 0] ** 4
-    assert (
-        abs((np.linalg.det(Q) > 0).mean() - 0.5) < 4 * 0.5 / 4000**0.5
-        and abs(fourth.mean() - 3 / 15) < 4 * fourth.std() / 4000**0.5
-    )
+    assert abs((np.linalg.det(Q) > 0).mean() - 0.5) < 4 * 0.5 / 4000**0.5
+    assert abs(fourth.mean() - 3 / 15) < 4 * fourth.std() / 4000**0.5
 
 
 @mixes
@@ -72,7 +68,8 @@ def test_single_precision(mix, size):
     narrow.load_state_dict(wide.state_dict())
     wide.load_state_dict(narrow.state_dict())
     z = torch.randn(200, 40)
-    found, expected = [], []
+    found = []
+    expected = []
     for layers, points, into in ((narrow, z, found), (wide, z.double(), expected)):
         y, log_det = layers.forward(points)
         assert not log_det.any()
@@ -83,13 +80,13 @@ def test_single_precision(mix, size):
 
 
 def test_the_mix_comes_back_with_the_model():
-    one, other = TanhCoupling(30, 2), TanhCoupling(30, 2)
+    one = TanhCoupling(30, 2)
+    other = TanhCoupling(30, 2)
     assert not torch.equal(one.turn, other.turn)
     other.load_state_dict(one.state_dict())
     z = torch.randn(5, 30)
-    assert torch.equal(one.forward(z)[0], other.forward(z)[0]) and [
-        name for name, _ in one.named_parameters()
-    ] == ["source.u", "source.w", "source.b"]
+    assert torch.equal(one.forward(z)[0], other.forward(z)[0])
+    assert [name for name, _ in one.named_parameters()] == ["source.u", "source.w", "source.b"]
 
 
 @pytest.mark.parametrize(
