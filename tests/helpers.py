@@ -19,6 +19,11 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 many_draws = pytest.mark.parametrize("draws", [2000, pytest.param(100_000, marks=pytest.mark.full)])
 
 
+def normals(*sizes):
+    "Standard normals in double precision."
+    return torch.randn(*sizes, dtype=torch.float64)
+
+
 def plant(monkeypatch, place, found, wrong):
     """Replace the piece `found` of the source of a function by `wrong`, wherever the function is in use.
 
@@ -67,14 +72,11 @@ def emitting(make, draws, scale, dtype, **given):
     """A layer `make(context_dim)` whose head passes on its context, and such a context: a draw of
     its tensors a row, `scale` times standard normals but for those `given`.
     """
-    initial = make(None).initial()
-    context = torch.cat(
-        [
-            given.get(name, scale * torch.randn(draws, *value.shape, dtype=dtype)).flatten(1)
-            for name, value in initial.items()
-        ],
-        1,
-    )
+    parts = []
+    for name, value in make(None).initial().items():
+        drawn = scale * torch.randn(draws, *value.shape, dtype=dtype)
+        parts.append(given.get(name, drawn).flatten(1))
+    context = torch.cat(parts, 1)
     transform = make(context.shape[1]).to(dtype).eval()
     with torch.no_grad():
         transform.source.linear.weight.copy_(torch.eye(context.shape[1]) / transform.head_scale)

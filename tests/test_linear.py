@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.func import functional_call, stack_module_state, vmap
 
-from helpers import CASE, caught, dtypes, emitting, exact, many_draws, moved, near, scales
+from helpers import CASE, caught, dtypes, emitting, exact, many_draws, moved, near, normals, scales
 from normflow_vi.engine.optimizer import Optimizer
 from normflow_vi.engine.trainer import Trainer
 from normflow_vi.flows import Flow
@@ -35,15 +35,15 @@ def layer(transform, *names):
 def test_prelu_against_extended_precision(scale):
     for _ in range(20):
         transform = CASE["prelu"].draw(4, length=1, scale=scale)
-        z = 3 * torch.randn(4, dtype=torch.float64)
+        z = 3 * normals(4)
         y, log_det = transform.forward(z)
         with mpmath.workdps(50):
             (log_alpha,) = layer(transform, "log_alpha")
-            expected = [mpmath.exp(a) * v if v < 0 else v for a, v in zip(log_alpha, exact(z), strict=True)]
-            assert near(
-                log_det,
-                mpmath.log(mpmath.fprod(mpmath.exp(a) for a, v in zip(log_alpha, z, strict=True) if v < 0)),
-            )
+            slopes = []
+            for a, v in zip(log_alpha, exact(z), strict=True):
+                slopes.append(mpmath.exp(a) if v < 0 else mpmath.mpf(1))
+            expected = [s * v for s, v in zip(slopes, exact(z), strict=True)]
+            assert near(log_det, mpmath.log(mpmath.fprod(slopes)))
             assert near(y, expected, 1e-12 * scale)
 
 
@@ -51,16 +51,14 @@ def test_prelu_against_extended_precision(scale):
 def test_batchnorm_against_extended_precision(scale):
     for _ in range(20):
         transform = CASE["batchnorm"].draw(4, length=1, scale=scale)
-        z = 3 * torch.randn(4, dtype=torch.float64)
+        z = 3 * normals(4)
         y, log_det = transform.forward(z)
         with mpmath.workdps(50):
             log_gamma, beta = layer(transform, "log_gamma", "beta")
             mean = exact(transform.running_mean[0])
             var = exact(transform.running_var[0])
-            slopes = [
-                mpmath.exp(g) / mpmath.sqrt(v + mpmath.mpf(transform.eps))
-                for g, v in zip(log_gamma, var, strict=True)
-            ]
+            eps = mpmath.mpf(transform.eps)
+            slopes = [mpmath.exp(g) / mpmath.sqrt(v + eps) for g, v in zip(log_gamma, var, strict=True)]
             expected = [b + s * (v - m) for b, s, v, m in zip(beta, slopes, exact(z), mean, strict=True)]
             assert near(log_det, mpmath.log(mpmath.fprod(slopes)))
             assert near(y, expected, 1e-12 * scale)
@@ -71,35 +69,34 @@ def test_plu_against_the_determinant_in_extended_precision(scale):
     "Entries from exp(-300) to exp(300): elimination needs many more digits than 50."
     for _ in range(5):
         transform = CASE["plu"].draw(4, length=1, scale=scale)
-        z = torch.randn(4, dtype=torch.float64)
+        z = normals(4)
         y, log_det = transform.forward(z)
         with mpmath.workdps(1000):
             lu, bias = layer(transform, "lu", "bias")
-            lower = mpmath.matrix(4, 4)
+            lower = mpmath.eye(4)
             upper = mpmath.matrix(4, 4)
             for i in range(4):
-                for j in range(4):
-                    lower[i, j], upper[i, j] = (
-                        (lu[i][j], 0)
-                        if i > j
-                        else (int(i == j), mpmath.exp(lu[i][j]) if i == j else lu[i][j])
-                    )
+                upper[i, i] = mpmath.exp(lu[i][i])
+                for j in range(i):
+                    lower[i, j] = lu[i][j]
+                    upper[j, i] = lu[j][i]
             product = lower * upper
-            w = mpmath.matrix([[product[i, j] for j in range(4)] for i in transform.order[0].tolist()])
+            w = mpmath.matrix(4, 4)
+            for i, row in enumerate(transform.order[0].tolist()):
+                w[i, :] = product[row, :]
             assert near(log_det, mpmath.log(abs(mpmath.det(w))))
             expected = w * mpmath.matrix(exact(z))
             size = w.apply(abs) * mpmath.matrix(exact(z.abs()))
-            assert all(
-                abs(found - expected[i] - bias[i]) <= 1e-12 * scale * (1 + size[i])
-                for i, found in enumerate(y.tolist())
-            )
+            for i, found in enumerate(y.tolist()):
+                allowed = 1e-12 * scale * (1 + size[i])
+                assert abs(found - expected[i] - bias[i]) <= allowed
 
 
 @scales
 def test_householder_against_extended_precision(scale):
     for M in (1, 3, 6):
         transform = moved(Householder(4, reflections=M), scale)
-        z = torch.randn(4, dtype=torch.float64)
+        z = normals(4)
         with mpmath.workdps(50):
             found = exact(z)
             for v in layer(transform, "v")[0]:
@@ -138,7 +135,7 @@ def test_haar_prefers_no_direction():
 
 
 def test_householder_survives_vectors_that_are_parallel_short_or_zero():
-    v = torch.randn(4, 4, dtype=torch.float64)
+    v = normals(4, 4)
     eye = torch.eye(4, dtype=torch.float64)
     for changed in (
         v[:1] + 1e-8 * v,
@@ -182,19 +179,16 @@ def test_prelu_density_integrates_to_one_orthant_by_orthant(dim, n, context_dim)
     transform = CASE["prelu"].draw(dim, 2, context_dim)
     context = draw_context(1, context_dim)
     mass = 0.0
-    for signs in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * dim).reshape(
-        -1, dim
-    ):
+    sides = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    middles = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    for signs in torch.cartesian_prod(*[sides] * dim).reshape(-1, dim):
         far = transform.forward(9 * signs[None], context)[0][0].detach()  # nine standard deviations out
-        grid = torch.cartesian_prod(
-            *((torch.arange(n, dtype=torch.float64) + 0.5) / n * edge for edge in far)
-        ).reshape(-1, dim)
+        grid = torch.cartesian_prod(*(middles * edge for edge in far)).reshape(-1, dim)
         with torch.no_grad():
             z, log_det = transform.inverse(grid, context)
-        mass += (
-            (log_det - 0.5 * (z * z).sum(-1) - 0.5 * dim * math.log(2 * math.pi)).exp().sum()
-            * (far / n).prod().abs()
-        ).item()
+        log_q = log_det - 0.5 * (z * z).sum(-1) - 0.5 * dim * math.log(2 * math.pi)
+        cell = (far / n).prod().abs()
+        mass += (log_q.exp().sum() * cell).item()
     assert abs(mass - 1) < 1e-3
 
 
@@ -205,12 +199,13 @@ def test_prelu_is_the_identity_on_the_positive_side_for_every_slope():
         with torch.no_grad():
             transform.source.log_alpha.fill_(log_alpha)
         y, log_det = transform.forward(z)
+        back, minus = transform.inverse(z)
         (slope,) = torch.autograd.grad(y.sum() + log_det.sum(), z)
         assert torch.equal(y, z)
         assert log_det.item() == 0
         assert torch.equal(slope, torch.ones(1, 3))
-        assert torch.equal(transform.inverse(z)[0], z)
-        assert transform.inverse(z)[1].item() == 0
+        assert torch.equal(back, z)
+        assert minus.item() == 0
 
 
 # Many draws, as one amortised batch.
@@ -228,12 +223,14 @@ def test_many_draws_are_finite(kind, limit, scale, dtype, draws):
     if limit is None:
         log_scale = log_scale.clamp(-5, 5)
     lu = scale * torch.randn(draws, 1, 5, 5, dtype=dtype)
+    diagonal = torch.diag_embed(lu.diagonal(dim1=-2, dim2=-1))
     given = {
         "log_alpha": log_scale,
         "log_gamma": log_scale,
-        "lu": lu - torch.diag_embed(lu.diagonal(dim1=-2, dim2=-1)) + torch.diag_embed(log_scale),
+        "lu": lu - diagonal + torch.diag_embed(log_scale),
     }
-    transform, context = emitting(lambda c: kind(5, 1, c, max_log_scale=limit), draws, scale, dtype, **given)
+    make = partial(kind, 5, 1, max_log_scale=limit)
+    transform, context = emitting(make, draws, scale, dtype, **given)
     if kind is PLU:
         layers = transform.prepare(**transform.source(context, dtype))
         assert (layers["upper"].diagonal(dim1=-2, dim2=-1) > 0).all()
@@ -251,7 +248,8 @@ def test_many_reflections_keep_lengths(scale, dtype, draws):
     transform, context = emitting(lambda c: Householder(5, 1, c, reflections=3), draws, scale, dtype)
     z = torch.randn(draws, 5, dtype=dtype)
     y, log_det = transform.forward(z, context)
-    q = transform.forward(torch.eye(5, dtype=dtype)[:, None].expand(5, draws, 5), context)[0].movedim(0, -1)
+    axes = torch.eye(5, dtype=dtype)[:, None].expand(5, draws, 5)
+    q = transform.forward(axes, context)[0].movedim(0, -1)
     eps = torch.finfo(dtype).eps
     assert torch.allclose(y.norm(dim=-1), z.norm(dim=-1), rtol=200 * eps)
     assert (torch.linalg.det(q) < 0).all()
@@ -264,7 +262,7 @@ def test_many_reflections_keep_lengths(scale, dtype, draws):
 
 def test_batchnorm_moves_its_running_statistics_towards_those_of_the_batch():
     norm = BatchNorm(3, 2, momentum=0.3).double()
-    batches = 2 + 3 * torch.randn(4, 50, 3, dtype=torch.float64)
+    batches = 2 + 3 * normals(4, 50, 3)
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.normal_()
@@ -273,15 +271,16 @@ def test_batchnorm_moves_its_running_statistics_towards_those_of_the_batch():
     for batch in batches:
         value = batch
         total = 0.0
-        moments = []
+        means = []
+        variances = []
         for gamma, beta in zip(norm.source.log_gamma, norm.source.beta, strict=True):
-            moments.append((value.mean(0), value.var(0, correction=0)))
-            total = total + (gamma - 0.5 * (moments[-1][1] + 1e-5).log()).sum()
-            value = beta + gamma.exp() * (value - moments[-1][0]) / (moments[-1][1] + 1e-5).sqrt()
-        mean, var = (
-            0.7 * old + 0.3 * torch.stack(new)
-            for old, new in zip((mean, var), zip(*moments, strict=True), strict=True)
-        )
+            means.append(value.mean(0))
+            variances.append(value.var(0, correction=0))
+            spread = variances[-1] + 1e-5
+            total = total + (gamma - 0.5 * spread.log()).sum()
+            value = beta + gamma.exp() * (value - means[-1]) / spread.sqrt()
+        mean = 0.7 * mean + 0.3 * torch.stack(means)
+        var = 0.7 * var + 0.3 * torch.stack(variances)
         y, log_det = norm.forward(batch)
         assert torch.allclose(y, value)
         assert torch.allclose(log_det, total.expand(50))
@@ -326,7 +325,7 @@ def test_batchnorm_replaces_its_statistics_so_earlier_graphs_stay_whole():
 
 def test_batchnorm_buffers_keep_their_type():
     norm = BatchNorm(3)
-    y, log_det = norm.forward(torch.randn(20, 3, dtype=torch.float64))
+    y, log_det = norm.forward(normals(20, 3))
     assert y.dtype == log_det.dtype == torch.float64
     assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
     assert "running_var" in norm.state_dict()
@@ -343,7 +342,7 @@ def test_batchnorm_refuses_one_value(shape):
 @pytest.mark.parametrize("context_dim", [None, 4])
 def test_batchnorm_in_training_traces_and_maps_over_runs(context_dim):
     norms = [BatchNorm(3, 2, context_dim).double() for _ in range(3)]
-    z = torch.randn(3, 5, 20, 3, dtype=torch.float64)
+    z = normals(3, 5, 20, 3)
     context = draw_context(20, context_dim)
     parameters, buffers = stack_module_state(norms)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import CASE, caught
+from helpers import CASE, caught, normals
 from normflow_vi.testing.contract import walk
 from normflow_vi.transforms import TanhCoupling
 from normflow_vi.transforms.permutation import polish_rotation
@@ -28,11 +28,12 @@ def test_against_numpy(mix, dim):
     layers = TanhCoupling(dim, 80, mix=mix).double()
     half = dim // 2
     us, ws, bs = (layers.source()[name].detach().numpy() for name in ("u", "w", "b"))
-    z = torch.randn(20, dim, dtype=torch.float64)
+    z = normals(20, dim)
     expected = z.numpy().copy()
     for Q, u, w, b in zip(each(layers.turn), us, ws, bs, strict=True):
         expected = expected @ Q.T
-        expected[:, half:] += np.tanh(expected[:, :half] @ w + b)[:, None] * u
+        unit = np.tanh(expected[:, :half] @ w + b)
+        expected[:, half:] += unit[:, None] * u
     y, log_det = layers.forward(z)
     assert np.allclose(y.detach().numpy(), expected, atol=1e-10)
     assert torch.allclose(layers.inverse(y)[0], z, atol=1e-11)

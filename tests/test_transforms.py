@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call, stack_module_state, vmap
 
-from helpers import CASE
+from helpers import CASE, normals
 from normflow_vi import Flow, transforms
 from normflow_vi.testing.cases import CASES
 from normflow_vi.testing.contract import CHECKS, C, Case, Direction, stack_calls
@@ -78,7 +78,7 @@ def test_flows_are_batched_over_runs_too():
     "Density and draws, the latter with one generator for all runs."
     case = Case("chain", lambda dim, length, context_dim: Chain(Affine(dim), Planar(dim, length)))
     runs = [Flow(case.draw(3)).double() for _ in range(3)]
-    x = torch.randn(7, 3, dtype=torch.float64)
+    x = normals(7, 3)
     log_q = stack_calls(runs, "log_prob")(x.expand(3, 7, 3))
     assert all(torch.allclose(log_q[r], run.log_prob(x), atol=1e-10) for r, run in enumerate(runs))
     drawing = [Direction(run, "rsample_and_log_prob") for run in runs]

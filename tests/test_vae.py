@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributions import MultivariateNormal
 
+from helpers import normals
 from normflow_vi import Chain, Flow
 from normflow_vi.data import load_data
 from normflow_vi.flows import RealNVP
@@ -38,7 +39,7 @@ each = pytest.mark.parametrize("likelihood", [make(5) for make in LIKELIHOODS.va
 
 @each
 def test_draws_have_the_mean_that_is_claimed(likelihood):
-    output = torch.randn(1, likelihood.outputs(5), dtype=torch.float64)
+    output = normals(1, likelihood.outputs(5))
     draws = likelihood.double().sample(output.expand(20_000, -1))
     likelihood.check(draws)
     z = (draws.mean(0) - likelihood.mean(output)[0]) / (draws.std(0) / 20_000**0.5)
@@ -59,10 +60,10 @@ def test_a_likelihood_is_normalised(make):
     else:
         x = likelihood.unsqueeze(torch.linspace(-9.2, 9.2, 20_001, dtype=torch.float64))
     for _ in range(3):
-        mass = likelihood.log_prob(
-            x[:, None], 0.5 * torch.randn(1, likelihood.outputs(1), dtype=torch.float64)
-        ).exp()
-        assert abs((mass.sum() if discrete else torch.trapezoid(mass, x)) - 1) < 1e-4
+        output = 0.5 * normals(1, likelihood.outputs(1))
+        mass = likelihood.log_prob(x[:, None], output).exp()
+        total = mass.sum() if discrete else torch.trapezoid(mass, x)
+        assert abs(total - 1) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_likelihood_is_normalised(make):
 def test_pixels_are_independent(name):
     "The log-probability of an image is the sum over its pixels, each with its own outputs."
     likelihood = LIKELIHOODS[name](5)
-    output = torch.randn(1, likelihood.outputs(5), dtype=torch.float64)
+    output = normals(1, likelihood.outputs(5))
     x = likelihood.sample(output)
     alone = [likelihood.log_prob(x[:, i : i + 1], output[:, i::5]) for i in range(5)]
     assert torch.allclose(likelihood.log_prob(x, output), sum(alone))
@@ -80,7 +81,7 @@ def test_pixels_are_independent(name):
 @each
 def test_shapes_broadcast_over_draws(likelihood):
     likelihood.double()
-    output = torch.randn(3, 7, likelihood.outputs(5), dtype=torch.float64)
+    output = normals(3, 7, likelihood.outputs(5))
     x = likelihood.sample(output[0])
     value = likelihood.log_prob(x, output)
     assert value.shape == (3, 7)
@@ -123,7 +124,8 @@ def test_logistic_mass_in_the_tails():
     s = math.exp(-7)
     a = (x + 1 / 510 - 0.8) / s
     w = 1 / 255 / s
-    assert abs(likelihood.log_prob(x, output) - (a + math.log1p(-math.exp(-w))).sum()) < 1e-9
+    expected = (a + math.log1p(-math.exp(-w))).sum()
+    assert abs(likelihood.log_prob(x, output) - expected) < 1e-9
     assert a < -700
 
 
@@ -136,8 +138,10 @@ def test_maxout_in_both_readings(hidden, functions):
     assert network[0].weight.shape == (functions, 20)
     assert network[1].weight.shape == (3, hidden[0])
     x = torch.randn(6, 20)
-    windows = (x @ network[0].weight.T + network[0].bias).view(6, 4, hidden[0])
-    assert torch.allclose(network(x), windows.amax(1) @ network[1].weight.T + network[1].bias, atol=1e-5)
+    first, last = network
+    windows = (x @ first.weight.T + first.bias).view(6, 4, hidden[0])
+    expected = windows.amax(1) @ last.weight.T + last.bias
+    assert torch.allclose(network(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -158,15 +162,16 @@ def test_a_model_of_convolutions(encoder, decoder):
     )
     model.check(x)
     z = torch.randn(2, 3, 5)
-    assert torch.allclose(model.decoder(z)[1, 2], model.decoder(z[1:, 2:])[0, 0], atol=1e-5)
+    together = model.decoder(z)
+    alone = model.decoder(z[1:, 2:])
+    assert torch.allclose(together[1, 2], alone[0, 0], atol=1e-5)
     free_energy(lambda z: model.log_joint(x, z), model.q(x)).value.backward()
     for p in model.parameters():
         assert p.grad is not None
         assert p.grad.isfinite().all()
         assert p.grad.abs().max() > 0
-    wrong = VAE(
-        encoder(144, 16, 4), decoder(5, 144, 4), posterior("planar", 5, 2, 16), likelihood=LogitNormal()
-    )
+    q = posterior("planar", 5, 2, 16)
+    wrong = VAE(encoder(144, 16, 4), decoder(5, 144, 4), q, likelihood=LogitNormal())
     with pytest.raises(ValueError, match="decoder"):
         wrong.check(x)
 
@@ -207,10 +212,11 @@ def test_with_the_exact_posterior_every_weight_is_the_evidence(components):
     shift = Affine(3, context_dim=7)
     model = principal_components(W, b, sigma, Chain(mix, shift), nn.Identity())
     set_shift(shift.source.linear, to_mean, b, torch.zeros(3).double())
+    diagonal = L.diagonal()
     with torch.no_grad():
         mix.order.copy_(torch.arange(3)[None])
         mix.source.bias.zero_()
-        mix.source.lu.copy_((L / L.diagonal()).tril(-1) + L.diagonal().log().diag())
+        mix.source.lu.copy_((L / diagonal).tril(-1) + diagonal.log().diag())
     z, log_q = model.q(x).rsample_and_log_prob((200,))
     log_w = sum(model.log_joint(x, z).values()) - log_q
     assert (log_w - marginal.log_prob(x)).abs().max() < 1e-10
@@ -226,7 +232,8 @@ def test_gap_of_the_best_diagonal_posterior(components):
     model = principal_components(W, b, sigma, affine, nn.Identity())
     set_shift(affine.source.linear, to_mean, b, -0.5 * precision.diagonal().log())
     z, log_q = model.q(x).rsample_and_log_prob((5000,))
-    gaps = marginal.log_prob(x) - (sum(model.log_joint(x, z).values()) - log_q)
+    log_w = sum(model.log_joint(x, z).values()) - log_q
+    gaps = marginal.log_prob(x) - log_w
     exact = 0.5 * (precision.diagonal().log().sum() - precision.logdet())
     assert exact > 0.02
     assert ((gaps.mean(0) - exact).abs() < 4.5 * gaps.std(0) / 5000**0.5).all()
@@ -234,11 +241,14 @@ def test_gap_of_the_best_diagonal_posterior(components):
 
 @pytest.mark.parametrize("family, length", [("diagonal", 0), ("planar", 3)])
 def test_importance_weights_against_quadrature(family, length):
-    model = VAE(
-        MLP(8, (16,)), MLP(2, (16,), 8), posterior(family, 2, length, 16), prior=Flow(RealNVP(2, 2))
-    ).double()
-    head = model.posterior.transform
-    head = (head.transforms[0] if length else head).source.linear
+    encoder = MLP(8, (16,))
+    decoder = MLP(2, (16,), 8)
+    q = posterior(family, 2, length, 16)
+    prior = Flow(RealNVP(2, 2))
+    model = VAE(encoder, decoder, q, prior=prior).double()
+    transform = model.posterior.transform
+    gaussian = transform.transforms[0] if length else transform
+    head = gaussian.source.linear
     with torch.no_grad():
         model.decoder[-1].weight.mul_(2)
         head.weight.mul_(0.3)
@@ -248,10 +258,12 @@ def test_importance_weights_against_quadrature(family, length):
     x = (torch.rand(4, 8) < 0.5).double()
     line = torch.linspace(-8, 8, 161).double()
     grid = torch.cartesian_prod(line, line)[:, None].expand(-1, 4, -1)
+    log_cell = 2 * (line[1] - line[0]).log()
     with torch.no_grad():
-        exact = sum(model.log_joint(x, grid).values()).logsumexp(0) + 2 * (line[1] - line[0]).log()
+        exact = sum(model.log_joint(x, grid).values()).logsumexp(0) + log_cell
         z, log_q = model.q(x).rsample_and_log_prob((20_000,))
-        w = (sum(model.log_joint(x, z).values()) - log_q - exact).exp()
+        log_w = sum(model.log_joint(x, z).values()) - log_q
+    w = (log_w - exact).exp()
     error = w.std(0) / 20_000**0.5
     assert ((w.mean(0) - 1).abs() < 3.5 * error).all()
     assert error.max() < 0.03
@@ -371,9 +383,9 @@ def trained(x, anneal, updates=500, rate=1e-3):
         batch = x[torch.randint(len(x), (100,), generator=generator)]
         beta = annealing(t, int(0.8 * updates), 0.01 if anneal == "joint" else 0.0)
         adam.zero_grad()
-        free_energy(
-            partial(model.log_joint, batch), model.q(batch), beta=beta, anneal=anneal, generator=generator
-        ).value.backward()
+        log_joint = partial(model.log_joint, batch)
+        F = free_energy(log_joint, model.q(batch), beta=beta, anneal=anneal, generator=generator)
+        F.value.backward()
         adam.step()
     with torch.no_grad():
         return free_energy(lambda z: model.log_joint(x, z), model.q(x), generator=generator).value.item()
