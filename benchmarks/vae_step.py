@@ -10,7 +10,7 @@ shape, binarise them (`--dynamic 0`: they are bits already), forward, backward, 
 pixels do: no data set is needed.
 
 Ours is a step of the `Trainer` as the MNIST experiment calls it, with its bookkeeping, weight
-decay, rate schedule and fused Adam; once with the matrix products of `transforms.product` and once
+decay, rate schedule and fused Adam; once with the matrix products of `numerics.product` and once
 with torch's own. What a log point costs beside the curve, which a long training meets every
 thousandth step, is printed by itself. The peers' steps are bare: resident floats, an index,
 `torch.bernoulli`, and Adam as torch makes it by default (`--fused 1`: fused). Their encoder,
