@@ -34,7 +34,8 @@ def interleaved(candidates, rounds=15, warmup=2):
     seen = {name: [] for name in candidates}
     for round_ in range(warmup + rounds):
         for name, call in candidates.items():
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             found = call()
             took = Took(time.process_time() - cpu, time.perf_counter() - wall)
             if round_ >= warmup:
@@ -140,7 +141,8 @@ def onednn_everywhere(function):
 
     def call(*given):
         switch = torch.backends.mkldnn.matmul
-        before, switch.fp32_precision = switch.fp32_precision, "bf16"
+        before = switch.fp32_precision
+        switch.fp32_precision = "bf16"
         try:
             return function(*given)
         finally:

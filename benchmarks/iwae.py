@@ -36,7 +36,8 @@ given = arguments(
     rounds=15,
     length=-1,
 )
-D, X = 40, BITS.pixels(indices=slice(100))
+D = 40
+X = BITS.pixels(indices=slice(100))
 
 
 def scaled(call, factor):
@@ -60,11 +61,9 @@ def chunked(plain, x, draws, chunk):
 
 def agree(model, plain):
     """The same draws have the same log-weights, and the estimates differ as estimates do."""
-    wide, x, generator = (
-        copy.deepcopy(model).double(),
-        X[: given.images].double(),
-        torch.Generator().manual_seed(1),
-    )
+    wide = copy.deepcopy(model).double()
+    x = X[: given.images].double()
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         z, log_q = wide.q(x).rsample_and_log_prob((7,), generator)
         found = sum(wide.log_joint(x, z).values()) - log_q
@@ -90,7 +89,8 @@ def agree(model, plain):
 
 def compare(K):
     """One interleaved run, milliseconds an image."""
-    model, S = paper_model(K), given.samples
+    model = paper_model(K)
+    S = given.samples
     Trainer(
         [model], image_loss, steps=given.updates, optimizer=ADAM, seeds=[0], batches=[Batches(BITS, 100, 0)]
     ).run()

@@ -85,11 +85,9 @@ class Plain:
     """
 
     def __init__(self, weights, emit=None, flow=None, more=()):
-        self.network, self.emit, self.flow = (
-            [nn.Parameter(p.clone()) for p in weights[:12]],
-            emit or (lambda h: h),
-            flow,
-        )
+        self.network = [nn.Parameter(p.clone()) for p in weights[:12]]
+        self.emit = emit or (lambda h: h)
+        self.flow = flow
         self.parameters = [*self.network, *more]
 
     def encode(self, x):
@@ -106,7 +104,8 @@ class Plain:
     def log_weights(self, x, noise, encoded=None):
         """`log p(x, z) - log q(z)` of the draws `z` made from `noise`."""
         emitted, shift, log_scale = encoded or self.encode(x)
-        z, log_det = shift + log_scale.exp() * noise, 0.0
+        z = shift + log_scale.exp() * noise
+        log_det = 0.0
         if self.flow:
             z, log_det = self.flow(emitted, z)
         return (
@@ -148,7 +147,8 @@ def naive_model(weights, m=softplus):
     """`Plain` with planar layers one by one, all emitted by one linear layer."""
     if len(weights) == 12:
         return Plain(weights)
-    head, D = [nn.Parameter(p.clone()) for p in weights[12:]], len(weights[11]) // 2
+    head = [nn.Parameter(p.clone()) for p in weights[12:]]
+    D = len(weights[11]) // 2
     K = len(head[1]) // (2 * D + 1)
 
     def emit(h):

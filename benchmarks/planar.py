@@ -69,7 +69,8 @@ class Emitted(nn.Module):
         self.head, self.length, self.dim = head, length, dim
 
     def forward(self, context=None, dtype=None):
-        K, D = self.length, self.dim
+        K = self.length
+        D = self.dim
         u, w, b = self.head.split([K * D, K * D, K], -1)
         return {"u": u.unflatten(-1, (K, D)), "w": w.unflatten(-1, (K, D)), "b": b}
 
@@ -199,7 +200,8 @@ def answers(apply, parameters, z, gy, gl):
     return y, log_det, found[0], torch.cat([g.flatten() for g in found[1:]])
 
 
-TURN, K = 50, given.length
+TURN = 50
+K = given.length
 u, w, b = (torch.empty(size).uniform_(-1, 1) for size in [(K, 2), (K, 2), (K,)])
 makers = with_peers(
     {
@@ -216,8 +218,10 @@ candidates["ours, torch reference, bare"] = torch_only(updates(flow[2], flow[1],
 for name, make in makers.items():
     _, parameters, loss = make(u, w, b)
     candidates[name] = updates(loss, parameters, True if given.fused else None)
-wide, z = [t.double() for t in (u, w, b)], torch.randn(given.samples, 2, dtype=torch.float64).requires_grad_()
-gy, gl = torch.randn_like(z), torch.randn_like(z[:, 0])
+wide = [t.double() for t in (u, w, b)]
+z = torch.randn(given.samples, 2, dtype=torch.float64).requires_grad_()
+gy = torch.randn_like(z)
+gl = torch.randn_like(z[:, 0])
 expected = answers(*naive_flow(*wide)[:2], z, gy, gl)
 agreement = {
     name: gap(answers(*make(*wide)[:2], z, gy, gl), expected)
@@ -297,9 +301,14 @@ def once(apply, leaves, z, gy, gl):
     return turn
 
 
-TURN, K, D, B = 10, given.deep, given.dim, given.batch
+TURN = 10
+K = given.deep
+D = given.dim
+B = given.batch
 head = (math.sqrt(1 / D) * torch.randn(B, K * (2 * D + 1))).requires_grad_()
-z, gy, gl = torch.randn(B, D, requires_grad=True), torch.randn(B, D), torch.randn(B)
+z = torch.randn(B, D, requires_grad=True)
+gy = torch.randn(B, D)
+gl = torch.randn(B)
 wide = [t.detach().double() for t in (head, z, gy, gl)]
 wide_head, wide_z = (t.requires_grad_() for t in wide[:2])
 makers = {"naive loop": emitted_naive, "naive loop by index": by_index} | with_peers(
@@ -309,7 +318,8 @@ candidates = {
     "ours, kernel": once(emitted_ours(head, K, D), (head, z), z, gy, gl),
     "ours, torch reference": torch_only(once(emitted_ours(head, K, D), (head, z), z, gy, gl)),
 }
-expected, agreement = answers(emitted_naive(wide_head, K, D), [wide_head], wide_z, *wide[2:]), {}
+expected = answers(emitted_naive(wide_head, K, D), [wide_head], wide_z, *wide[2:])
+agreement = {}
 for name, make in {"ours": emitted_ours, **makers}.items():
     if name != "ours":
         candidates[name] = once(make(head, K, D), (head, z), z, gy, gl)

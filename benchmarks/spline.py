@@ -28,7 +28,10 @@ from normflow_vi.transforms.spline import FLOOR, OFFSET, Spline
 
 given = arguments("time rational-quadratic splines", rows=100, columns=20, bins=8, rounds=15)
 jax = Neighbour(given.jax) if given.jax else None
-TURN, BINS, BOUND, law = 50, given.bins, 3.0, Spline(given.bins, 3.0)
+TURN = 50
+BINS = given.bins
+BOUND = 3.0
+law = Spline(given.bins, 3.0)
 
 
 def parts(theta):
@@ -98,15 +101,14 @@ def leaf(t, dtype):
 
 torch.manual_seed(0)
 shape = given.rows, given.columns
-z, theta, gy, gl = (
-    1.5 * torch.randn(shape, dtype=torch.float64),
-    torch.randn(*shape, law.size, dtype=torch.float64),
-    torch.randn(shape),
-    torch.randn(shape),
-)
+z = 1.5 * torch.randn(shape, dtype=torch.float64)
+theta = torch.randn(*shape, law.size, dtype=torch.float64)
+gy = torch.randn(shape)
+gl = torch.randn(shape)
 peers = with_peers({"nflows": nflows_spline, "zuko": zuko_spline})
 for inverse in (False, True):
-    single, double = partial(leaf, dtype=torch.float32), partial(leaf, dtype=torch.float64)
+    single = partial(leaf, dtype=torch.float32)
+    double = partial(leaf, dtype=torch.float64)
     candidates = {
         "ours, kernel": turn(ours, single(z), single(theta), gy, gl, inverse),
         "ours, torch reference": torch_only(turn(ours, single(z), single(theta), gy, gl, inverse)),

@@ -61,7 +61,8 @@ given = arguments(
     fused=0,
     length=-1,
 )
-jax, D = Neighbour(given.jax) if given.jax else None, 40
+jax = Neighbour(given.jax) if given.jax else None
+D = 40
 draw = torch.Generator().manual_seed(0)
 GREY = torch.randint(256, (given.images, 784), dtype=torch.uint8, generator=draw) * (
     torch.rand(given.images, 784, generator=draw) < 0.2
@@ -133,7 +134,8 @@ def pyro(weights):
     from pyro.distributions.transforms import ConditionalPlanar
 
     matrices, biases = (apart(t, "buw") for t in weights[12:])
-    networks, K = [Emits(400, 2 * D + 1) for _ in matrices], len(matrices)
+    networks = [Emits(400, 2 * D + 1) for _ in matrices]
+    K = len(matrices)
     for network, weight, bias in zip(networks, matrices, biases, strict=True):
         network.weight.data.copy_(weight), network.bias.data.copy_(bias)
     layers = [ConditionalPlanar(network) for network in networks]
@@ -154,7 +156,8 @@ def pyro_one_head(weights):
     """All layers emitted by one linear network, which `ConditionalPlanar` is handed the pieces of."""
     from pyro.distributions.transforms import ConditionalPlanar
 
-    plain, layer = naive_model(weights), ConditionalPlanar(lambda parts: parts)
+    plain = naive_model(weights)
+    layer = ConditionalPlanar(lambda parts: parts)
     return (
         pyro_loss(plain, lambda emitted: [layer.condition((b, u, w)) for u, w, b in emitted]),
         plain.parameters,
@@ -190,10 +193,8 @@ def slopes_of_jax(name, flow, weights, x, noise, folder):
     np.savez(path, x=x, noise=noise, images=SPLIT.images, **{f"p{i}": t for i, t in enumerate(weights)})
     jax.ask(build="image model", path=path, name=name, flow=flow, dynamic=given.dynamic)
     with np.load(f"{path}{name}.npz") as found:
-        value, slopes = (
-            torch.from_numpy(found["value"]),
-            [torch.from_numpy(found[f"g{i}"]) for i in range(len(weights))],
-        )
+        value = torch.from_numpy(found["value"])
+        slopes = [torch.from_numpy(found[f"g{i}"]) for i in range(len(weights))]
     return value, [*slopes[:12], *(together(t, "wub") for t in slopes[12:])] if layered else slopes
 
 
@@ -236,16 +237,15 @@ def engine(model):
 
 def bare(loss, parameters):
     """A turn of a plain loop."""
-    optimizer, state = (
-        torch.optim.Adam(parameters, lr=1e-3, fused=True if given.fused else None),
-        {"order": torch.empty(0, dtype=torch.int64)},
-    )
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True if given.fused else None)
+    state = {"order": torch.empty(0, dtype=torch.int64)}
 
     def turn():
         for _ in range(given.turn):
             if len(state["order"]) < given.batch:
                 state["order"] = torch.randperm(given.images)
-            rows, state["order"] = state["order"][: given.batch], state["order"][given.batch :]
+            rows = state["order"][: given.batch]
+            state["order"] = state["order"][given.batch :]
             x = torch.bernoulli(FLOATS[rows]) if given.dynamic else FLOATS[rows]
             optimizer.zero_grad()
             loss(x).backward()
@@ -264,21 +264,23 @@ def peers_in_torch(K, weights):
 
 def compare(K, folder):
     """One interleaved run."""
-    model, x = paper_model(K), SPLIT.pixels(torch.Generator().manual_seed(2), torch.arange(given.batch))
-    weights, noise = (
-        weights_of(model),
-        torch.randn(given.batch, D, generator=torch.Generator().manual_seed(1)),
-    )
+    model = paper_model(K)
+    x = SPLIT.pixels(torch.Generator().manual_seed(2), torch.arange(given.batch))
+    weights = weights_of(model)
+    noise = torch.randn(given.batch, D, generator=torch.Generator().manual_seed(1))
 
     def expected(**how):
         return slopes_of(naive([t.double() for t in weights], **how), x.double(), noise.double())
 
     exact = expected()
-    candidates, besides, peers = {}, {}, peers_in_torch(K, weights)
+    candidates = {}
+    besides = {}
+    peers = peers_in_torch(K, weights)
     for name, how in {"ours": lambda call: call, "ours, torch's products": torch_products}.items():
         agree(name, how(ours_slopes)(model, x), exact)
         turn, settle = engine(paper_model(K))
-        candidates[name], besides[name] = how(turn), settle
+        candidates[name] = how(turn)
+        besides[name] = settle
     if K == 40:
         candidates["ours, NICE-perm"] = engine(paper_model(K, "nice-perm"))[0]
     for name, peer in peers.items():

@@ -48,6 +48,13 @@ def record(F=90.0, **more):
     )
 
 
+def sign(folder, content):
+    "Write `record.json` with a hash that is right."
+    content.pop("sha256", None)
+    stated = sha256(json.dumps(content, sort_keys=True).encode())
+    (folder / "record.json").write_text(json.dumps(content | {"sha256": stated}))
+
+
 def test_round_trip(tmp_path):
     before = record()
     after = Record.load(before.save(tmp_path))
@@ -169,22 +176,25 @@ def test_weights_round_trip(tmp_path):
     import torch
 
     folder = weighted().save(tmp_path / "a")
-    for found in (Record.load(folder), Record.load(Record.load(folder).save(tmp_path / "b"))):
+    given = weighted().load_weights()
+    again = Record.load(folder).save(tmp_path / "b")
+    for found in (Record.load(folder), Record.load(again)):
         assert found.has_weights
-        assert {k: v.dtype for k, v in found.load_weights().items()} == {
-            k: v.dtype for k, v in weighted().load_weights().items()
-        }
-        assert all(torch.equal(v, weighted().load_weights()[k]) for k, v in found.load_weights().items())
+        weights = found.load_weights()
+        assert weights.keys() == given.keys()
+        for name, value in weights.items():
+            assert value.dtype == given[name].dtype
+            assert torch.equal(value, given[name])
     plain = record(seed=1).save(tmp_path / "a")
     assert sorted(p.name for p in plain.iterdir()) == ["arrays.npz", "record.json"]
     assert "weights" not in (plain / "record.json").read_text()
     assert not Record.load(plain).has_weights
     with pytest.raises(ValueError, match="no weights"):
         Record.load(plain).load_weights()
-    assert (
-        replace(Record.load(folder), info={"a": 1}).load_weights().keys() == weighted().load_weights().keys()
-    )
-    assert pickle.loads(pickle.dumps(weighted())).load_weights().keys() == weighted().load_weights().keys()
+    replaced = replace(Record.load(folder), info={"a": 1})
+    assert replaced.load_weights().keys() == given.keys()
+    pickled = pickle.loads(pickle.dumps(weighted()))
+    assert pickled.load_weights().keys() == given.keys()
 
 
 def test_record_on_disk_is_what_it_was(tmp_path):
@@ -221,11 +231,8 @@ def test_damaged_weights_are_refused_when_asked_for(tmp_path):
     with pytest.raises(DamagedRecord, match=r"weights\.safetensors is missing"):
         kept.load_weights()
     path.write_bytes(b"not a tensor")
-    text = json.loads((folder / "record.json").read_text()) | {"weights_sha256": sha256(b"not a tensor")}
-    text.pop("sha256")
-    (folder / "record.json").write_text(
-        json.dumps(text | {"sha256": sha256(json.dumps(text, sort_keys=True).encode())})
-    )
+    content = json.loads((folder / "record.json").read_text())
+    sign(folder, content | {"weights_sha256": sha256(b"not a tensor")})
     with pytest.raises(DamagedRecord, match=r"weights\.safetensors"):
         Record.load(folder).load_weights()
 
@@ -236,7 +243,9 @@ def test_weights_that_cannot_be_kept(tmp_path, monkeypatch, wrong):
 
     if wrong == "large":
         monkeypatch.setattr("normflow_vi.results.record.WEIGHTS_LIMIT", 1000)
-    given = wrong if wrong == "text" else torch.zeros(300) if wrong == "large" else torch.tensor([wrong])
+    given = {"text": "text", "large": torch.zeros(300)}.get(wrong)
+    if given is None:
+        given = torch.tensor([wrong])
     with pytest.raises(ValueError, match="weights"):
         Record(run(), {}, weights={"w": given}).save(tmp_path)
     assert not list(tmp_path.rglob("record.json"))
@@ -246,12 +255,9 @@ def test_weights_that_cannot_be_kept(tmp_path, monkeypatch, wrong):
 
 def forged(folder, data, **more):
     """A record whose hashes are right and whose arrays are `data`."""
-    d = json.loads((folder / "record.json").read_text()) | {"arrays_sha256": sha256(data)} | more
-    d.pop("sha256")
+    content = json.loads((folder / "record.json").read_text())
     (folder / "arrays.npz").write_bytes(data)
-    (folder / "record.json").write_text(
-        json.dumps(d | {"sha256": sha256(json.dumps(d, sort_keys=True).encode())})
-    )
+    sign(folder, content | {"arrays_sha256": sha256(data)} | more)
 
 
 def test_hostile_arrays_are_refused(tmp_path):
@@ -442,7 +448,8 @@ def test_measured(tmp_path):
         "cpu",
         "measured",
     )
-    assert len(m.records) == 3 and m.records[0][0] == run(seed=0)
+    assert len(m.records) == 3
+    assert m.records[0][0] == run(seed=0)
     assert m.se == pytest.approx(2 / 3**0.5)
     assert (
         measured(store, store.best("trial", seed=0), "F", **row).se == 0.2
@@ -497,8 +504,7 @@ def test_every_published_metric_has_a_direction():
     metrics = {n["metric"] for n in published() if n["value"] is not None}
     assert len(metrics) > 20
     assert all(lower_is_better(m) in (True, False) for m in metrics)
-    assert {m for m in metrics if not lower_is_better(m)} == {
-        m for m in metrics if m.startswith(("log p", "VLB", "ELBO", "marginal"))
-    }
+    higher = {m for m in metrics if not lower_is_better(m)}
+    assert higher == {m for m in metrics if m.startswith(("log p", "VLB", "ELBO", "marginal"))}
     with pytest.raises(ValueError, match="happiness"):
         lower_is_better("happiness")
