@@ -55,7 +55,8 @@ def damage(kind, data, rng):
     'Bytes with one bit flipped ("bit"), an end missing ("truncated"), or 4 kB zeroed, as crashes leave them.'
     if kind == "bit":
         place = int(rng.integers(len(data)))
-        return data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :]
+        flipped = data[place] ^ 1 << int(rng.integers(8))
+        return data[:place] + bytes([flipped]) + data[place + 1 :]
     if kind == "truncated":
         return data[: int(rng.integers(len(data)))]
     start = int(rng.integers(len(data) - 4096)) // 512 * 512
