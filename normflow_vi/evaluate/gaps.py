@@ -123,6 +123,18 @@ def _judge(log_joint, q, images, samples, block, generator):
     groups = (iterate_log_weights(log_joint, images[row], select_rows(q, row), **options) for row in rows)
     return summarise_log_weights(groups, samples)
 
+
+def _compare(log_joint, posterior, x, search, samples, block, seed):
+    "The `Gaps` of all images, after a search for each of them."
+    generator = torch.Generator(x.device).manual_seed(seed)
+    parts = []
+    for images in x.split(TOGETHER):
+        q = search.run(log_joint, _amortised_posterior(posterior, images), images, generator)
+        best = _judge(log_joint, q, images, samples, block, generator)
+        start = log_marginal(log_joint, posterior, images, samples, block, seed)
+        parts.append((best.log_p, best.elbo, start.elbo, best.error))
+    return Gaps(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
 # %% ../../nbs/02_vae_nf/15_gaps.ipynb #d83f0b1c
 def gaps(
     log_joint: Callable[[Tensor, Tensor], Tensor | dict[str, Tensor]],
@@ -162,11 +174,4 @@ def gaps(
     check_positive("learning_rate", learning_rate)
     for name, value in {"steps": steps, "draws": draws, "samples": samples, "block": block}.items():
         check_int(name, value)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    search, parts = _Search(steps, draws, learning_rate), []
-    for images in x.split(TOGETHER):
-        q = search.run(log_joint, _amortised_posterior(posterior, images), images, generator)
-        best = _judge(log_joint, q, images, samples, block, generator)
-        start = log_marginal(log_joint, posterior, images, samples, block, seed)
-        parts.append((best.log_p, best.elbo, start.elbo, best.error))
-    return Gaps(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    return _compare(log_joint, posterior, x, _Search(steps, draws, learning_rate), samples, block, seed)
