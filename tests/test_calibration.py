@@ -1,4 +1,6 @@
-"Simulation-based calibration: it passes what is right, refuses what is wrong, and its false alarms are as rare as it says."
+"""Simulation-based calibration: it passes what is right, refuses what is wrong, and its false alarms are as
+rare as it says.
+"""
 
 import math
 
@@ -28,13 +30,15 @@ from normflow_vi.evaluate.calibration import (
 )
 from normflow_vi.transforms import PLU, Affine, Chain
 
-# Conjugate models with exact posteriors, which can be made too narrow or shifted by so many of their standard deviations.
+# Conjugate models with exact posteriors, which can be made too narrow or shifted by so many of their
+# standard deviations.
 
 
 class Mean:
     "A Gaussian mean with known variance: prior N(0, 1), ten observations of standard deviation 2."
 
-    prior, sd = Independent(Normal(torch.zeros(1), 1.0), 1), (1 + 10 / 4) ** -0.5
+    prior = Independent(Normal(torch.zeros(1), 1.0), 1)
+    sd = (1 + 10 / 4) ** -0.5
 
     @staticmethod
     def simulate(theta):
@@ -101,15 +105,17 @@ def test_an_exact_posterior_passes(model, simulations):
         simulations=simulations,
         quantities={"log-likelihood": model.log_likelihood},
     )
-    assert (
-        found.passed and found.ranks.shape == (simulations, len(found.names)) and "passed" in found.summary()
-    )
+    assert found.passed
+    assert found.ranks.shape == (simulations, len(found.names))
+    assert "passed" in found.summary()
     tests = len(found.names)
-    assert tests * found.p_values["chi-square"].min() > 1e-3 and tests * found.p_values["ECDF"].min() > 1e-3
+    assert tests * found.p_values["chi-square"].min() > 1e-3
+    assert tests * found.p_values["ECDF"].min() > 1e-3
     for counts in found.counts.T:  # the picture agrees with the p-value
         below = counts.cumsum(0)[:-1]
         low, high = calibration.band(simulations, 99, 1 - 1e-3 / tests)
-        assert (low <= below).all() and (below <= high).all()
+        assert (low <= below).all()
+        assert (below <= high).all()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +124,9 @@ def test_an_exact_posterior_passes(model, simulations):
 )
 def test_a_posterior_that_is_too_narrow_fails(model, simulations):
     found = sbc(model.prior, model.simulate, model.posterior(width=0.8), simulations=simulations)
-    assert not found.passed and "FAILED" in found.summary() and "over-confident" in found.words["distance"]
+    assert not found.passed
+    assert "FAILED" in found.summary()
+    assert "over-confident" in found.words["distance"]
     assert found.p_value <= 2 * found.width[1] < 1e-3
 
 
@@ -127,20 +135,22 @@ def test_a_posterior_that_is_too_narrow_fails(model, simulations):
 def test_a_shifted_posterior_fails(model, simulations):
     for shift, word in ((0.5, "too high"), (-0.5, "too low")):
         found = sbc(model.prior, model.simulate, model.posterior(shift=shift), simulations=simulations)
-        assert (
-            not found.passed
-            and any(word in text for text in found.words.values())
-            and word in found.summary()
-        )
+        assert not found.passed
+        assert any(word in text for text in found.words.values())
+        assert word in found.summary()
 
 
 def test_a_posterior_that_is_too_wide_fails():
     found = sbc(Linear.prior, Linear.simulate, Linear.posterior(width=1.4))
-    assert not found.passed and "under-confident" in found.words["distance"] and "hump" in found.summary()
+    assert not found.passed
+    assert "under-confident" in found.words["distance"]
+    assert "hump" in found.summary()
 
 
 def test_the_measured_fault_is_the_fault():
-    "Over 1,000 simulations the words' numbers are near the truth: distances 1 / 0.8 times as far out, a shift of half a standard deviation."
+    """Over 1,000 simulations the words' numbers are near the truth: distances 1 / 0.8 times as far out, a
+    shift of half a standard deviation.
+    """
     narrow = sbc(Mean.prior, Mean.simulate, Mean.posterior(width=0.8), simulations=1000)
     ratio = float(narrow.words["distance"].split("about ")[1].split()[0])
     assert abs(ratio - 1.25) < 0.1
@@ -155,7 +165,10 @@ def test_the_measured_fault_is_the_fault():
     ids=["D=3", "D=1, N=300", "D=1"],
 )
 def test_power(model, simulations, least, seeds):
-    "Of posteriors too narrow by a fifth at least so many are refused; for D = 1 and N = 200 no test can reach more than 0.93."
+    """Of posteriors too narrow by a fifth at least so many are refused.
+
+    For D = 1 and N = 200 no test can reach more than 0.93.
+    """
     found = refused(model, range(seeds), simulations, width=0.8)
     assert found >= seeds * least - 2 * math.sqrt(seeds * least * (1 - least))
 
@@ -174,7 +187,9 @@ def test_false_alarms(model, seeds):
 @pytest.mark.full
 @pytest.mark.parametrize("simulations, draws", [(50, 9), (200, 99), (1000, 199)])
 def test_the_p_values_are_those_of_uniform_ranks(simulations, draws):
-    "Over 4,000 sets of uniform ranks no test rejects more often than it says, but for the approximation of chi-square in its tail."
+    """Over 4,000 sets of uniform ranks no test rejects more often than it says, but for the approximation
+    of chi-square in its tail.
+    """
     ranks = torch.randint(draws + 1, (simulations, 4000))
     found = Calibration(ranks, ranks[:, 0], draws, tuple(range(4000)), 1)
     for name, p in found.p_values.items():
@@ -183,7 +198,9 @@ def test_the_p_values_are_those_of_uniform_ranks(simulations, draws):
 
 
 def test_a_wrong_correlation_is_seen_by_the_log_likelihood_only():
-    "Right margins, no correlation: the ranks of the coordinates are uniform, those of a function of data and coordinates are not."
+    """Right margins, no correlation: the ranks of the coordinates are uniform, those of a function of data
+    and coordinates are not.
+    """
 
     def margins(x):
         return Independent(Normal(Linear.posterior()(x).mean, Linear.covariance.diag().sqrt()), 1)
@@ -195,11 +212,9 @@ def test_a_wrong_correlation_is_seen_by_the_log_likelihood_only():
         quantities={"log-likelihood": Linear.log_likelihood},
         simulations=400,
     )
-    assert (
-        not found.passed
-        and found.words["log-likelihood"]
-        and not any(found.words[f"theta[{i}]"] for i in range(3))
-    )
+    assert not found.passed
+    assert found.words["log-likelihood"]
+    assert not any(found.words[f"theta[{i}]"] for i in range(3))
 
 
 def test_the_ecdf_test_is_exact():
@@ -259,11 +274,9 @@ def test_a_quantity_is_given_its_own_data():
 def test_the_seed_decides_and_the_global_stream_is_left_alone():
     before = torch.get_rng_state()
     first, again, other = (sbc(Mean.prior, Mean.simulate, Mean.posterior(), seed=seed) for seed in (3, 3, 4))
-    assert (
-        torch.equal(first.ranks, again.ranks)
-        and torch.equal(first.distance, again.distance)
-        and not torch.equal(first.ranks, other.ranks)
-    )
+    assert torch.equal(first.ranks, again.ranks)
+    assert torch.equal(first.distance, again.distance)
+    assert not torch.equal(first.ranks, other.ranks)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -305,7 +318,8 @@ def test_mean_field_fits_fail():
         Linear.simulate,
         fit_each(Linear.prior, Linear.log_likelihood, lambda: Flow(Affine(3)), steps=200),
     )
-    assert not found.passed and "over-confident" in found.words["distance"]
+    assert not found.passed
+    assert "over-confident" in found.words["distance"]
 
 
 def test_a_fit_that_ends_too_early_fails():
@@ -328,15 +342,15 @@ def test_each_fit_is_that_of_its_own_data():
     fitted = fit_each(prior, likelihood, lambda: Flow(Affine(2)), steps=200)(x)
     z = fitted.sample((4000,))
     exact = (prior.mean + x) / 2
-    assert (
-        z.shape == (4000, 60, 2)
-        and ((z.mean(0) - exact).abs() / scale).max() < 0.1
-        and (z.std(0) / scale / 0.5**0.5 - 1).abs().max() < 0.1
-    )
+    assert z.shape == (4000, 60, 2)
+    assert ((z.mean(0) - exact).abs() / scale).max() < 0.1
+    assert (z.std(0) / scale / 0.5**0.5 - 1).abs().max() < 0.1
 
 
 def test_a_support_is_kept():
-    "Poisson counts with a Gamma rate: flows on the positive numbers, integer data, a prior that checks its arguments before and after."
+    """Poisson counts with a Gamma rate: flows on the positive numbers, integer data, a prior that checks
+    its arguments before and after.
+    """
     prior = Independent(
         Gamma(torch.tensor([3.0]), torch.tensor([1.0]), validate_args=True), 1, validate_args=True
     )
