@@ -70,7 +70,16 @@ def test_weights_are_unbiased_on_short_paths(steps, initial):
     scale = torch.linalg.inv(torch.linalg.inv(covariance).diagonal().diag()).diagonal().sqrt().expand(6, 2)
     count = 3000  # of each coordinate given the other
     place = (mean + 0.4 * scale, 1.2 * scale) if initial else None
-    there = ais(log_joint, x, 2, steps=steps, chains=count, leapfrog=3, initial=place, block=10**6)
+    there = ais(
+        log_joint,
+        x,
+        2,
+        steps=steps,
+        chains=count,
+        leapfrog=3,
+        initial=place,
+        block=10**6,
+    )
     w = (there.log_weights - truth).exp()
     assert ((w.mean(0) - 1).abs() < 4.5 * w.std(0) / math.sqrt(count)).all()
     if not initial:
@@ -140,7 +149,8 @@ def test_a_transition_keeps_its_density(beta):
     precision = (1 - beta) * torch.eye(2) - beta * hessian
     precision = (precision + precision.t()) / 2
     exact = MultivariateNormal(
-        torch.linalg.solve(precision, beta * origin.slope[0, 0]), precision_matrix=precision
+        torch.linalg.solve(precision, beta * origin.slope[0, 0]),
+        precision_matrix=precision,
     )
     n = 4000
     sampler = _Hamiltonian(path, 3, torch.Generator().manual_seed(0))
@@ -190,7 +200,9 @@ def test_infinite_regions_are_refused_not_entered():
     def walled(x, z):
         inside = (z.abs() < 1.5).all(-1)
         return torch.where(
-            inside, Normal(0.0, 1.0).log_prob(z).sum(-1), torch.full_like(z[..., 0], -math.inf)
+            inside,
+            Normal(0.0, 1.0).log_prob(z).sum(-1),
+            torch.full_like(z[..., 0], -math.inf),
         ) + 0 * x.sum(-1)
 
     found = ais(
@@ -240,7 +252,13 @@ def test_other_bad_input():
     with pytest.raises(ValueError, match="z: 1 of 10|row 4"):
         bidirectional(log_joint, x, z.index_fill(0, torch.tensor([4]), math.nan))
     with pytest.raises(FloatingPointError, match="row 1"):
-        ais(lambda x, z: -z.square().sum(-1) + torch.tensor([0.0, math.nan]), x[:2], 3, steps=2, chains=2)
+        ais(
+            lambda x, z: -z.square().sum(-1) + torch.tensor([0.0, math.nan]),
+            x[:2],
+            3,
+            steps=2,
+            chains=2,
+        )
 
 
 def test_with_gradients_switched_off():

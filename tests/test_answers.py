@@ -36,16 +36,7 @@ QUESTIONS = [
 
 def test_the_data_are_those_of_rubin():
     assert EFFECTS.tolist() == [28, 8, -3, 7, -1, 1, 18, 12]
-    assert ERRORS.tolist() == [
-        15,
-        10,
-        16,
-        11,
-        9,
-        11,
-        10,
-        18,
-    ]
+    assert ERRORS.tolist() == [15, 10, 16, 11, 9, 11, 10, 18]
 
 
 def test_eight_schools_is_the_joint_density():
@@ -89,11 +80,9 @@ def test_it_keeps_shape_precision_and_slope():
     assert eight_schools(z[0, 0]).shape == ()
     assert eight_schools(z).dtype == torch.float32
     assert torch.allclose(eight_schools(z).double(), eight_schools(z.double()), rtol=1e-5)
-    assert torch.allclose(
-        torch.func.vmap(torch.func.grad(lambda row: eight_schools(row)))(z[0]),
-        torch.func.grad(lambda rows: eight_schools(rows).sum())(z[0]),
-        rtol=1e-5,
-    )
+    found = torch.func.vmap(torch.func.grad(lambda row: eight_schools(row)))(z[0])
+    expected = torch.func.grad(lambda rows: eight_schools(rows).sum())(z[0])
+    assert torch.allclose(found, expected, rtol=1e-5)
     for log_tau in (-40.0, 80.0, 1e3, 1e6):
         far = torch.full((10,), 7.0).index_fill(0, torch.tensor(1), log_tau).requires_grad_()
         assert eight_schools(far).isfinite()

@@ -10,13 +10,26 @@ import pytest
 import torch
 from torch.func import functional_call, jacrev, vmap
 
-from helpers import dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
+from helpers import (
+    dtypes,
+    exact,
+    many_draws,
+    moved,
+    near,
+    over_draws,
+    scales,
+    tensors_of,
+)
 from normflow_vi.numerics import compiling as kernels
 from normflow_vi.numerics import stagewise as loops
 from normflow_vi.testing.contract import Direction
 from normflow_vi.testing.contract import draw_context as context_of
 from normflow_vi.transforms import made, stagewise
-from normflow_vi.transforms.autoregressive import Autoregressive, InverseAutoregressive, MaskedAutoregressive
+from normflow_vi.transforms.autoregressive import (
+    Autoregressive,
+    InverseAutoregressive,
+    MaskedAutoregressive,
+)
 from normflow_vi.transforms.conditioner import run_network
 from normflow_vi.transforms.laws import ScaleShift, Shift
 
@@ -100,7 +113,11 @@ def check_structure(make, dim, context_dim=None):
 @pytest.mark.parametrize("order", ["alternate", "natural"])
 def test_exact_zeros_in_the_jacobian(kind, dim, hidden, residual, order):
     for context_dim in (None, 3):
-        check_structure(lambda d, c: kind(d, 2, c, hidden, "tanh", order, residual), dim, context_dim)
+        check_structure(
+            lambda d, c: kind(d, 2, c, hidden, "tanh", order, residual),
+            dim,
+            context_dim,
+        )
 
 
 @kinds
@@ -222,15 +239,16 @@ def test_gradients_of_the_stages_are_implicit_ones(kind):
 
     def at(call, p, value):
         return functional_call(
-            Direction(transform, names[call]), {f"transform.{name}": t for name, t in p.items()}, (value,)
+            Direction(transform, names[call]),
+            {f"transform.{name}": t for name, t in p.items()},
+            (value,),
         )[0]
 
     of_slow = jacrev(lambda p: at(slow(transform), p, z))(parameters)
     of_fast = jacrev(lambda p: at(fast, p, x))(parameters)
     for name in parameters:
-        assert torch.allclose(
-            of_slow[name], -torch.einsum("ij,j...->i...", G.inverse(), of_fast[name]), atol=1e-10
-        ), name
+        expected = -torch.einsum("ij,j...->i...", G.inverse(), of_fast[name])
+        assert torch.allclose(of_slow[name], expected, atol=1e-10), name
 
 
 def test_a_value_is_broadcast_against_a_larger_context():
@@ -275,9 +293,9 @@ def test_the_kernel_keeps_the_digits_of_gates_that_are_all_but_shut(kernel_calls
     with torch.no_grad():
         model.source.weight_1.zero_()
         model.source.bias_1[..., 1::2] = -800.0
-        assert torch.allclose(
-            model.forward(torch.randn(3, 4))[1], torch.full((3,), -8 * 800.0, dtype=torch.float64)
-        )
+        found = model.forward(torch.randn(3, 4))[1]
+        expected = torch.full((3,), -8 * 800.0, dtype=torch.float64)
+        assert torch.allclose(found, expected)
         assert kernel_calls
 
 
@@ -339,7 +357,10 @@ def test_the_reference_runs_where_somebody_records(name, kernel_calls):
 
 def test_a_context_that_wants_a_gradient_gets_one(kernel_calls):
     "An encoder may be trained through a flow that is fixed."
-    for model in (MaskedAutoregressive(3, 2, 4, hidden=(8,)), InverseAutoregressive(3, 2, 4, hidden=(8,))):
+    for model in (
+        MaskedAutoregressive(3, 2, 4, hidden=(8,)),
+        InverseAutoregressive(3, 2, 4, hidden=(8,)),
+    ):
         context = torch.randn(5, 4, requires_grad=True)
         value, log_det = slow(model.requires_grad_(False))(torch.randn(5, 3), context)
         assert not kernel_calls
@@ -444,7 +465,10 @@ def test_log_det_against_extended_precision(kind, form, scale):
             parallel, sign = (
                 (transform.forward, 1) if kind is InverseAutoregressive else (transform.inverse, -1)
             )
-            assert near(parallel(z)[1], sign * in_extended_precision(transform, z, LOG_SCALES[form]))
+            assert near(
+                parallel(z)[1],
+                sign * in_extended_precision(transform, z, LOG_SCALES[form]),
+            )
 
 
 @many_draws
@@ -456,7 +480,11 @@ def test_many_draws_stay_finite(kind, scale, dtype, draws):
     determinant changes sign. Gates in the direction in which they contract, the plain form in the
     parallel one.
     """
-    for how in ({"form": "gated"}, {"form": "plain", "max_log_scale": 5.0}, {"form": "plain"}):
+    for how in (
+        {"form": "gated"},
+        {"form": "plain", "max_log_scale": 5.0},
+        {"form": "plain"},
+    ):
         transform = kind(3, 2, None, (4,), "tanh", **how).to(dtype)
         free = tensors_of(transform, draws, scale, dtype)
         if how == {"form": "plain"}:  # log-scales within +-5

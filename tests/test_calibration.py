@@ -51,7 +51,8 @@ class Mean:
     @classmethod
     def posterior(cls, width=1.0, shift=0.0):
         return lambda x: Independent(
-            Normal(cls.sd**2 * x.sum(-1, keepdim=True) / 4 + shift * cls.sd, width * cls.sd), 1
+            Normal(cls.sd**2 * x.sum(-1, keepdim=True) / 4 + shift * cls.sd, width * cls.sd),
+            1,
         )
 
 
@@ -60,7 +61,8 @@ class Linear:
 
     A = torch.tensor([[1.0, 0.5, 0.0], [0.5, 1.0, 0.5], [0.0, 0.5, 1.0], [1.0, 1.0, 1.0]])
     prior = MultivariateNormal(
-        torch.tensor([1.0, 0.0, -1.0]), torch.tensor([[1.0, 0.5, 0.0], [0.5, 2.0, 0.3], [0.0, 0.3, 0.5]])
+        torch.tensor([1.0, 0.0, -1.0]),
+        torch.tensor([[1.0, 0.5, 0.0], [0.5, 2.0, 0.3], [0.0, 0.3, 0.5]]),
     )
     precision = torch.linalg.inv(prior.covariance_matrix)
     covariance = torch.linalg.inv(precision + A.T @ A / 0.25)
@@ -89,7 +91,11 @@ sizes = pytest.mark.parametrize("simulations", [200, pytest.param(1000, marks=py
 def refused(model, seeds, simulations=200, **fault):
     return sum(
         not sbc(
-            model.prior, model.simulate, model.posterior(**fault), simulations=simulations, seed=seed
+            model.prior,
+            model.simulate,
+            model.posterior(**fault),
+            simulations=simulations,
+            seed=seed,
         ).passed
         for seed in seeds
     )
@@ -120,7 +126,10 @@ def test_an_exact_posterior_passes(model, simulations):
 
 @pytest.mark.parametrize(
     "model, simulations",
-    [(Linear, 200), *[pytest.param(model, 1000, marks=pytest.mark.full) for model in (Linear, Mean)]],
+    [
+        (Linear, 200),
+        *[pytest.param(model, 1000, marks=pytest.mark.full) for model in (Linear, Mean)],
+    ],
 )
 def test_a_posterior_that_is_too_narrow_fails(model, simulations):
     found = sbc(model.prior, model.simulate, model.posterior(width=0.8), simulations=simulations)
@@ -134,7 +143,12 @@ def test_a_posterior_that_is_too_narrow_fails(model, simulations):
 @sizes
 def test_a_shifted_posterior_fails(model, simulations):
     for shift, word in ((0.5, "too high"), (-0.5, "too low")):
-        found = sbc(model.prior, model.simulate, model.posterior(shift=shift), simulations=simulations)
+        found = sbc(
+            model.prior,
+            model.simulate,
+            model.posterior(shift=shift),
+            simulations=simulations,
+        )
         assert not found.passed
         assert any(word in text for text in found.words.values())
         assert word in found.summary()
@@ -240,9 +254,8 @@ def test_the_band_agrees_with_simulation():
 
 def test_chi_square_against_scipy():
     counts = torch.randint(1, 20, (20, 5))
-    assert torch.allclose(
-        calibration.chi_square(counts), torch.tensor([stats.chisquare(c).pvalue for c in counts.T.numpy()])
-    )
+    expected = torch.tensor([stats.chisquare(c).pvalue for c in counts.T.numpy()])
+    assert torch.allclose(calibration.chi_square(counts), expected)
 
 
 def test_ties_are_broken_at_random():
@@ -289,9 +302,9 @@ def test_an_amortised_flow_is_a_posterior():
         shift.fill_(Mean.sd**2 / 4)
         log_scale.zero_()
         head.bias.copy_(torch.tensor([0.0, math.log(Mean.sd)]))
-        assert torch.allclose(
-            flow(torch.ones(3, 10)).sample((4000,)).std(0), torch.full((3, 1), Mean.sd), rtol=0.06
-        )
+        found = flow(torch.ones(3, 10)).sample((4000,)).std(0)
+        expected = torch.full((3, 1), Mean.sd)
+        assert torch.allclose(found, expected, rtol=0.06)
         assert sbc(Mean.prior, Mean.simulate, flow).passed
         head.bias[1] += math.log(0.7)
         assert not sbc(Mean.prior, Mean.simulate, flow).passed
@@ -305,7 +318,12 @@ def test_flows_fitted_to_each_data_set_pass(simulations):
     found = sbc(
         Linear.prior,
         Linear.simulate,
-        fit_each(Linear.prior, Linear.log_likelihood, lambda: Flow(Chain(PLU(3), Affine(3))), steps=300),
+        fit_each(
+            Linear.prior,
+            Linear.log_likelihood,
+            lambda: Flow(Chain(PLU(3), Affine(3))),
+            steps=300,
+        ),
         quantities={"log-likelihood": Linear.log_likelihood},
         simulations=simulations,
     )
@@ -326,7 +344,12 @@ def test_a_fit_that_ends_too_early_fails():
     assert not sbc(
         Linear.prior,
         Linear.simulate,
-        fit_each(Linear.prior, Linear.log_likelihood, lambda: Flow(Chain(PLU(3), Affine(3))), steps=5),
+        fit_each(
+            Linear.prior,
+            Linear.log_likelihood,
+            lambda: Flow(Chain(PLU(3), Affine(3))),
+            steps=5,
+        ),
     ).passed
 
 
@@ -352,7 +375,9 @@ def test_a_support_is_kept():
     its arguments before and after.
     """
     prior = Independent(
-        Gamma(torch.tensor([3.0]), torch.tensor([1.0]), validate_args=True), 1, validate_args=True
+        Gamma(torch.tensor([3.0]), torch.tensor([1.0]), validate_args=True),
+        1,
+        validate_args=True,
     )
 
     def simulate(theta):
@@ -365,7 +390,9 @@ def test_a_support_is_kept():
         return Flow(Affine(1), support=constraints.positive)
 
     assert sbc(
-        prior, simulate, lambda x: Independent(Gamma(3.0 + x.sum(-1, keepdim=True), torch.tensor([5.0])), 1)
+        prior,
+        simulate,
+        lambda x: Independent(Gamma(3.0 + x.sum(-1, keepdim=True), torch.tensor([5.0])), 1),
     ).passed
     found = sbc(prior, simulate, fit_each(prior, likelihood, make_flow, steps=300))
     assert found.p_values["slope"].min() > 1e-6  # a log-normal is near this posterior, not equal to it
@@ -392,7 +419,11 @@ GOOD = dict(prior=Mean.prior, simulate=Mean.simulate, posterior=Mean.posterior()
 BAD = {
     "no distribution": (TypeError, "prior", dict(prior=torch.randn)),
     "no event": (ValueError, "event shape", dict(prior=Normal(torch.zeros(1), 1.0))),
-    "batch of priors": (ValueError, "event shape", dict(prior=Dirichlet(torch.ones(3, 2)))),
+    "batch of priors": (
+        ValueError,
+        "event shape",
+        dict(prior=Dirichlet(torch.ones(3, 2))),
+    ),
     "wrong batch": (
         ValueError,
         "simulate: x has shape (7, 10)",
@@ -428,7 +459,11 @@ BAD = {
         dict(draws=100),
     ),
     "alpha": (ValueError, "alpha", dict(alpha=0.0)),
-    "quantity": (ValueError, "quantities: f", dict(quantities={"f": lambda theta, x: theta})),
+    "quantity": (
+        ValueError,
+        "quantities: f",
+        dict(quantities={"f": lambda theta, x: theta}),
+    ),
     "nan quantity": (
         ValueError,
         "quantities: f",
@@ -459,7 +494,9 @@ BAD = {
         "step 0",
         dict(
             posterior=fit_each(
-                Mean.prior, lambda theta, x: Mean.log_likelihood(theta, x) * math.nan, lambda: Flow(Affine(1))
+                Mean.prior,
+                lambda theta, x: Mean.log_likelihood(theta, x) * math.nan,
+                lambda: Flow(Affine(1)),
             )
         ),
     ),

@@ -34,7 +34,8 @@ def normal(*shape, seed=0):
 def test_the_shape_of_a_generalised_pareto_distribution_is_found(k, n):
     runs = 40
     found = torch.tensor(
-        [generalised_pareto(excesses(k, n, seed, 3.0)) for seed in range(runs)], dtype=torch.float64
+        [generalised_pareto(excesses(k, n, seed, 3.0)) for seed in range(runs)],
+        dtype=torch.float64,
     )
     expected = (n * k + 5) / (n + 10)
     error = n / (n + 10) * (1 + k) / math.sqrt(n)
@@ -109,7 +110,11 @@ def test_the_smoothed_tail_is_the_fitted_distribution():
     assert set(tail.tolist()) == set(log_w.topk(n).indices.tolist())
     _, sigma = generalised_pareto(log_w[tail].exp() - cutoff.exp())
     expected = cutoff.exp().item() + genpareto.ppf((np.arange(n) + 0.5) / n, k, scale=sigma)
-    assert torch.allclose(smoothed[tail], torch.from_numpy(expected).log().clamp(max=log_w.max()), atol=1e-9)
+    assert torch.allclose(
+        smoothed[tail],
+        torch.from_numpy(expected).log().clamp(max=log_w.max()),
+        atol=1e-9,
+    )
     rest = torch.ones(3000, dtype=bool).index_fill(0, tail, False)
     assert torch.equal(smoothed[rest], log_w[rest])
     assert torch.equal(smoothed.argsort(), log_w.argsort())

@@ -10,8 +10,20 @@ from torch import nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import softplus
 
-from normflow_vi.evaluate import _accumulate, _fit_tails, ais, log_marginal, precompute, select_rows
-from normflow_vi.evaluate.diagnosis import effective_sample_size, k_hat, log_mean_weight, tail_size
+from normflow_vi.evaluate import (
+    _accumulate,
+    _fit_tails,
+    ais,
+    log_marginal,
+    precompute,
+    select_rows,
+)
+from normflow_vi.evaluate.diagnosis import (
+    effective_sample_size,
+    k_hat,
+    log_mean_weight,
+    tail_size,
+)
 from normflow_vi.flows import FlowDistribution
 from normflow_vi.models.posteriors import FAMILIES, posterior
 from normflow_vi.transforms.base import Amortised
@@ -33,9 +45,8 @@ def test_streamed_weights_are_diagnosed_as_whole_ones(samples, spread):
         assert torch.allclose(sums.total, log_w.sum(0))
         assert len(top) == tail_size(samples) + 1
         for i, column in enumerate(log_w.t()):
-            assert torch.isclose(
-                (2 * sums.once - sums.twice).exp()[i], effective_sample_size(column), rtol=1e-8
-            )
+            found = (2 * sums.once - sums.twice).exp()[i]
+            assert torch.isclose(found, effective_sample_size(column), rtol=1e-8)
             expected = k_hat(column)
             assert _fit_tails(top, samples)[i].item() == (
                 expected if math.isinf(expected) else pytest.approx(expected, abs=1e-5)
@@ -109,7 +120,10 @@ def test_an_image_is_encoded_once(samples, block, monkeypatch):
     monkeypatch.setattr(
         Amortised,
         "forward",
-        lambda self, context, dtype: (emitting.append(len(context)), of(self, context, dtype))[1],
+        lambda self, context, dtype: (
+            emitting.append(len(context)),
+            of(self, context, dtype),
+        )[1],
     )
     seen = []
 
@@ -127,7 +141,8 @@ def test_an_image_is_encoded_once(samples, block, monkeypatch):
     again = log_marginal(log_joint, lambda x: q(encoder(x)), x, samples=samples, block=block)
     assert torch.equal(again.log_p, found.log_p)
     assert not torch.equal(
-        log_marginal(log_joint, lambda x: q(encoder(x)), x, samples, block, seed=1).log_p, found.log_p
+        log_marginal(log_joint, lambda x: q(encoder(x)), x, samples, block, seed=1).log_p,
+        found.log_p,
     )
 
 

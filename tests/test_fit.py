@@ -36,7 +36,11 @@ def square(z):
 def awkward(z):
     "A Gaussian in four units, normalised."
     return Independent(
-        Normal(torch.tensor([1000.0, 0.0, -5.0, 1e-3]), torch.tensor([1e-3, 100.0, 1.0, 1e-4])), 1
+        Normal(
+            torch.tensor([1000.0, 0.0, -5.0, 1e-3]),
+            torch.tensor([1e-3, 100.0, 1.0, 1e-4]),
+        ),
+        1,
     ).log_prob(z)
 
 
@@ -79,7 +83,10 @@ def test_units_that_are_set_stay():
 
 @pytest.mark.parametrize(
     "bad",
-    [lambda z: z.sum(-1) * math.nan, lambda z: torch.where(z[..., 0] > 1e9, 0.0, -math.inf)],
+    [
+        lambda z: z.sum(-1) * math.nan,
+        lambda z: torch.where(z[..., 0] > 1e9, 0.0, -math.inf),
+    ],
     ids=["nan", "nowhere"],
 )
 def test_a_target_that_is_nowhere_finite_leaves_the_units_alone(bad):
@@ -172,7 +179,12 @@ def test_exponential_scales_survive_the_default_start():
         evaluation_draws=2000,
     )
     mean_field = fit(
-        Flow(Affine(10)), log_density=funnel, log_z=0.0, steps=600, draws=64, evaluation_draws=2000
+        Flow(Affine(10)),
+        log_density=funnel,
+        log_z=0.0,
+        steps=600,
+        draws=64,
+        evaluation_draws=2000,
     )
     assert result.kl.value < mean_field.kl.value - 0.3
 
@@ -182,7 +194,11 @@ def test_exponential_scales_survive_the_default_start():
 
 def test_it_stops_by_itself():
     result = fit(
-        Flow(Affine(2)), log_density=square, log_z=math.log(2 * math.pi), draws=32, evaluation_draws=1000
+        Flow(Affine(2)),
+        log_density=square,
+        log_z=math.log(2 * math.pi),
+        draws=32,
+        evaluation_draws=1000,
     )
     assert result.converged
     assert 3000 <= result.steps < 6000
@@ -209,7 +225,14 @@ def test_it_goes_on_while_the_bound_rises():
 def test_the_best_of_several_starts_is_kept_and_their_curves_are_in_order():
     torch.manual_seed(0)
     q = Flow(Chain(Affine(2), Planar(2, 4)))
-    result = fit(q, log_density=lattice(9), steps=300, restarts=4, draws=64, evaluation_draws=4000)
+    result = fit(
+        q,
+        log_density=lattice(9),
+        steps=300,
+        restarts=4,
+        draws=64,
+        evaluation_draws=4000,
+    )
     values = [bound.value for bound in result.bounds]
     assert len(values) == 4
     assert values == sorted(values, reverse=True)
@@ -234,7 +257,9 @@ def test_one_of_several_starts_is_the_flow_as_it_was_given():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: NICE(4, 2, mix="perm"), lambda: NSF(4, 2, hidden=(8,))], ids=["NICE", "NSF"]
+    "make",
+    [lambda: NICE(4, 2, mix="perm"), lambda: NSF(4, 2, hidden=(8,))],
+    ids=["NICE", "NSF"],
 )
 def test_new_starts_differ_and_come_from_their_seed(make):
     q = Flow(make())
@@ -287,7 +312,11 @@ def test_a_posterior_on_the_simplex():
 def test_mixed_supports_and_samples_on_them():
     support = constraints.cat([constraints.positive, constraints.interval(0.0, 2.0)], -1, [1, 1])
     x = torch.stack(
-        [Gamma(3.0, 2.0).sample((1500,)), 2 * torch.distributions.Beta(2.0, 3.0).sample((1500,))], -1
+        [
+            Gamma(3.0, 2.0).sample((1500,)),
+            2 * torch.distributions.Beta(2.0, 3.0).sample((1500,)),
+        ],
+        -1,
     )
     result = fit(Flow(Affine(2)), samples=x, support=support, steps=200)
     exact = (
@@ -310,7 +339,14 @@ def test_a_flow_has_one_support():
     q = Flow(
         Affine(1), support=between(0.1, 0.3)
     ).double()  # bounds move with the flow, and are the same still
-    fit(q, log_density=square, support=between(0.1, 0.3), steps=2, draws=4, evaluation_draws=10)
+    fit(
+        q,
+        log_density=square,
+        support=between(0.1, 0.3),
+        steps=2,
+        draws=4,
+        evaluation_draws=10,
+    )
     with pytest.raises(ValueError, match="has the support"):
         fit(q, log_density=square, support=between(0.1, 0.4), steps=2)
     with pytest.raises(TypeError, match="support"):
@@ -373,7 +409,16 @@ def test_another_bound_and_another_gradient():
 
 def test_a_target_brings_its_log_z():
     assert fit(Flow(Affine(2)), log_density=U1, steps=5, draws=8, evaluation_draws=50).kl is not None
-    assert fit(Flow(Affine(2)), log_density=U1.log_density, steps=5, draws=8, evaluation_draws=50).kl is None
+    assert (
+        fit(
+            Flow(Affine(2)),
+            log_density=U1.log_density,
+            steps=5,
+            draws=8,
+            evaluation_draws=50,
+        ).kl
+        is None
+    )
 
 
 # What goes wrong
@@ -383,7 +428,12 @@ def test_a_failure_names_layer_sample_and_remedy_and_keeps_the_last_good_state()
     "Undefined beyond -4, where a step of the training will come to draw."
     q = Flow(Chain(Affine(2), Planar(2, 3)))
     with pytest.raises(NonFinite) as caught:
-        fit(q, log_density=lambda z: square(z) + 0 * (z[:, 0] + 3.5).log(), steps=400, place=False)
+        fit(
+            q,
+            log_density=lambda z: square(z) + 0 * (z[:, 0] + 3.5).log(),
+            steps=400,
+            place=False,
+        )
     found = caught.value.origin
     assert found.layer == "log_density"
     assert found.where[0] < -3.5
@@ -428,7 +478,9 @@ def test_an_argument_check_of_torch_does_not_hide_the_origin():
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if "frozen" not in case.name], ids=lambda case: case.name
+    "case",
+    [case for case in CASES if "frozen" not in case.name],
+    ids=lambda case: case.name,
 )
 def test_layers_one_by_one_are_the_stack(case):
     dim = case.dims[-1]
@@ -445,8 +497,16 @@ def test_layers_one_by_one_are_the_stack(case):
 
 
 BAD = {
-    "wrong shape": (lambda q: fit(q, log_density=lambda z: z), ValueError, "log_density.*shape"),
-    "a number": (lambda q: fit(q, log_density=lambda z: 0.0), ValueError, "log_density"),
+    "wrong shape": (
+        lambda q: fit(q, log_density=lambda z: z),
+        ValueError,
+        "log_density.*shape",
+    ),
+    "a number": (
+        lambda q: fit(q, log_density=lambda z: 0.0),
+        ValueError,
+        "log_density",
+    ),
     "a tensor": (lambda q: fit(q, torch.zeros(4, 2)), TypeError, "samples="),
     "a distribution": (lambda q: fit(q, Normal(0.0, 1.0)), TypeError, ".log_prob"),
     "log Z": (lambda q: fit(q, log_density=square, log_z="1"), ValueError, "log_z='1'"),
@@ -470,33 +530,84 @@ BAD = {
         ValueError,
         "log_density: -inf at z.*support",
     ),
-    "no gradient": (lambda q: fit(q, log_density=lambda z: square(z.detach())), ValueError, "gradient"),
-    "both": (lambda q: fit(q, log_density=square, samples=torch.zeros(3, 2)), ValueError, "exactly one"),
+    "no gradient": (
+        lambda q: fit(q, log_density=lambda z: square(z.detach())),
+        ValueError,
+        "gradient",
+    ),
+    "both": (
+        lambda q: fit(q, log_density=square, samples=torch.zeros(3, 2)),
+        ValueError,
+        "exactly one",
+    ),
     "steps": (lambda q: fit(q, log_density=square, steps=0), ValueError, "steps=0"),
-    "steps as a float": (lambda q: fit(q, log_density=square, steps=1e3), ValueError, "steps=1000.0"),
+    "steps as a float": (
+        lambda q: fit(q, log_density=square, steps=1e3),
+        ValueError,
+        "steps=1000.0",
+    ),
     "draws": (lambda q: fit(q, log_density=square, draws=0), ValueError, "draws=0"),
-    "restarts": (lambda q: fit(q, log_density=square, restarts=True), ValueError, "restarts=True"),
-    "rate": (lambda q: fit(q, log_density=square, learning_rate=-1.0), ValueError, "learning_rate=-1.0"),
-    "validation": (lambda q: fit(q, samples=torch.zeros(3, 2), validation=1), ValueError, "validation=1"),
-    "estimator": (lambda q: fit(q, log_density=square, gradient="score"), ValueError, "gradient='score'"),
+    "restarts": (
+        lambda q: fit(q, log_density=square, restarts=True),
+        ValueError,
+        "restarts=True",
+    ),
+    "rate": (
+        lambda q: fit(q, log_density=square, learning_rate=-1.0),
+        ValueError,
+        "learning_rate=-1.0",
+    ),
+    "validation": (
+        lambda q: fit(q, samples=torch.zeros(3, 2), validation=1),
+        ValueError,
+        "validation=1",
+    ),
+    "estimator": (
+        lambda q: fit(q, log_density=square, gradient="score"),
+        ValueError,
+        "gradient='score'",
+    ),
     "biased pair": (
         lambda q: fit(q, log_density=square, alpha=0.5, gradient="sticking-the-landing"),
         ValueError,
         "biased",
     ),
-    "alpha": (lambda q: fit(q, log_density=square, alpha=math.nan), ValueError, "alpha=nan"),
-    "not a flow": (lambda q: fit(q.transform, log_density=square), TypeError, "q: expected a Flow"),
-    "no parameters": (lambda q: fit(Flow(Permutation(2)), log_density=square), ValueError, "no parameters"),
+    "alpha": (
+        lambda q: fit(q, log_density=square, alpha=math.nan),
+        ValueError,
+        "alpha=nan",
+    ),
+    "not a flow": (
+        lambda q: fit(q.transform, log_density=square),
+        TypeError,
+        "q: expected a Flow",
+    ),
+    "no parameters": (
+        lambda q: fit(Flow(Permutation(2)), log_density=square),
+        ValueError,
+        "no parameters",
+    ),
     "amortised": (
         lambda q: fit(Flow(Affine(2, context_dim=3)), log_density=square),
         ValueError,
         "context_dim=3",
     ),
-    "samples of another size": (lambda q: fit(q, samples=torch.zeros(4, 3)), ValueError, "samples has shape"),
+    "samples of another size": (
+        lambda q: fit(q, samples=torch.zeros(4, 3)),
+        ValueError,
+        "samples has shape",
+    ),
     "one sample": (lambda q: fit(q, samples=torch.zeros(1, 2)), ValueError, "N >= 2"),
-    "samples and labels": (lambda q: fit(q, samples=(torch.zeros(4, 2), torch.zeros(4))), TypeError, "tuple"),
+    "samples and labels": (
+        lambda q: fit(q, samples=(torch.zeros(4, 2), torch.zeros(4))),
+        TypeError,
+        "tuple",
+    ),
     "base of another dimension": (
-        lambda q: fit(Flow(Affine(2), base=Independent(Normal(torch.zeros(3), 1.0), 1)), log_density=square),
+        lambda q: fit(
+            Flow(Affine(2), base=Independent(Normal(torch.zeros(3), 1.0), 1)),
+            log_density=square,
+        ),
         ValueError,
         r"event shape \(2,\)",
     ),
@@ -527,7 +638,11 @@ def test_far_targets_and_large_log_densities():
     )
     assert far.kl.value < 0.2
     coarse = fit(
-        Flow(Affine(1)), log_density=lambda z: square(z) - 1e9, steps=20, draws=64, evaluation_draws=500
+        Flow(Affine(1)),
+        log_density=lambda z: square(z) - 1e9,
+        steps=20,
+        draws=64,
+        evaluation_draws=500,
     )
     assert "not to be trusted" in coarse.summary()
     assert "nats apart" in coarse.summary()
@@ -650,10 +765,17 @@ def test_a_density_that_fails_far_away():
 
 def test_samples_on_the_boundary_and_a_base_of_bounded_support():
     with pytest.raises(ValueError, match="row 1 lies on the boundary"):
-        fit(Flow(Affine(1)), samples=torch.tensor([[1.0], [0.0], [2.0]]), support=constraints.nonnegative)
+        fit(
+            Flow(Affine(1)),
+            samples=torch.tensor([[1.0], [0.0], [2.0]]),
+            support=constraints.nonnegative,
+        )
     with pytest.raises(ValueError, match="base lives on"):
         fit(
-            Flow(Affine(1), base=Independent(torch.distributions.Exponential(torch.ones(1)), 1)),
+            Flow(
+                Affine(1),
+                base=Independent(torch.distributions.Exponential(torch.ones(1)), 1),
+            ),
             samples=torch.randn(9, 1),
         )
     with pytest.raises(ValueError, match="belong to a log_density"):
@@ -675,7 +797,11 @@ def test_the_caller_s_random_stream_is_left_alone():
 
     first, second = (
         fit(
-            redraw_parameters(Flow(Affine(1)), 0), log_density=noisy, steps=10, draws=8, evaluation_draws=50
+            redraw_parameters(Flow(Affine(1)), 0),
+            log_density=noisy,
+            steps=10,
+            draws=8,
+            evaluation_draws=50,
         ).elbo.value
         for _ in range(2)
     )

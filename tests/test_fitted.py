@@ -44,7 +44,13 @@ def history(name="elbo", runs=2, T=20):
 
 
 def gaussian(
-    shift=0.0, scale=1.0, draws=4000, dim=2, target=lambda z: -0.5 * (z * z).sum(-1), seed=1, **fields
+    shift=0.0,
+    scale=1.0,
+    draws=4000,
+    dim=2,
+    target=lambda z: -0.5 * (z * z).sum(-1),
+    seed=1,
+    **fields,
 ):
     "A fit of N(shift, scale^2) to a standard normal target without its constant."
     q = Flow(Affine(dim=dim)).eval()
@@ -60,7 +66,10 @@ def gaussian(
         **{
             "z": z,
             "log_w": log_w,
-            "bounds": (estimate(log_w), Estimate(torch.tensor(1.2), torch.tensor(0.01))),
+            "bounds": (
+                estimate(log_w),
+                Estimate(torch.tensor(1.2), torch.tensor(0.01)),
+            ),
             **fields,
         },
     )
@@ -101,13 +110,19 @@ def test_derived_values():
 VERDICTS = [
     (dict(log_z=LOG_Z), "good: q can be used as it is"),
     ({}, "good: q can be used as it is (as far as its own draws can tell)"),
-    (dict(shift=HALF), "usable with importance weights: its mean of z[0] is off by 0.5"),
+    (
+        dict(shift=HALF),
+        "usable with importance weights: its mean of z[0] is off by 0.5",
+    ),
     (dict(scale=1.25), "usable with importance weights: its sd of z["),
     (dict(scale=0.4), "not to be trusted: k-hat"),
     (dict(scale=0.85), "usable with importance weights: its sd"),
     (dict(scale=1.04), "good"),
     (dict(scale=3.0), "usable with importance weights: its 4,000 draws are worth"),
-    (dict(log_z=LOG_Z + math.log(2)), "not to be trusted: it misses about 50% of the target's mass"),
+    (
+        dict(log_z=LOG_Z + math.log(2)),
+        "not to be trusted: it misses about 50% of the target's mass",
+    ),
     (dict(log_z=LOG_Z + 0.03), "good"),
     (dict(log_z=LOG_Z - 0.1), "not to be trusted: ELBO or evidence lies above log_z"),
     (dict(draws=50), "not to be trusted: its 50 draws are worth only 50"),
@@ -241,7 +256,10 @@ def same(a, b):
             and torch.equal(x.std_error, y.std_error)
             and x.terms == y.terms
         )
-    for x, y in ((a.history.values, b.history.values), (vars(a.history), vars(b.history))):
+    for x, y in (
+        (a.history.values, b.history.values),
+        (vars(a.history), vars(b.history)),
+    ):
         assert x.keys() == y.keys()
         assert all(
             type(x[n]) is type(y[n])
@@ -293,7 +311,9 @@ def test_what_is_saved_is_loaded(path):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name != "indexed, frozen noise"], ids=lambda case: case.name
+    "case",
+    [case for case in CASES if case.name != "indexed, frozen noise"],
+    ids=lambda case: case.name,
 )
 def test_every_transform_comes_back(case, path):
     q = Flow(case.draw(case.dims[-1])).double().eval()
@@ -319,7 +339,10 @@ def test_every_transform_comes_back(case, path):
         constraints.simplex,
         constraints.independent(constraints.positive, 1),
         constraints.cat(
-            [constraints.independent(constraints.real, 1), constraints.independent(constraints.positive, 1)],
+            [
+                constraints.independent(constraints.real, 1),
+                constraints.independent(constraints.positive, 1),
+            ],
             dim=-1,
             lengths=[1, 2],
         ),
@@ -559,7 +582,7 @@ def opcodes(target):
         b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94\x8c" + bytes([len(touch)]) + touch + b"\x85R."
     )  # STACK_GLOBAL
     yield b"\x80\x02ctorch.nn.modules.linear\nIdentity\nq\x00)\x81}(X\x08\x00\x00\x00__call__cos\nsystem\nub."
-    yield b"\x80\x02cnormflow_vi.files\natomic_write\n(" + b"S'" + str(target).encode() + b"'\nS'x'\ntR."
+    yield (b"\x80\x02cnormflow_vi.files\natomic_write\n(" + b"S'" + str(target).encode() + b"'\nS'x'\ntR.")
     yield b"\x80\x02cnormflow_vi.flows\nmath.factorial\n(K\x03tR."  # an attribute of an allowed module
     yield b"\x80\x02ctorch.distributions.constraints\ntorch.hub\n."
 
@@ -706,7 +729,9 @@ def recorder(request, monkeypatch):
         return {"posterior": posterior, **groups} if request.param.startswith("0.") else posterior
 
     monkeypatch.setitem(
-        sys.modules, "arviz", types.SimpleNamespace(__version__=request.param, from_dict=from_dict)
+        sys.modules,
+        "arviz",
+        types.SimpleNamespace(__version__=request.param, from_dict=from_dict),
     )
 
 
@@ -763,7 +788,10 @@ def pyplot():
         (lambda: gaussian(dim=4), 6),
         (of_samples, 4),
         (lambda: gaussian(scale=0.4), 5),
-        (lambda: gaussian(target=lambda z: torch.where(z[:, 0] > 0, z[:, 0] * 1e5, -math.inf)), 5),
+        (
+            lambda: gaussian(target=lambda z: torch.where(z[:, 0] > 0, z[:, 0] * 1e5, -math.inf)),
+            5,
+        ),
         (lambda: gaussian(draws=30), 5),
     ],
 )

@@ -96,7 +96,10 @@ NESTED = {
     "composed": TransformedDistribution(
         Normal(torch.zeros(2), torch.ones(2)),
         transforms.ComposeTransform(
-            [transforms.AffineTransform(torch.tensor([0.1, 0.2]), torch.ones(2)), transforms.TanhTransform()]
+            [
+                transforms.AffineTransform(torch.tensor([0.1, 0.2]), torch.ones(2)),
+                transforms.TanhTransform(),
+            ]
         ).inv.inv,
     ),
 }
@@ -136,7 +139,10 @@ SUPPORTS = {
     "positive": (constraints.positive, [-1.0, 1.0]),
     "nonnegative": (constraints.nonnegative, [0.0, 1.0]),
     "interval": (constraints.interval(0.0, 5.0), [6.0, 1.0]),
-    "halves": (constraints.cat([constraints.less_than(0.0), constraints.real], -1, [1, 1]), [0.1, 0.0]),
+    "halves": (
+        constraints.cat([constraints.less_than(0.0), constraints.real], -1, [1, 1]),
+        [0.1, 0.0],
+    ),
     "simplex": (constraints.simplex, [0.3, 0.3, 0.3]),
     "corner": (constraints.simplex, [0.0, 0.5, 0.5]),
 }
@@ -261,7 +267,13 @@ def test_judging_a_fit_does_not_train_it():
     from normflow_vi import fit
 
     q = Flow(Moving(2))
-    fit(q, log_density=lambda z: -0.5 * z.square().sum(-1), steps=3, draws=4, evaluation_draws=50)
+    fit(
+        q,
+        log_density=lambda z: -0.5 * z.square().sum(-1),
+        steps=3,
+        draws=4,
+        evaluation_draws=50,
+    )
     assert not q.training, "neither the trial before nor the draws that judge may move the buffers"
     assert (q.transform.seen == 3).all(), (
         "neither the trial before nor the draws that judge may move the buffers"

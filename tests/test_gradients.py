@@ -14,7 +14,13 @@ from torch.func import functional_call, grad, vmap
 from helpers import CASE
 from normflow_vi import Chain, Flow
 from normflow_vi.engine.runs import OneRun, StackedRuns
-from normflow_vi.objectives import elbo, forward_kl, free_energy, importance_weighted, renyi
+from normflow_vi.objectives import (
+    elbo,
+    forward_kl,
+    free_energy,
+    importance_weighted,
+    renyi,
+)
 from normflow_vi.objectives.gradients import GRADIENTS, path_draws, stopped_log_prob
 from normflow_vi.testing.contract import C
 from normflow_vi.transforms import Affine, BatchNorm, Inverse, Planar
@@ -95,8 +101,18 @@ def test_elbo_gradient_is_the_closed_form(gradient):
     beta = 0.6
     found = gradients(lambda m: elbo(standard, m.q, 4, gradient=gradient).value, 4000, q=q)
     agree(found, {SHIFT: torch.tensor([[-0.5]]), LOG_SCALE: torch.tensor([[1 - 0.49]])})
-    found = gradients(lambda m: free_energy(standard, m.q, 4, beta=beta, gradient=gradient).value, 4000, q=q)
-    agree(found, {SHIFT: torch.tensor([[0.5 * beta]]), LOG_SCALE: torch.tensor([[0.49 * beta - 1]])})
+    found = gradients(
+        lambda m: free_energy(standard, m.q, 4, beta=beta, gradient=gradient).value,
+        4000,
+        q=q,
+    )
+    agree(
+        found,
+        {
+            SHIFT: torch.tensor([[0.5 * beta]]),
+            LOG_SCALE: torch.tensor([[0.49 * beta - 1]]),
+        },
+    )
 
 
 def two_draws(alpha, mean, log_scale, slope):
@@ -127,11 +143,23 @@ def test_renyi_gradient_of_two_draws_is_the_integral(alpha, gradient):
 
     def value(m):
         return renyi(
-            lambda z: m.model["slope"] * standard(z), m.q, alpha, samples=2, outer=3, gradient=gradient
+            lambda z: m.model["slope"] * standard(z),
+            m.q,
+            alpha,
+            samples=2,
+            outer=3,
+            gradient=gradient,
         ).value
 
     found = gradients(value, 12_000, q=gaussian(), model=model)
-    agree(found, {SHIFT: exact[0].view(1, 1), LOG_SCALE: exact[1].view(1, 1), "model.slope": exact[2]})
+    agree(
+        found,
+        {
+            SHIFT: exact[0].view(1, 1),
+            LOG_SCALE: exact[1].view(1, 1),
+            "model.slope": exact[2],
+        },
+    )
     assert found["model.slope"].std() > 0
 
 
@@ -215,7 +243,10 @@ def test_what_is_dropped_is_the_score(name, context_dim):
         slopes(log_q), slopes(posterior.log_prob(z.detach())), slopes(path), strict=True
     ):
         assert torch.allclose(
-            whole - score, rest, rtol=1e-6, atol=1e-6 * (1 + whole.abs().max() + score.abs().max())
+            whole - score,
+            rest,
+            rtol=1e-6,
+            atol=1e-6 * (1 + whole.abs().max() + score.abs().max()),
         )
 
 
@@ -310,7 +341,11 @@ def test_sticking_the_landing_falls_silent_towards_the_optimum():
     for gradient in (PLAIN, STICKING):
         for distance in (1.0, 0.1, 0.01):
             bound = partial(elbo, standard, gradient=gradient)
-            found = gradients(lambda m, f=bound: f(m.q).value, 4000, q=gaussian(distance, math.exp(distance)))
+            found = gradients(
+                lambda m, f=bound: f(m.q).value,
+                4000,
+                q=gaussian(distance, math.exp(distance)),
+            )
             variance[gradient, distance] = sum(draws.var(0).sum() for draws in found.values())
     assert abs(variance[PLAIN, 0.01] - 3) < 0.5
     assert variance[PLAIN, 0.1] > 3
@@ -520,7 +555,10 @@ def test_trains_under_the_engine(gradient):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda q: elbo(standard, q, gradient="score"), ["gradient='score'", *GRADIENTS]),
+        (
+            lambda q: elbo(standard, q, gradient="score"),
+            ["gradient='score'", *GRADIENTS],
+        ),
         (lambda q: free_energy(standard, q, gradient="path"), ["gradient='path'"]),
         (lambda q: renyi(standard, q, 0, 1, gradient=None), ["gradient=None"]),
         (
@@ -531,15 +569,27 @@ def test_trains_under_the_engine(gradient):
             lambda q: importance_weighted(standard, q, 5, gradient=STICKING),
             [STICKING, "importance weighted", "samples=5"],
         ),
-        (lambda q: forward_kl(q, torch.zeros(3, 1), gradient=STICKING), [STICKING, "forward_kl"]),
-        (lambda q: forward_kl(q, torch.zeros(3, 1), gradient=DOUBLY), [DOUBLY, "forward_kl"]),
+        (
+            lambda q: forward_kl(q, torch.zeros(3, 1), gradient=STICKING),
+            [STICKING, "forward_kl"],
+        ),
+        (
+            lambda q: forward_kl(q, torch.zeros(3, 1), gradient=DOUBLY),
+            [DOUBLY, "forward_kl"],
+        ),
         (lambda q: renyi(standard, q, math.inf), ["alpha=inf"]),
         (lambda q: renyi(standard, q, "0"), ["alpha='0'"]),
         (lambda q: renyi(standard, q, True), ["alpha=True"]),
         (lambda q: renyi(standard, q, 0.0, 0), ["samples=0"]),
         (lambda q: importance_weighted(standard, q, 2, 0), ["outer=0"]),
-        (lambda q: elbo(standard, Flow(BatchNorm(1)), 3, gradient=STICKING), ["BatchNorm", "eval()"]),
-        (lambda q: elbo(standard, Flow(OneWay(1)), 3, gradient=STICKING), ["inverse_kind='none'", STICKING]),
+        (
+            lambda q: elbo(standard, Flow(BatchNorm(1)), 3, gradient=STICKING),
+            ["BatchNorm", "eval()"],
+        ),
+        (
+            lambda q: elbo(standard, Flow(OneWay(1)), 3, gradient=STICKING),
+            ["inverse_kind='none'", STICKING],
+        ),
     ],
 )
 def test_what_is_refused(call, words):

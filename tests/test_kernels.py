@@ -13,6 +13,7 @@ from helpers import caught
 from normflow_vi.engine.runs import StackedRuns
 from normflow_vi.numerics import compiling as kernels
 from normflow_vi.numerics import planar as loops
+from normflow_vi.numerics.compiling import exp, log, tanh
 from normflow_vi.transforms import Planar, planar
 from normflow_vi.transforms.planar import planar_layers, planar_torch
 
@@ -28,11 +29,16 @@ def seen(monkeypatch):
     compiled = loops.planar_kernels()
 
     def noted(name):
-        return lambda *arguments: (names.append(name), getattr(compiled, name)(*arguments))[1]
+        return lambda *arguments: (
+            names.append(name),
+            getattr(compiled, name)(*arguments),
+        )[1]
 
     if compiled is not None:
         monkeypatch.setattr(
-            loops, "planar_kernels", lambda: SimpleNamespace(**{name: noted(name) for name in KERNELS})
+            loops,
+            "planar_kernels",
+            lambda: SimpleNamespace(**{name: noted(name) for name in KERNELS}),
         )
     return names
 
@@ -51,7 +57,11 @@ def points(*shape, dtype=torch.float64):
 def everything(form, inputs):
     y, log_det = form(*inputs)
     weights = torch.arange(log_det.numel(), dtype=y.dtype).cos().view(log_det.shape)
-    return [y, log_det, *torch.autograd.grad(y.sin().sum() + (log_det * weights).sum(), inputs)]
+    return [
+        y,
+        log_det,
+        *torch.autograd.grad(y.sin().sum() + (log_det * weights).sum(), inputs),
+    ]
 
 
 def gap(found, expected):
@@ -102,7 +112,11 @@ def traced(t):
     answers = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.trace(lambda x: (answers.append(kernels.fits(x)), x.sum())[1], t, check_trace=False)
+        torch.jit.trace(
+            lambda x: (answers.append(kernels.fits(x)), x.sum())[1],
+            t,
+            check_trace=False,
+        )
     return answers[0]
 
 
@@ -157,16 +171,13 @@ def test_what_a_kernel_without_rules_refuses_besides():
 
 @needs_numba
 def test_functions_at_every_exponent():
-    exp, tanh, log = kernels.exp, kernels.tanh, kernels.log
-
     def apply(x, y, which):
         for i in range(len(x)):
             y[i] = exp(x[i]) if which == 0 else tanh(x[i]) if which == 1 else log(x[i])
 
     run = kernels.machine_code(apply)
-    every = (np.arange(2**16, dtype=np.uint32) * 65521 + 7).view(
-        np.float32
-    )  # all exponents and signs, infinities and NaN
+    bits = np.arange(2**16, dtype=np.uint32) * 65521 + 7
+    every = bits.view(np.float32)  # all exponents and signs, infinities and NaN
     for which, function in enumerate((np.exp, np.tanh, np.log)):
         found = np.empty_like(every)
         run(every, found, which)
@@ -222,7 +233,13 @@ def test_slices_and_repeated_tensors():
         part.unflatten(-1, shape)
         for part, shape in zip(head.split([12, 12, 4], -1), ((4, 3), (4, 3), (4,)), strict=True)
     )
-    for z in (points(6, 3), points(3, 6).T, points(12, 3)[::2], points(3).expand(6, 3), points(5, 6, 3)):
+    for z in (
+        points(6, 3),
+        points(3, 6).T,
+        points(12, 3)[::2],
+        points(3).expand(6, 3),
+        points(5, 6, 3),
+    ):
         for given in (
             (u, w, b),
             (u[:1].expand(6, 4, 3), w, b),
@@ -254,7 +271,8 @@ def test_harsh_layers(constraint):
 
 @needs_numba
 @pytest.mark.parametrize(
-    "axes", [(0, 0, 0, 0), (0, None, None, None), (None, 0, 0, 0), (1, 0, 1, None), (-2, None, 0, 0)]
+    "axes",
+    [(0, 0, 0, 0), (0, None, None, None), (None, 0, 0, 0), (1, 0, 1, None), (-2, None, 0, 0)],
 )
 @pytest.mark.parametrize("batch", [(), (6,)], ids=["owned", "amortised"])
 @pytest.mark.parametrize("samples", [(), (4,), (30,)])
@@ -280,7 +298,13 @@ def test_under_vmap(axes, batch, samples, seen):
 @needs_numba
 def test_under_two_vmaps():
     inputs = [points(2, 3, 9, 3), *layers(2, 3)]
-    assert gap(everything(vmap(vmap(kernel)), inputs), everything(vmap(vmap(reference)), inputs)) <= 1e-12
+    assert (
+        gap(
+            everything(vmap(vmap(kernel)), inputs),
+            everything(vmap(vmap(reference)), inputs),
+        )
+        <= 1e-12
+    )
 
 
 @needs_numba
@@ -308,7 +332,10 @@ def test_several_runs_are_the_runs(context_dim, seen):
         y, log_det = functional_call(
             Planar(2, 3, context_dim).double(),
             own,
-            (noise[r], None if context_dim is None else torch.ones(40, 5, dtype=torch.float64)),
+            (
+                noise[r],
+                None if context_dim is None else torch.ones(40, 5, dtype=torch.float64),
+            ),
         )
         alone = (y.square().sum(-1) - log_det).mean()
         torch.testing.assert_close(value[r], alone)
@@ -368,7 +395,10 @@ def test_gradients_that_nobody_wants():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_same_bits_at_every_call(dtype):
     for shape, batch in (((300,), ()), ((50,), (50,)), ((4, 50), (50,))):
-        inputs = [points(*shape, 5, dtype=dtype), *layers(*batch, K=7, D=5, dtype=dtype)]
+        inputs = [
+            points(*shape, 5, dtype=dtype),
+            *layers(*batch, K=7, D=5, dtype=dtype),
+        ]
         first = everything(kernel, inputs)
         for _ in range(5):
             junk = [torch.full((n,), float("nan"), dtype=dtype) for n in (35, 300, 1500, 35 * 50)]
@@ -479,7 +509,10 @@ def uncompiled(monkeypatch):
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_of_the_kernels_are_caught(name, monkeypatch, uncompiled):
     place, found, wrong, kind = BUGS[name]
-    inputs = {"wide": [points(11, 2), *layers(K=2, D=2)], "narrow": [points(3, 2, 2), *layers(2, K=2, D=2)]}
+    inputs = {
+        "wide": [points(11, 2), *layers(K=2, D=2)],
+        "narrow": [points(3, 2, 2), *layers(2, K=2, D=2)],
+    }
 
     def check():
         for name, given in inputs.items():

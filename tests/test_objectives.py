@@ -64,7 +64,12 @@ def test_reparameterised_gradient_of_a_gaussian():
     for _ in range(400):
         q.zero_grad()
         free_energy(lambda z: -0.5 * z.square().sum(-1), q(), samples=20).value.backward()
-        gradients.append([q.transform.source.shift.grad.item(), q.transform.source.log_scale.grad.item()])
+        gradients.append(
+            [
+                q.transform.source.shift.grad.item(),
+                q.transform.source.log_scale.grad.item(),
+            ]
+        )
     gradients = torch.tensor(gradients)
     error = gradients.std(0) / 20
     assert ((gradients.mean(0) - torch.tensor([0.5, 0.7**2 - 1])).abs() < 4 * error).all()
@@ -75,7 +80,10 @@ def test_annealing_weights_what_it_says(anneal):
     q = Flow(Affine(2)).double()
 
     def parts(z):
-        return {"log_likelihood": -(z - 1).square().sum(-1), "log_prior": -0.5 * z.square().sum(-1)}
+        return {
+            "log_likelihood": -(z - 1).square().sum(-1),
+            "log_prior": -0.5 * z.square().sum(-1),
+        }
 
     def generator():
         return torch.Generator().manual_seed(5)
@@ -101,7 +109,12 @@ class Exact:
 
     def rsample_and_log_prob(self, shape, generator=None):
         if self.noise is None:
-            eps = torch.randn(*shape, *self.q.base_dist.loc.shape, generator=generator, dtype=torch.float64)
+            eps = torch.randn(
+                *shape,
+                *self.q.base_dist.loc.shape,
+                generator=generator,
+                dtype=torch.float64,
+            )
         else:
             eps, self.noise = self.noise.split([shape[0], len(self.noise) - shape[0]])
         z = self.q.base_dist.loc + self.q.base_dist.scale * eps
@@ -199,12 +212,17 @@ def test_renyi_bound_is_the_divergence_between_gaussians(alpha):
     m = 0.4
     s = 0.8
     v = alpha + (1 - alpha) * 0.8**2
-    exact = (
-        0.5 * (s * s + m * m - 1) - math.log(s)
-        if alpha == 1
-        else -math.log(s) - math.log(v) / (2 * (alpha - 1)) + alpha * m * m / (2 * v)
+    if alpha == 1:
+        exact = 0.5 * (s * s + m * m - 1) - math.log(s)
+    else:
+        exact = -math.log(s) - math.log(v) / (2 * (alpha - 1)) + alpha * m * m / (2 * v)
+    bound = renyi(
+        lambda z: UNIT.log_prob(z).sum(-1) + 2.0,
+        gaussian(m, s),
+        alpha,
+        samples=4000,
+        outer=50,
     )
-    bound = renyi(lambda z: UNIT.log_prob(z).sum(-1) + 2.0, gaussian(m, s), alpha, samples=4000, outer=50)
     assert abs(2.0 - bound.value - exact) < 4 * bound.std_error + 1e-3
     assert bound.std_error < 0.01
 
@@ -227,9 +245,9 @@ def test_bounds_are_ordered_in_alpha_and_in_draws():
         few, many = (renyi(target, q, alpha, K, 20_000 // K) for K in (2, 20))
         assert sign * (many.value - few.value) > 4 * (many.std_error**2 + few.std_error**2).sqrt()
     for alpha in alphas:
-        assert torch.allclose(
-            renyi(target, q, alpha, 1, 50, seeded()).value, elbo(target, q, 50, seeded()).value
-        )
+        found = renyi(target, q, alpha, 1, 50, seeded()).value
+        expected = elbo(target, q, 50, seeded()).value
+        assert torch.allclose(found, expected)
 
 
 @pytest.mark.parametrize("support", [None, constraints.positive, constraints.simplex], ids=str)
@@ -287,13 +305,13 @@ def test_power_mean_keeps_its_digits_and_its_range(dtype):
     log_w = 5 * torch.randn(30, 4, dtype=dtype)
     wide = log_w.double()
     for a in (2.0, 1.0, 0.05, 0.0101, 0.0099, 1e-3, 1e-5, 1e-9, -1e-9, -1e-3, -0.05, -3.0):
-        exact = (
-            wide.mean(0) + a * wide.var(0, correction=0) / 2
-            if abs(a) < 1e-4
-            else (a * wide).exp().mean(0).log() / a
-        )
+        if abs(a) < 1e-4:
+            exact = wide.mean(0) + a * wide.var(0, correction=0) / 2
+        else:
+            exact = (a * wide).exp().mean(0).log() / a
+        found = log_power_mean(log_w, a).double()
         assert torch.allclose(
-            log_power_mean(log_w, a).double(),
+            found,
             exact,
             rtol=2e-5 if dtype == torch.float32 else 1e-9,
             atol=1e-4 if dtype == torch.float32 else 2e-6 if abs(a) < 1e-4 else 1e-9,

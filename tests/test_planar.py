@@ -53,7 +53,10 @@ def test_against_extended_precision(scale, constraint):
         transform = moved(Planar(3, constraint=constraint), scale)
         z = torch.randn(3, dtype=torch.float64) / scale
         u, w, b = (transform.source()[n][0].detach() for n in ("u", "w", "b"))
-        assert near(transform.forward(z)[1], in_extended_precision(z, u, w, b, CONSTRAINTS[constraint]))
+        assert near(
+            transform.forward(z)[1],
+            in_extended_precision(z, u, w, b, CONSTRAINTS[constraint]),
+        )
 
 
 @many_draws
@@ -105,9 +108,6 @@ def test_heads_of_long_stacks_are_slow():
 def test_slopes_have_all_their_digits():
     "Also where a softplus goes over to its asymptote."
     u = torch.linspace(-60, 60, 1000, dtype=torch.float64)[:, None]
-    assert torch.allclose(
-        constrain(u, torch.ones(1, 1, dtype=torch.float64), 0.0)[1],
-        torch.logaddexp(u[:, 0], torch.zeros(1000, dtype=torch.float64)),
-        rtol=1e-14,
-        atol=0,
-    )
+    found = constrain(u, torch.ones(1, 1, dtype=torch.float64), 0.0)[1]
+    expected = torch.logaddexp(u[:, 0], torch.zeros(1000, dtype=torch.float64))
+    assert torch.allclose(found, expected, rtol=1e-14, atol=0)

@@ -62,7 +62,13 @@ def and_knots(theta, row, bins=8, bound=3.0):
     far = torch.full_like(at, 2 * bound)
     inside = bound * (2 * torch.rand(len(theta), 8, dtype=theta.dtype) - 1)
     return torch.cat(
-        [edges(theta.dtype, bound).expand(len(theta), -1), at, at.nextafter(far), at.nextafter(-far), inside],
+        [
+            edges(theta.dtype, bound).expand(len(theta), -1),
+            at,
+            at.nextafter(far),
+            at.nextafter(-far),
+            inside,
+        ],
         -1,
     )
 
@@ -342,7 +348,8 @@ def test_inputs_that_are_not_finite_do_not_spread(law):
 
 
 @pytest.mark.parametrize(
-    "dim, hidden", [(1, (4,)), (2, (4,)), (5, (3,)), (5, (5,)), (5, (16,)), (5, (8, 8, 8))]
+    "dim, hidden",
+    [(1, (4,)), (2, (4,)), (5, (3,)), (5, (5,)), (5, (16,)), (5, (8, 8, 8))],
 )
 def test_autoregressive_jacobian_has_exact_zeros(dim, hidden):
     layer = SplineAutoregressive(dim, hidden=hidden, activation="tanh", residual=len(hidden) == 3).double()

@@ -24,7 +24,10 @@ def results(call, value, theta, weights):
     found = call(value, theta)
     return [
         *(t.detach() for t in found),
-        *torch.autograd.grad(sum((w * t).sum() for w, t in zip(weights, found, strict=True)), (value, theta)),
+        *torch.autograd.grad(
+            sum((w * t).sum() for w, t in zip(weights, found, strict=True)),
+            (value, theta),
+        ),
     ]
 
 
@@ -60,7 +63,11 @@ def check_agreement(bins=3, n=30, scale=1.0, dtype=torch.float64, bound=3.0):
         theta = scale * torch.randn(n, 3 * bins - 1, dtype=dtype)
         value = 1.2 * bound * (2 * torch.rand(n, dtype=dtype) - 1)
         value[:2] = torch.tensor([1e30, -1e30], dtype=dtype)  # what is not clipped is far from any bin
-        agree(*kernel_and_reference(name, value, theta, bins, bound), (1e-12, 1e-12, 1e-10, 1e-10), name)
+        agree(
+            *kernel_and_reference(name, value, theta, bins, bound),
+            (1e-12, 1e-12, 1e-10, 1e-10),
+            name,
+        )
 
 
 # Agreement
@@ -156,7 +163,9 @@ def test_a_value_does_not_depend_on_its_lane(name):
     whole = module.spline(value, theta, REFERENCES[name], 8, 3.0)
     for start in (1, 77, 250):
         for w, part in zip(
-            whole, module.spline(value[start:], theta[start:], REFERENCES[name], 8, 3.0), strict=True
+            whole,
+            module.spline(value[start:], theta[start:], REFERENCES[name], 8, 3.0),
+            strict=True,
         ):
             assert torch.equal(w[start:], part)
 
@@ -177,9 +186,8 @@ def test_only_what_is_asked_for(name):
     for i, result in [(i, result) for i in range(2) for result in range(2)]:
         inputs = [t.clone().requires_grad_(i == j) for j, t in enumerate((value, theta))]
         expected = torch.autograd.grad(REFERENCES[name](*inputs, 8, 3.0)[result].sum(), inputs[i])[0]
-        assert torch.allclose(
-            torch.autograd.grad(call(*inputs)[result].sum(), inputs[i])[0], expected, rtol=1e-10
-        )
+        found = torch.autograd.grad(call(*inputs)[result].sum(), inputs[i])[0]
+        assert torch.allclose(found, expected, rtol=1e-10)
 
 
 def in_both_ways(reference):
@@ -319,7 +327,9 @@ def test_without_numba(monkeypatch):
     assert all(
         torch.equal(f, e)
         for f, e in zip(
-            module.Spline().push(value, theta), module.rq_spline(value, theta, 8, 3.0), strict=True
+            module.Spline().push(value, theta),
+            module.rq_spline(value, theta, 8, 3.0),
+            strict=True,
         )
     )
 
@@ -354,11 +364,7 @@ BUGS = {
     ),
     "the other root": ("_solve_position", "u if b >= _ZERO else fall", "fall if b >= _ZERO else u"),
     "half the logarithm": ("_evaluate_lanes", "half + half + log", "half + log"),
-    "sign of the inverse log-slope": (
-        "_forward",
-        "-s[_SLOPE + i] if inverse",
-        "s[_SLOPE + i] if inverse",
-    ),
+    "sign of the inverse log-slope": ("_forward", "-s[_SLOPE + i] if inverse", "s[_SLOPE + i] if inverse"),
     "slopes at the ends swapped": ("_evaluate_lanes", "d1 * xi * xi + (m + m)", "d0 * xi * xi + (m + m)"),
     "gradient of s without its second part": ("_bin_gradient", "+ (xe + xe) * per_bracket)", ")"),
     "gradient of the left slope": ("_bin_gradient", "b * xe * (_ONE - part) +", "b * xe * part +"),

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from normflow_vi.targets import ENERGIES, U1, lattice, log_mass, pinwheel, rings, two_circles, u1, u2, u3, u4
+from normflow_vi.targets import (
+    ENERGIES,
+    U1,
+    lattice,
+    log_mass,
+    pinwheel,
+    rings,
+    two_circles,
+    u1,
+    u2,
+    u3,
+    u4,
+)
 
 
 def seeded(seed=0):
@@ -56,11 +68,9 @@ def test_supports():
     for name, energy in (("U2", u2), ("U3", u3), ("U4", u4)):
         assert torch.equal(ENERGIES[name].log_density(inside), -energy(inside))
         assert torch.equal(ENERGIES[f"{name}_box"].log_density(inside), -energy(inside))
-        assert torch.allclose(
-            -energy(beyond) - ENERGIES[name].log_density(beyond),
-            torch.tensor([0.5 * (4 + 1), 0.5 * 100], dtype=torch.float64),
-            atol=1e-9,
-        )
+        found = -energy(beyond) - ENERGIES[name].log_density(beyond)
+        expected = torch.tensor([0.5 * (4 + 1), 0.5 * 100], dtype=torch.float64)
+        assert torch.allclose(found, expected, atol=1e-9)
         assert (ENERGIES[f"{name}_box"].log_density(beyond) == -math.inf).all()
 
 
@@ -153,9 +163,8 @@ def test_values_and_gradients_are_finite_far_away(target):
         (gradient,) = torch.autograd.grad(values.sum(), z)
         assert gradient.isfinite().all()
         assert values.isfinite().all() or "box" in target.name
-        assert torch.allclose(
-            torch.func.vmap(torch.func.grad(target.log_density))(z.detach()), gradient, rtol=1e-5
-        )
+        found = torch.func.vmap(torch.func.grad(target.log_density))(z.detach())
+        assert torch.allclose(found, gradient, rtol=1e-5)
         if "box" not in target.name and "rings" not in target.name:
             assert (gradient[:5] * z[:5]).sum(-1).lt(0).all(), "the way back is downhill"
 
@@ -163,9 +172,8 @@ def test_values_and_gradients_are_finite_far_away(target):
 @pytest.mark.parametrize("target", [*ENERGIES.values(), *NORMALISED.values()], ids=lambda target: target.name)
 def test_targets_trace_to_one_graph(target):
     z = torch.randn(7, 2, dtype=torch.float64)
-    assert torch.allclose(
-        torch.compile(target.log_density, fullgraph=True, backend="eager")(z), target.log_density(z)
-    )
+    found = torch.compile(target.log_density, fullgraph=True, backend="eager")(z)
+    assert torch.allclose(found, target.log_density(z))
 
 
 def test_gradients_are_those_of_the_values():
@@ -209,9 +217,9 @@ def test_pinwheel(rate):
         assert abs(values.std() - sd) < 5 * sd / (2 * n) ** 0.5
     assert torch.allclose(points.norm(dim=-1), straight.norm(dim=-1), atol=1e-5), "the bend is a rotation"
     turned = torch.atan2(straight[:, 1], straight[:, 0]) - torch.atan2(points[:, 1], points[:, 0])
-    assert torch.allclose(
-        (turned - rate * x.exp() + math.pi) % (2 * math.pi), torch.tensor(math.pi), atol=1e-3
-    )
+    found = (turned - rate * x.exp() + math.pi) % (2 * math.pi)
+    expected = torch.tensor(math.pi)
+    assert torch.allclose(found, expected, atol=1e-3)
 
 
 def test_generators_fix_the_draws():
@@ -246,7 +254,10 @@ def test_generators_fix_the_draws():
         (lambda: U1.sample(5), ["U1", "sampler"]),
         (lambda: lattice(9).sample(-1), ["n=-1"]),
         (lambda: U1.grid(0), ["points=0"]),
-        (lambda: log_mass(U1.log_density, (1.0, 0.0)), ["edges=(1.0, 0.0)", "ascending"]),
+        (
+            lambda: log_mass(U1.log_density, (1.0, 0.0)),
+            ["edges=(1.0, 0.0)", "ascending"],
+        ),
         (lambda: log_mass(U1.log_density, (0.0, 1.0), 0), ["nodes=0"]),
     ],
 )

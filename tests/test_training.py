@@ -67,7 +67,11 @@ class Stream:
         return self.data[self.order[self.position - self.size : self.position]]
 
     def state_dict(self):
-        return {"generator": self.generator.get_state(), "order": self.order, "position": self.position}
+        return {
+            "generator": self.generator.get_state(),
+            "order": self.order,
+            "position": self.position,
+        }
 
     def load_state_dict(self, saved):
         self.generator.set_state(saved["generator"])
@@ -95,7 +99,10 @@ def loss(model, batch, step, generator):
 def validate(model, step):
     assert not torch.is_grad_enabled()
     assert not model.training
-    return {"distance": (step - 80) ** 2 + float(model.weight.abs().mean()), "noise": float(torch.rand(()))}
+    return {
+        "distance": (step - 80) ** 2 + float(model.weight.abs().mean()),
+        "noise": float(torch.rand(())),
+    }
 
 
 ADAM = Optimizer("adam", 0.02, weight_decay=0.1, clip=1.0, warmup=20)
@@ -165,7 +172,12 @@ def child(job):
     torch.set_num_threads(1)
     if "write" in job:
         cut_writes(job["write"])
-    trainer = make(job["runs"], folder=job["folder"], save_every=10, optimizer=Optimizer(**job["optimizer"]))
+    trainer = make(
+        job["runs"],
+        folder=job["folder"],
+        save_every=10,
+        optimizer=Optimizer(**job["optimizer"]),
+    )
     try:
         trainer.run()
     except Interrupted as stopped:
@@ -325,7 +337,9 @@ def test_runs_outside_the_main_thread():
 
 
 @pytest.fixture(
-    scope="module", params=[(1, ADAM), (3, ADAM), (1, RMSPROP)], ids=["adam", "adam x 3", "rmsprop"]
+    scope="module",
+    params=[(1, ADAM), (3, ADAM), (1, RMSPROP)],
+    ids=["adam", "adam x 3", "rmsprop"],
 )
 def half_way(request, tmp_path_factory):
     """Options of a training, the state at step 150, ten steps after a log point, and the fingerprint at the
@@ -334,7 +348,11 @@ def half_way(request, tmp_path_factory):
     options = {"runs": request.param[0], "optimizer": request.param[1]}
     folder = tmp_path_factory.mktemp("half")
     whole = finished(folder=folder, **options)
-    return options, checkpoint.unpack(checkpoint.path_of(folder, 150).read_bytes())[1], fingerprint(whole)
+    return (
+        options,
+        checkpoint.unpack(checkpoint.path_of(folder, 150).read_bytes())[1],
+        fingerprint(whole),
+    )
 
 
 def resumed(options, saved):
@@ -347,8 +365,14 @@ def resumed(options, saved):
 # Files of commit 0629f25, whose trainer was one ladder of classes: the state at step 150 of trainings of
 # `make`, and the fingerprint that each had at step 200, on a processor with AVX-512 and torch 2.13.0.
 EARLIER = {
-    "adam": ({"runs": 1}, "7797bd0d433bfec4c231c9c88e32a7eb51242005a6bbb2d20d8e843d640398a2"),
-    "stacked": ({"runs": 2}, "07c0bedbfd5007295cde556508cb83b932eb653b4f71fd72f8d4c550cf60713c"),
+    "adam": (
+        {"runs": 1},
+        "7797bd0d433bfec4c231c9c88e32a7eb51242005a6bbb2d20d8e843d640398a2",
+    ),
+    "stacked": (
+        {"runs": 2},
+        "07c0bedbfd5007295cde556508cb83b932eb653b4f71fd72f8d4c550cf60713c",
+    ),
     "rmsprop": (
         {"runs": 1, "optimizer": RMSPROP},
         "9b6af9fbba7f8992b2ae15eec8bb597dab2e4afee41142329f7d5b17763fce19",
@@ -560,7 +584,11 @@ def test_the_first_nonfinite_number_is_named(tmp_path, trials):
             stream.next = spoiled(stream, trainer, step)
         with pytest.raises(NonFinite) as error:
             trainer.run()
-        assert (error.value.step, error.value.tensor, error.value.seed) == (step, place, 11 + sick), (k, kind)
+        assert (error.value.step, error.value.tensor, error.value.seed) == (
+            step,
+            place,
+            11 + sick,
+        ), (k, kind)
         assert error.value.remedy in str(error.value)
         saved = checkpoint.latest(folder)
         assert trainer.step == step // 20 * 20
@@ -668,7 +696,8 @@ def test_other_errors_pass_and_roll_back():
 )
 def test_wrong_arguments_are_named(wrong):
     with pytest.raises(
-        (ValueError, RuntimeError), match=list(wrong)[0] if "device" not in wrong else "device"
+        (ValueError, RuntimeError),
+        match=list(wrong)[0] if "device" not in wrong else "device",
     ):
         Trainer([Model(0)], loss, **{"seeds": [0], "steps": 10, "optimizer": ADAM} | wrong)
 
@@ -744,7 +773,10 @@ def test_validation_does_not_disturb():
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            *map(leaves, ({k: f[k] for k in ("parameters", "buffers", "optimizer")} for f in fields)),
+            *map(
+                leaves,
+                ({k: f[k] for k in ("parameters", "buffers", "optimizer")} for f in fields),
+            ),
             strict=True,
         )
     )
@@ -801,7 +833,14 @@ def test_decay_schedule_and_clip_are_torchs():
             foreach=False,
         )
 
-    model = plain_loop(0, reference, 200, lambda step: settings.rate_at(step, 200), torch.float64, clip=0.5)
+    model = plain_loop(
+        0,
+        reference,
+        200,
+        lambda step: settings.rate_at(step, 200),
+        torch.float64,
+        clip=0.5,
+    )
     torch.testing.assert_close(trainer.models[0].weight, model.weight, atol=1e-12, rtol=0)
     torch.testing.assert_close(trainer.models[0].bias, model.bias, atol=1e-12, rtol=0)
 
@@ -866,7 +905,10 @@ def test_stacked_runs_go_where_single_runs_go(optimizer):
         single = make(seeds=[s], loss=quiet_loss, dtype=torch.float64, optimizer=optimizer)
         alone = single.run()
         torch.testing.assert_close(
-            together.models[s].state_dict(), single.models[0].state_dict(), atol=1e-10, rtol=0
+            together.models[s].state_dict(),
+            single.models[0].state_dict(),
+            atol=1e-10,
+            rtol=0,
         )
         np.testing.assert_allclose(history.values["loss"][:, s], alone.values["loss"][:, 0], atol=1e-10)
         assert history.best_step[s] == alone.best_step[0]
@@ -886,7 +928,10 @@ def test_buffers_of_stacked_runs_move_as_those_of_single_runs(in_place):
     for s in range(3):
         single = finished(seeds=[s], loss=moving, dtype=torch.float64)
         torch.testing.assert_close(
-            together.models[s].state_dict(), single.models[0].state_dict(), atol=1e-10, rtol=0
+            together.models[s].state_dict(),
+            single.models[0].state_dict(),
+            atol=1e-10,
+            rtol=0,
         )
         assert single.models[0].mean.abs().max() > 0
 
@@ -933,7 +978,10 @@ def test_schedule_values():
 
 def test_curves_are_means_between_log_points():
     def count(model, batch, step, generator):
-        return SimpleNamespace(value=(model.bias * 0).sum() + step, terms={"twice": torch.tensor(2.0 * step)})
+        return SimpleNamespace(
+            value=(model.bias * 0).sum() + step,
+            terms={"twice": torch.tensor(2.0 * step)},
+        )
 
     said = []
     history = finished(runs=2, loss=count, steps=50, progress=lambda *a: said.append(a)).history()
@@ -983,7 +1031,9 @@ def test_the_choice_of_engine_leaves_no_trace(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "others", [lambda: Planar(2, constraint="paper"), lambda: Planar(2, length=2)], ids=["option", "shape"]
+    "others",
+    [lambda: Planar(2, constraint="paper"), lambda: Planar(2, length=2)],
+    ids=["option", "shape"],
 )
 def test_runs_that_train_together_differ_in_tensors_only(others):
     """An option that is no tensor (a constraint, a base) would silently be taken from the first model."""
