@@ -42,7 +42,6 @@ class Autoregressive(Transform):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         order: str = "alternate",
         residual: bool = False,
     ):
@@ -165,9 +164,9 @@ class InverseAutoregressive(Autoregressive):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         order: str = "alternate",
         residual: bool = False,
+        *,
         form: str = "gated",
         max_log_scale: float | None = None,
     ):
@@ -201,9 +200,9 @@ class MaskedAutoregressive(Autoregressive):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         order: str = "alternate",
         residual: bool = False,
+        *,
         form: str = "plain",
         max_log_scale: float | None = None,
     ):
