@@ -78,6 +78,7 @@ def published() -> list[Row]:
 
     Besides, `row` is its label, and `value` and `error` are numbers or `None`.
     """
+    items: dict[Any, list[Row]]
     lines, items = read_csv("published.csv"), {}
     for line in lines:
         items.setdefault(_item_of(line), []).append(line)
@@ -257,6 +258,7 @@ def _mark_earlier_code(measured, code):
 
 def rows(store: Store | None = None) -> tuple[list[Row], list[str]]:
     "All status rows, and a line for each damaged record, which is left out of the rows."
+    problems: list[str]
     measured, problems = [], []
     roots = store.roots if store else Store().roots
     for experiment in experiments.all():
