@@ -240,8 +240,8 @@ class Calibration:
         spread: ClassVar[tuple[Tensor, Tensor]]
         p_values: ClassVar[dict[str, Tensor]]
         words: ClassVar[dict[str, str]]
-        summary: ClassVar[Callable[[], str]]
-        plot: ClassVar[Callable[[], Any]]
+        summary: ClassVar[Callable[..., str]]
+        plot: ClassVar[Callable[..., Any]]
 
     @cached_property
     def tests(self) -> RankTests:

@@ -534,9 +534,8 @@ def fit(
     argument; `NonFinite` with step, layer and sample if a value stops being finite, the flow as it was last.
     Source: Rezende & Mohamed 2015, eq. 15; Li & Turner 2016 for `alpha`.
     """
-    pace: dict = dict(
-        steps=steps, restarts=restarts, seed=seed, learning_rate=learning_rate, progress=progress
-    )
+    pace: dict[str, Any]
+    pace = dict(steps=steps, restarts=restarts, seed=seed, learning_rate=learning_rate, progress=progress)
     bound: dict = dict(draws=draws, alpha=alpha, gradient=gradient, anneal=anneal, log_z=log_z)
     judgement: dict = dict(place=place, validation=validation, evaluation_draws=evaluation_draws)
     options = FitOptions(**pace, **bound, **judgement)
