@@ -5,7 +5,7 @@
 The peers' folders are made as `planar.py` says. A step is: choose 100 of 50,000 images of MNIST's shape, binarise them (`--dynamic 0`: they are bits already), forward, backward, update.
 Random pixels do: no data set is needed.
 
-Ours is a step of the `Trainer` as the MNIST experiment calls it, with its bookkeeping, weight decay, rate schedule and fused Adam; once with the matrix products of `transforms.product` and
+Ours is a step of the `Trainer` as the MNIST experiment calls it, with its bookkeeping, weight decay, rate schedule and fused Adam; once with the matrix products of `numerics.product` and
 once with torch's own. What a log point costs beside the curve, which a long training meets every thousandth step, is printed by itself. The peers' steps are bare: resident floats, an index,
 `torch.bernoulli`, and Adam as torch makes it by default (`--fused 1`: fused). Their encoder, decoder and likelihood are plain torch, the same for all; only the flow differs. The naive loop
 writes one layer after the other, all emitted by one linear layer; pyro has a linear layer for each, as its `ConditionalPlanar` asks for, and once more all by one; normflows has no planar

@@ -14,7 +14,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from normflow_vi.results.information import code_sha256, code_sources
 from normflow_vi.results.record import ARRAYS_LIMIT, DamagedRecord, Record, halved
 from normflow_vi.results.run import Run
 from normflow_vi.results.store import Store, note_failure, records_root
@@ -414,15 +413,16 @@ def test_measured(tmp_path):
     note_failure(tmp_path, run(seed=3), "not finite")
     note_failure(tmp_path, run(seed=3, length=20), "not finite")
     m = measured(store, store.best("trial"), "F", shortened=False, **row)
-    assert (m.value, m.seeds, m.failed, m.updates, m.profile, m.device, m.codes) == (
+    assert (m.value, m.seeds, m.failed, m.updates, m.profile, m.device, m.state) == (
         92,
         (0, 1, 2),
         1,
         100,
         "quick",
         "cpu",
-        (None,) * 3,
+        "measured",
     )
+    assert len(m.records) == 3 and m.records[0][0] == run(seed=0)
     assert m.se == pytest.approx(2 / 3**0.5)
     assert (
         measured(store, store.best("trial", seed=0), "F", **row).se == 0.2
@@ -481,33 +481,3 @@ def test_every_published_metric_has_a_direction():
     }
     with pytest.raises(ValueError, match="happiness"):
         lower_is_better("happiness")
-
-
-def test_code_hash_follows_the_imports(tmp_path, monkeypatch):
-    """A change of meaning in what is imported changes the hash; comments, empty lines and other modules do not."""
-    import normflow_vi.results.information as provenance
-
-    top = tmp_path / "normflow_vi"
-    top.mkdir()
-
-    def write(**files):
-        for name, text in files.items():
-            (top / f"{name}.py").write_text(text)
-
-    write(
-        __init__="",
-        a="from .b import f\n",
-        b="def f(): return 1\n",
-        c="x = 1\n",
-        cli="",
-        d="import normflow_vi.a\nfrom . import cli\n",
-    )
-    monkeypatch.setattr(
-        provenance, "find_spec", lambda name: type("Spec", (), {"origin": str(top / "__init__.py")})
-    )
-    assert set(code_sources("normflow_vi.d")) == {"normflow_vi.a", "normflow_vi.b", "normflow_vi.d"}
-    before = code_sha256("normflow_vi.d")
-    write(c="x = 2\n", cli="y = 1\n", b="# %% a comment\n\ndef f(): return 1\n")
-    assert code_sha256("normflow_vi.d") == before
-    write(b="def f(): return 2\n")
-    assert code_sha256("normflow_vi.d") != before

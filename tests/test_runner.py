@@ -26,6 +26,8 @@ from normflow_vi.reproduce.jobs import (
 )
 from normflow_vi.reproduce.notebooks import Manifest, execute, execution_folder
 from normflow_vi.reproduce.parameters import ParameterError, check_notebook, check_parameter, check_parameters
+from normflow_vi.results import provenance
+from normflow_vi.results.meaning import meaning_sha256
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
 from normflow_vi.results.store import Store
@@ -295,7 +297,7 @@ def test_complete_trains_what_lacks_a_record(project):
         record.value("began") == 0
         and record.info["threads"] == 1
         and record.info["threads_asked"] == "1"
-        and len(record.info["code_sha256"]) == 64
+        and [record.info["meaning_sha256"]] == record.info["codes"] == [meaning_sha256("trial")]
     )
     assert [r.seed for r in Store().failed("trial")] == [13] and not (
         work_folder([trial(1)]) / "checkpoints"
@@ -333,29 +335,49 @@ def test_records_name_one_device(project):
     assert info["device"] == "cpu" and info["hardware"] == platform.machine()
 
 
-def test_retrain_repeats(project, capsys):
-    """A record of earlier code stays until somebody asks for more; a unit is resumed only with the code it was begun with."""
+def test_retrain_repeats_what_is_of_earlier_code(project):
+    """A record of earlier code stays until somebody asks for more; one of the present code stays then, too."""
     Record(trial(0), {"F": -5.0}, {}, {"code_sha256": "old"}).save(project / "results")
-    assert complete([trial(0)], "cpu", progress=False)[0].value("F") == -5
-    write_unit([trial(0)], "cpu", retrain=True)
-    assert work(work_folder([trial(0)]) / "runs.json")[0].value("F") == 0
-    assert Store().find(trial(0)).value("F") == 0
+    Record(trial(1), {"F": -5.0}, {}, {"meaning_sha256": meaning_sha256("trial")}).save(project / "results")
+    both = [trial(0), trial(1)]
+    for retrain, values in (("none", [-5, -5]), ("earlier", [0, -5]), ("all", [0, 1])):
+        found = complete(both, "cpu", progress=False, retrain=retrain)
+        assert [r.value("F") for r in found] == values, retrain
+    with pytest.raises(ValueError, match="retrain='some'.*none, earlier, all"):
+        complete(both, "cpu", retrain="some")
+
+
+def test_a_resumed_training_notes_its_codes(project, capsys):
+    """A training goes on under other code, and its record names both."""
 
     def resumed():
         (work_folder([trial(0)]) / "checkpoints").mkdir(parents=True, exist_ok=True)
         (work_folder([trial(0)]) / "checkpoints/place").write_text("12")
-        return work(write_unit([trial(0)], "cpu"))[0].value("began")
+        work(write_unit([trial(0)], "cpu"))
+        record = Store().find(trial(0))
+        return record.value("began"), record.info["codes"]
 
-    assert resumed() == 12
+    first = meaning_sha256("trial")
+    work(write_unit([trial(0)], "cpu"))
+    assert resumed() == (12, [first])
     sources = project / "trial_experiment.py"
-    sources.write_text(sources.read_text() + "more = 1\n")
-    aside = work_folder([trial(0)]) / "checkpoints-earlier-code/place"
-    assert (
-        not aside.exists()
-        and resumed() == 0
-        and aside.read_text() == "12"
-        and "begun with other code" in capsys.readouterr().out
-    )
+    sources.write_text("# a remark\n" + sources.read_text())
+    assert resumed() == (12, [first])
+    sources.write_text(sources.read_text().replace("range(start + 1, 21)", "range(1 + start, 21)"))
+    assert resumed() == (12, [first, meaning_sha256("trial")]) and meaning_sha256("trial") != first
+    assert "begun with other code" in capsys.readouterr().out
+
+
+def test_training_for_publication_starts_from_a_commit(project, monkeypatch):
+    """With changes that no commit holds, only smoke runs train; the error says what to do."""
+    monkeypatch.setattr(provenance, "changed_code", lambda: ["nbs/a.ipynb", "nbs/b.ipynb"])
+    with pytest.raises(provenance.UncommittedChanges, match="nbs/a.ipynb, nbs/b.ipynb.*--at COMMIT"):
+        complete([trial(0)], "cpu", progress=False)
+    with pytest.raises(provenance.UncommittedChanges):
+        work(write_unit([trial(0)], "cpu"))
+    assert not Store().failed("trial") and complete([trial(0, "smoke")], "cpu", progress=False)
+    Record(trial(1), {"F": 1.0}).save(project / "results")
+    assert complete([trial(1)], "cpu", progress=False)[0].value("F") == 1  # nothing to train
 
 
 def test_units_follow_the_experiments_engine(project, monkeypatch):

@@ -11,6 +11,7 @@ import normflow_vi.results.verdicts as records
 from normflow_vi import cli, experiments
 from normflow_vi.reproduce import status
 from normflow_vi.reproduce.notebooks import Manifest, notebook_code
+from normflow_vi.results import provenance
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
 from normflow_vi.results.verdicts import Measured
@@ -120,19 +121,28 @@ def test_measured_rows_are_joined(with_experiments, capsys):
     assert cli.main(["status"]) == 0
     text = capsys.readouterr().out
     assert (
-        text.count("\n") == 2 + len(status.select_shown(table)) + 1
+        text.count("\n") == 2 + len(status.select_shown(table)) + 2
         and len(found) == 3
         and "reproduced" in text
         and f"{len(table)} rows" in text
     )
-    assert cli.main(["status", "--all"]) == 0 and capsys.readouterr().out.count("\n") == len(table) + 3
+    assert cli.main(["status", "--all"]) == 0 and capsys.readouterr().out.count("\n") == len(table) + 4
 
 
-def test_earlier_code_is_marked(with_experiments):
-    from normflow_vi.results.information import code_sha256
+def test_earlier_code_is_marked(with_experiments, monkeypatch):
+    """A row is as good as the worst of its records."""
+    monkeypatch.setattr(provenance, "meaning_sha256", lambda experiment: "now")
 
-    now = code_sha256("normflow_vi.utils.files")
-    with_experiments(Trial(measured(codes=(now, "other")), measured("Fig 4c", "NF K=20", codes=(now, now))))
+    def noted(*codes):
+        run = Run("trial", 1, "none", "none", "", "planar", 2, 0, "quick", {})
+        return tuple((run, {"meaning_sha256": code}) for code in codes)
+
+    with_experiments(
+        Trial(
+            measured(records=noted("now", "other")),
+            measured("Fig 4c", "NF K=20", records=noted("now", "now")),
+        )
+    )
     assert {r["row"]: r["state"] for r in status.rows()[0] if r["value"] is not None} == {
         "NF K=10": "earlier code",
         "NF K=20": "measured",
@@ -240,7 +250,7 @@ def test_small_errors_and_single_seeds_are_told(with_experiments, results, capsy
         ["88.50 ± 0.50", "2", "10", "cpu"],
         ["88.00000 ± 0.00050*", "1", "10", "cpu"],
     ]
-    assert "device" in lines[0] and lines[-2] == "* standard error over images or draws, one seed"
+    assert "device" in lines[0] and lines[-3] == "* standard error over images or draws, one seed"
     shown = status.markdown([r for r in status.rows()[0] if r["value"] is not None])
     assert "0.00050\\* |" in shown and shown.endswith("\n\n\\* standard error over images or draws, one seed")
 

@@ -9,7 +9,6 @@ __all__ = ['STAND_IN_FIGURES', 'Manifest', 'outputs_root', 'execution_folder', '
 # %% ../../nbs/90_engine/58_notebooks.ipynb #6fe6130b
 import json
 import os
-import re
 import secrets
 import shutil
 import time
@@ -21,7 +20,8 @@ from typing import Any
 
 from .parameters import RULES, check_notebook
 from .planning import Plan
-from ..results.information import code_sha256, code_sources, information
+from ..results.information import information
+from ..results.meaning import meaning_of_source
 from ..utils.files import atomic_write, exclusive, replace_folder, sha256
 from ..utils.settings import check_profile, limits, project_root
 
@@ -264,11 +264,10 @@ def _read_cells(notebook):
 
 
 def notebook_code(notebook: Path | str) -> str:
-    "SHA-256 over the sources of this package that a notebook's code cells import, directly or not."
-    text = "\n".join("".join(c["source"]) for c in _read_cells(notebook) if c["cell_type"] == "code")
-    names = re.findall(r"^\s*(?:from|import)\s+(normflow_vi[\w.]*)", text, re.M)
-    hashes = [code_sha256(name) for name in sorted(set(names)) if code_sources(name)]
-    return sha256("".join(hashes).encode())
+    "The hash of what a notebook's code cells take from this package."
+    code = ["".join(cell["source"]) for cell in _read_cells(notebook) if cell["cell_type"] == "code"]
+    lines = [line for text in code for line in text.splitlines()]
+    return meaning_of_source("\n".join(line for line in lines if not line.startswith(("%", "!"))))
 
 # %% ../../nbs/90_engine/58_notebooks.ipynb #5e1f5d49
 def notebooks() -> list[Path]:

@@ -167,7 +167,7 @@ def _toctree(caption, pages):
 
 def _contents(names):
     "The report's list of contents, as Markdown directives, for pages named `chapter/page`."
-    blocks = {"89": _toctree("Beside the papers", ["results"])}  # before the engine, chapter 90
+    blocks = {"89": _toctree("Beside the papers", ["results", "reference"])}  # before the engine, chapter 90
     for chapter in {name.split("/")[0] for name in names if "/" in name}:
         pages = [name for name in names if name.startswith(chapter + "/")]
         blocks[chapter] = _toctree(CHAPTERS.get(chapter, chapter), pages)

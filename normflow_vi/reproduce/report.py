@@ -21,6 +21,7 @@ from normflow_vi.reproduce.notebooks import (
     outputs_root,
 )
 from .pages import add_contents, results_page, write_page
+from .reference import reference_page
 from .single import find_addresses, inline
 from ..utils.files import atomic_write, replace_folder
 from ..utils.settings import project_root
@@ -91,6 +92,7 @@ def build(profile: str = "quick", failures: dict[str, str] | None = None, whole:
         pages = notebooks()
         names = [write_page(page, profile, source, failures.get(page.as_posix(), "")) for page in pages]
         atomic_write(source / "results.md", results_page())
+        atomic_write(source / "reference.md", reference_page())
         add_contents(source, names)
         run_sphinx(source, work / "html")
         if why := _why_withheld(profile, failures, whole):

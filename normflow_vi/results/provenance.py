@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+from .meaning import meaning_sha256
 from ..utils.files import atomic_write
 from ..utils.settings import PROFILES, project_root
 
@@ -50,13 +51,13 @@ class UncommittedChanges(RuntimeError):
 
 
 def check_committed(profile: str) -> None:
-    "Raise `UncommittedChanges` if runs of this profile would be published and the code is not that of a commit."
+    "Raise `UncommittedChanges` if this profile is for publication and no commit holds the code."
     if profile == PROFILES[0] or not (changed := changed_code()):
         return
     files = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     raise UncommittedChanges(
-        f"a training with profile {profile} starts from a commit, and there are uncommitted changes in {files}: "
-        "commit them, or train beside them with  normflow-vi reproduce --at COMMIT"
+        f"a training with profile {profile} starts from a commit; there are uncommitted changes in {files}:"
+        " commit them, or train beside them with  normflow-vi reproduce --at COMMIT"
     )
 
 # %% ../../nbs/90_engine/37_provenance.ipynb #49d8ca39
@@ -129,7 +130,7 @@ def _reachable(start, certificates, shape, allowed):
 
 
 def state_of(codes: Iterable[str], shape: str, present: str, certificates: list[dict]) -> str:
-    "What a record is that was made under `codes`, all of them, when `present` is the hash of the present code."
+    "What a record made under all of `codes` is, when `present` is the hash of the present code."
     worst = 0
     for code in codes:
         if present in _reachable(code, certificates, shape, (BITWISE,)):
@@ -141,15 +142,20 @@ def state_of(codes: Iterable[str], shape: str, present: str, certificates: list[
     return STATES[worst]
 
 # %% ../../nbs/90_engine/37_provenance.ipynb #126d5aca
+def _present(experiment):
+    "The hash of what an experiment means now; `none` if there is no such experiment any more."
+    try:
+        return meaning_sha256(experiment)
+    except KeyError:
+        return "none"
+
+
 def record_state(run, info: dict, present: str | None = None) -> str:
     """The state of the record of `run` with the notes `info`: one of `STATES`.
 
     `present`: the hash of the present code; by default it is taken.
     """
-    if present is None:
-        from normflow_vi.results.meaning import meaning_sha256
-
-        present = meaning_sha256(run.experiment)
+    present = _present(run.experiment) if present is None else present
     codes = codes_of(info, run.experiment)
     return state_of(codes, shape_key(run), present, read_certificates(run.experiment))
 
@@ -161,10 +167,8 @@ def worst_state(states: Iterable[str]) -> str:
 
 def states_of(headers: Iterable[tuple]) -> Iterator[tuple]:
     "`(run, state)` of records, given as `(run, info)`."
-    from normflow_vi.results.meaning import meaning_sha256
-
     present = {}
     for run, info in headers:
         if run.experiment not in present:
-            present[run.experiment] = meaning_sha256(run.experiment)
+            present[run.experiment] = _present(run.experiment)
         yield run, record_state(run, info, present[run.experiment])

@@ -96,7 +96,7 @@ class Run(_Fields):
 
     >>> run = Run("demo", 1, "DLGM", "digits", "", "planar", 10, 0, "quick", {"updates": 500})
     >>> run.get("updates"), run.slug
-    (500, 'planar-10-seed0-quick-9b0c53ea4d86')
+    (500, 'planar-10-seed0-quick-6d332100d8bf')
     """
 
     def get(self, name: str) -> Any:

@@ -36,8 +36,8 @@ class Measured:
     shortened: bool
     data: str = ""  # the published list's data set; needed where one model was measured on several
     comparable: bool = True  # whether the two levels mean the same; else the row is shown and not judged
-    codes: tuple = ()  # the records' `code_sha256`
-    earlier_code: bool = False  # set by whoever knows the present code
+    state: str = "measured"  # the worst state of the records, set by whoever knows the present code
+    records: tuple = ()  # (run, notes) of each record, from which that is judged
 
 # %% ../../nbs/90_engine/44_verdicts.ipynb #c8aeaadf
 def mean(records: list[Record], name: str) -> tuple[float, float | None]:
@@ -104,7 +104,7 @@ def measured(
         shortened=shortened,
         data=data,
         comparable=comparable,
-        codes=tuple(record.info.get("code_sha256") for record in records),
+        records=tuple((record.run, record.info) for record in records),
     )
 
 # %% ../../nbs/90_engine/44_verdicts.ipynb #2b3a1331

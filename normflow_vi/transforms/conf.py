@@ -6,8 +6,6 @@
 __all__ = ['Convolve', 'ConvolutionCoupling']
 
 # %% ../../nbs/01_flows/23_conf.ipynb #d605a6b9
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -51,7 +49,7 @@ class ConvolutionCoupling(Coupling):
     """`length` coupling layers with circular convolutions, `y_B = w(x_A) (*) (d(x_A) . x_B) + t(x_A)`.
 
     `log|det| = sum_n log|w^_n(x_A)| + sum_i log d_i(x_A)`. `max_log_scale` bounds each log-gain of `w`
-    and each `log d_i` smoothly and is `None` or above 0. `options`: those of `Coupling`, by keyword.
+    and each `log d_i` smoothly and is `None` or above 0. Options as in `Coupling`.
     Both directions: one network evaluation and O(dim log dim) a layer.
     Source: Karami et al. 2019 (CONF), data-adaptive convolution.
 
@@ -67,9 +65,12 @@ class ConvolutionCoupling(Coupling):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
+        mask: str | Tensor = "half",
+        shape: tuple[int, ...] | None = None,
+        mix: str | None = None,
         *,
         max_log_scale: float | None = None,
-        **options: Any,
     ):
+        where = dict(mask=mask, shape=shape, mix=mix)
         law = Convolve(max_log_scale)
-        super().__init__(dim, law, length, context_dim, hidden, activation, **options)
+        super().__init__(dim, law, length, context_dim, hidden, activation, **where)
