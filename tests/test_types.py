@@ -16,7 +16,7 @@ pytest.importorskip("mypy")
 
 @pytest.fixture(scope="module")
 def found():
-    "What mypy refuses in the two files, `{file name: {(line, code)}}`; quick after `make types`, by its cache."
+    "What mypy refuses in the two files, `{file name: {(line, code)}}`; after `make types` it is quick."
     files = [str(TYPED / name) for name in ("use.py", "misuse.py")]
     run = subprocess.run([sys.executable, "-m", "mypy", *files], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode in (0, 1), run.stdout + run.stderr

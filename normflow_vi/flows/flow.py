@@ -125,6 +125,7 @@ class Flow(nn.Module):
     (torch.Size([1000, 2]), torch.Size([1000]))
     """
 
+    __call__: Callable[..., FlowDistribution]
     # added by `patch` below, where a type checker does not see it
     rsample_and_log_prob: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rsample: Callable[..., torch.Tensor]

@@ -19,8 +19,8 @@ def slogdet_of_jacobian(transform: torch.nn.Module, z: Tensor, context: Tensor |
     By reverse-mode differentiation, point by point; a `context` is `(N, C)`.
 
     >>> from normflow_vi.transforms import Affine
-    >>> slogdet_of_jacobian(Affine(dim=2), torch.zeros(3, 2))  # starts as the identity
-    tensor([0., 0., 0.])
+    >>> slogdet_of_jacobian(Affine(dim=2), torch.zeros(3, 2)).tolist()  # starts as the identity
+    [0.0, 0.0, 0.0]
     """
 
     def at(point, *context):

@@ -43,7 +43,6 @@ class Autoregressive(Transform):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         order: str = "alternate",
         residual: bool = False,
     ):
@@ -172,9 +171,9 @@ class InverseAutoregressive(Autoregressive):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         order: str = "alternate",
         residual: bool = False,
+        *,
         form: str = "gated",
         max_log_scale: float | None = None,
     ):
@@ -208,9 +207,9 @@ class MaskedAutoregressive(Autoregressive):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         order: str = "alternate",
         residual: bool = False,
+        *,
         form: str = "plain",
         max_log_scale: float | None = None,
     ):

@@ -127,9 +127,9 @@ class Coupling(Transform):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        *,
         mask: str | Tensor = "half",
         shape: tuple[int, ...] | None = None,
+        *,
         mix: str | None = None,
     ):
         self.law, self.hidden = check_law(law), check_network(hidden, activation)
@@ -186,7 +186,7 @@ def pull(self: Coupling, y: Tensor, matrix: Tensor | None = None, **layer: Tenso
 class AdditiveCoupling(Coupling):
     """`length` additive coupling layers, `y_B = z_B + t(z_A)`; volume preserving, log-det zero.
 
-    `options`: those of `Coupling`, by keyword (`mask`, `shape`, `mix`). Source: Dinh et al. 2015 (NICE).
+    Options as in `Coupling`. Source: Dinh et al. 2015 (NICE).
 
     >>> AdditiveCoupling(dim=4, length=2, mix="perm").forward(torch.ones(4))[1].item()
     0.0
@@ -199,16 +199,19 @@ class AdditiveCoupling(Coupling):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
-        **options: Any,
+        mask: str | Tensor = "half",
+        shape: tuple[int, ...] | None = None,
+        mix: str | None = None,
     ):
-        super().__init__(dim, Shift(), length, context_dim, hidden, activation, **options)
+        where: dict[str, Any] = dict(mask=mask, shape=shape, mix=mix)
+        super().__init__(dim, Shift(), length, context_dim, hidden, activation, **where)
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #a89376b2
 class AffineCoupling(Coupling):
     """`length` affine coupling layers, `y_B = t(z_A) + exp(s(z_A)) * z_B`; `log|det| = sum_i s_i(z_A)`.
 
-    `max_log_scale` bounds `|s|` smoothly and is `None` or above 0. `options`: those of `Coupling`, by
-    keyword (`mask`, `shape`, `mix`). Source: Dinh et al. 2017 (RealNVP), eqs. 4-8.
+    `max_log_scale` bounds `|s|` smoothly and is `None` or above 0. Options as in `Coupling`.
+    Source: Dinh et al. 2017 (RealNVP), eqs. 4-8.
 
     >>> z = torch.ones(3, 4)
     >>> layer = AffineCoupling(dim=4)
@@ -223,9 +226,12 @@ class AffineCoupling(Coupling):
         context_dim: int | None = None,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "relu",
+        mask: str | Tensor = "half",
+        shape: tuple[int, ...] | None = None,
+        mix: str | None = None,
         *,
         max_log_scale: float | None = None,
-        **options: Any,
     ):
+        where: dict[str, Any] = dict(mask=mask, shape=shape, mix=mix)
         law = ScaleShift(max_log_scale)
-        super().__init__(dim, law, length, context_dim, hidden, activation, **options)
+        super().__init__(dim, law, length, context_dim, hidden, activation, **where)

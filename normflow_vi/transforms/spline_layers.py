@@ -23,6 +23,7 @@ class SplineCoupling(Coupling):
     Other options and errors as in `Coupling`. Both directions: closed form, one network evaluation a
     layer; log-dets in nats. Source: Durkan et al. 2019, section 3.2, RQ-NSF (C).
 
+    >>> import torch
     >>> coupling = SplineCoupling(dim=4, length=2, hidden=(32,), bins=8, bound=3.0)
     >>> z = torch.randn(100, 4)
     >>> y, log_det = coupling.forward(z)
@@ -39,8 +40,8 @@ class SplineCoupling(Coupling):
         activation: str = "relu",
         bins: int = 8,
         bound: float = 3.0,
-        *,
         mask: str | Sequence[bool] | Tensor = "half",
+        *,
         shape: tuple[int, ...] | None = None,
         mix: str | None = None,
     ):
@@ -57,6 +58,7 @@ class SplineAutoregressive(Autoregressive):
     `bound` are those of the `Spline`. Other options and errors as in `Autoregressive`; log-dets in nats.
     Source: Durkan et al. 2019, section 3.2, RQ-NSF (AR).
 
+    >>> import torch
     >>> layer = SplineAutoregressive(dim=4, hidden=(32,))
     >>> y, log_det = layer.forward(torch.randn(100, 4))
     >>> y.shape, layer.forward_kind, layer.inverse_kind
@@ -74,8 +76,8 @@ class SplineAutoregressive(Autoregressive):
         activation: str = "relu",
         bins: int = 8,
         bound: float = 3.0,
-        *,
         order: str = "alternate",
+        *,
         residual: bool = False,
     ):
         law = Spline(bins, bound)

@@ -30,8 +30,8 @@ fit(q, ENERGIES["U1"], 500)  # refused: call-arg, arg-type
 fit(q, ENERGIES["U1"], steps="many")  # refused: arg-type
 fit(q, samples=[[0.0, 1.0]])  # refused: arg-type
 result = fit(q, ENERGIES["U1"])
-result.bound  # refused: attr-defined
-result.elbo + 1.0  # refused: operator
+print(result.bound)  # refused: attr-defined
+print(result.elbo + 1.0)  # refused: operator
 saved: Fit = result.save("fit")  # refused: assignment
 elbo(ENERGIES["U1"], x)  # refused: arg-type
 elbo(ENERGIES["U1"], q, sample=10)  # refused: call-arg
