@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -231,6 +232,17 @@ class Calibration:
     dim: int
     alpha: float = 1e-3
 
+    if TYPE_CHECKING:  # added by `patch` below, where a type checker does not see it
+        bins: ClassVar[int]
+        counts: ClassVar[Tensor]
+        histogram: ClassVar[Tensor]
+        slope: ClassVar[tuple[Tensor, Tensor]]
+        spread: ClassVar[tuple[Tensor, Tensor]]
+        p_values: ClassVar[dict[str, Tensor]]
+        words: ClassVar[dict[str, str]]
+        summary: ClassVar[Callable[..., str]]
+        plot: ClassVar[Callable[..., Any]]
+
     @cached_property
     def tests(self) -> RankTests:
         "The tests of single quantities."
@@ -377,13 +389,13 @@ def _draw_ecdf(axes, counts):
 
 # %% ../../nbs/01_flows/52_calibration.ipynb #6d0c5622
 @patch
-def plot(self: Calibration):
+def plot(self: Calibration) -> Any:
     "A figure: for each quantity and the distance its histogram, and its ECDF less the diagonal with bands."
     import matplotlib.pyplot as plt
 
     names = (*self.names, "distance")
     size = (3 * len(names), 4.6)
-    options = {"squeeze": False, "sharex": True, "sharey": "row", "layout": "constrained"}
+    options: dict[str, Any] = {"squeeze": False, "sharex": True, "sharey": "row", "layout": "constrained"}
     figure, panels = plt.subplots(2, len(names), figsize=size, **options)
     for j, name in enumerate(names):
         _draw_histogram(panels[0, j], self.histogram[:, j], name)
@@ -556,7 +568,7 @@ class FlowsOfData:
     flows: list
     history: object
 
-    def sample(self, sample_shape=()) -> Tensor:
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         return torch.stack([q.sample(sample_shape) for q in self.flows], len(sample_shape))
 
 # %% ../../nbs/01_flows/52_calibration.ipynb #9983efb2
