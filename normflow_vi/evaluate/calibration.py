@@ -480,6 +480,14 @@ def _rank_quantity(name, function, points, x):
     return rank(values[0], values[1:])
 
 # %% ../../nbs/01_flows/52_calibration.ipynb #c126b1b0
+def _rank_everything(theta, z, x, quantities):
+    "Ranks `(N, D + Q)` of the true coordinates and further quantities, and of the true point's distance `(N,)`."
+    points = torch.cat([theta[None], z.to(theta)])
+    extra = [_rank_quantity(name, function, points, x)[:, None] for name, function in quantities.items()]
+    away = _distances(points)
+    return torch.cat([rank(theta, z), *extra], 1), rank(away[0], away[1:])
+
+
 def sbc(
     prior: Distribution,
     simulate: Callable[[Tensor], Tensor],
@@ -498,8 +506,8 @@ def sbc(
     amortised flow, an exact posterior, or `fit_each(...)`. `quantities`: further test quantities,
     `{name: f}` with `f(theta, x)` from `(S, D)` and one data set to `(S,)`; the log-likelihood is a
     good one. All random numbers come from `seed` as far as they come from torch's global generator,
-    which is left as it was. Raises `TypeError` or `ValueError` naming what is wrong. Source: Talts
-    et al. 2018.
+    which is left as it was. Raises `TypeError` or `ValueError` naming what is wrong.
+    Source: Talts et al. 2018.
 
     >>> from torch.distributions import Independent, Normal
     >>> prior = Independent(Normal(torch.zeros(1), 1.0), 1)
@@ -519,11 +527,7 @@ def sbc(
         torch.manual_seed(seed)
         theta, x = _simulate(prior, simulate, simulations)
         z = _draw_posteriors(posterior(x), draws, theta)
-        points = torch.cat([theta[None], z.to(theta)])
-        extra = [_rank_quantity(name, function, points, x)[:, None] for name, function in quantities.items()]
-        away = _distances(points)
-        ranks = torch.cat([rank(theta, z), *extra], 1)
-        distance = rank(away[0], away[1:])
+        ranks, distance = _rank_everything(theta, z, x, quantities)
     D = theta.shape[1]
     names = (*(f"theta[{i}]" for i in range(D)), *quantities)
     return Calibration(ranks.cpu(), distance.cpu(), draws, names, D, alpha)

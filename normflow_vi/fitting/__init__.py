@@ -504,6 +504,15 @@ def _fit_to(q, log_density, samples, options):
         return _pursue(q, goal, options)
 
 # %% ../../nbs/01_flows/50_fit.ipynb #6ca2b731
+def _fit_undisturbed(q, log_density, samples, support, options):
+    "`fit` from its own random stream; after an error the flow is what it was."
+    _check_kind(log_density, samples, options)
+    with restore_on_error(q), torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        check_flow(q, support)
+        return _fit_to(q, log_density, samples, options)
+
+
 def fit(
     q: Flow,
     log_density: Callable | None = None,
@@ -544,8 +553,4 @@ def fit(
     bound: dict = dict(draws=draws, alpha=alpha, gradient=gradient, anneal=anneal, log_z=log_z)
     judgement: dict = dict(place=place, validation=validation, evaluation_draws=evaluation_draws)
     options = FitOptions(**pace, **bound, **judgement)
-    _check_kind(log_density, samples, options)
-    with restore_on_error(q), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        check_flow(q, support)
-        return _fit_to(q, log_density, samples, options)
+    return _fit_undisturbed(q, log_density, samples, support, options)
