@@ -41,7 +41,7 @@ def colour(family: str, depth: float = 1.0) -> tuple[float, ...]:
 
 # %% ../nbs/90_engine/35_plots.ipynb #352e597e
 def show_density(axes: Any, density: Any, window: float, title: str) -> None:
-    "Draw `density`, values on a square grid `(n * n,)` ordered by `z1` then `z2`, over `[-window, window]^2`."
+    "Draw `density`, values `(n * n,)` on a square grid, ordered by `z1` then `z2`, over `+-window` in each."
     side = round(len(density) ** 0.5)
     axes.imshow(
         density.reshape(side, side).T, origin="lower", extent=[-window, window] * 2, cmap="viridis", vmin=0

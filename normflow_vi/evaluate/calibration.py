@@ -37,7 +37,8 @@ def rank(truth: Tensor, draws: Tensor) -> Tensor:
     >>> rank(torch.tensor([2.5]), torch.tensor([[1.0], [2.0], [3.0]]))
     tensor([2])
     """
-    below, equal = (draws < truth).sum(0), (draws == truth).sum(0)
+    below = (draws < truth).sum(0)
+    equal = (draws == truth).sum(0)
     uniform = torch.rand(equal.shape, dtype=torch.float64, device=draws.device)
     return below + (uniform * (equal + 1)).long()
 
@@ -59,7 +60,8 @@ def chi_square(counts: Tensor) -> Tensor:
 # %% ../../nbs/01_flows/52_calibration.ipynb #0580d332
 def _binomial(n, chance):
     "Probabilities `(..., n + 1)` of `0..n` successes, for chances `(..., 1)` strictly between 0 and 1."
-    k, n = torch.arange(n + 1, dtype=torch.float64), torch.tensor(float(n), dtype=torch.float64)
+    k = torch.arange(n + 1, dtype=torch.float64)
+    n = torch.tensor(float(n), dtype=torch.float64)
     log_choices = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     return (log_choices + k * chance.log() + (n - k) * torch.log1p(-chance)).exp()
 
@@ -89,16 +91,19 @@ def chance_inside(simulations: int, draws: int, gamma: float) -> float:
     mass = _poisson(simulations / (draws + 1), simulations)
     step = torch.cat([mass, torch.zeros(simulations)])  # a negative index finds a zero
     low, high = (edge.tolist() for edge in _corridor(simulations, draws, gamma))
-    s, weight = torch.tensor([0]), torch.ones(1, dtype=torch.float64)
+    s = torch.tensor([0])
+    weight = torch.ones(1, dtype=torch.float64)
     for least, most in zip([*low, simulations], [*high, simulations], strict=True):
         t = torch.arange(least, most + 1)
-        s, weight = t, step[t[:, None] - s] @ weight
+        weight = step[t[:, None] - s] @ weight
+        s = t
     return (weight / _poisson(simulations, simulations)[-1]).item()
 
 # %% ../../nbs/01_flows/52_calibration.ipynb #f30518f1
 def ecdf_test(counts: Tensor) -> Tensor:
     "The exact p-value `()` of the ECDF of one quantity's ranks, given as counts `(L + 1,)`."
-    simulations, draws = int(counts.sum()), len(counts) - 1
+    simulations = int(counts.sum())
+    draws = len(counts) - 1
     below = counts.cumsum(0)[:-1]
     least = pointwise(simulations, draws)[torch.arange(draws), below].min().item()
     outside = 1 - chance_inside(simulations, draws, least)
@@ -112,7 +117,8 @@ def band(simulations: int, draws: int, level: float = 0.95) -> tuple[Tensor, Ten
     Uniform ranks stay within both with a probability of at least `level`. Source: Säilynoja et al.
     2022.
     """
-    low, high = math.log((1 - level) / (2 * draws)), math.log(1 - level)  # low: by the union bound
+    low = math.log((1 - level) / (2 * draws))  # by the union bound
+    high = math.log(1 - level)
     for _ in range(12):
         middle = (low + high) / 2
         if chance_inside(simulations, draws, math.exp(middle)) >= level:
@@ -138,12 +144,14 @@ def _score_test(score, ranks):
 
     The p-value is two-sided; the score has a skewness of at least 0.
     """
-    t, skewness = score[ranks].sum(0) / math.sqrt(len(ranks)), (score**3).mean()
+    t = score[ranks].sum(0) / math.sqrt(len(ranks))
+    skewness = (score**3).mean()
     if skewness < 0.1:
         return t, 2 * ndtr(-t.abs())
     k = 4 * len(ranks) / skewness**2
     at = (k + t * k.sqrt()).clamp(min=0)
-    return t, (2 * torch.minimum(gammainc(k, at), gammaincc(k, at))).clamp(max=1)
+    smaller = torch.minimum(gammainc(k, at), gammaincc(k, at))
+    return t, (2 * smaller).clamp(max=1)
 
 # %% ../../nbs/01_flows/52_calibration.ipynb #106bb6eb
 def _distances(points):
@@ -166,7 +174,7 @@ def _count(ranks, draws):
     "How often each of the ranks `0..L` occurs, `(L + 1,)`."
     return ranks.bincount(minlength=draws + 1)
 
-
+# %% ../../nbs/01_flows/52_calibration.ipynb #742407e4
 @dataclass(frozen=True, eq=False)
 class RankTests:
     "Ranks `(N, Q)` of Q quantities among `draws` draws, and what four tests of uniformity say of each."
@@ -337,13 +345,15 @@ def _describe_quantity(name, slope, spread, shift, ratio):
 @property
 def words(self: Calibration) -> dict[str, str]:
     "A phrase for each quantity by name, and for `distance`; empty where nothing is wrong."
-    z, far = _normal_scores(self.draws), _chi_square_scores(self.draws, self.dim)
+    z = _normal_scores(self.draws)
+    far = _chi_square_scores(self.draws, self.dim)
     shift = z[self.ranks].mean(0)
     ratio = ((z**2)[self.ranks].mean(0) / (z**2).mean()).sqrt()
     columns = (self.slope[0], self.spread[0], shift, ratio)
     rows = zip(self.names, *(column.tolist() for column in columns), strict=True)
     phrases = {name: _describe_quantity(name, *row) for name, *row in rows}
-    phrases["distance"] = _describe_width(self.width[0], (far[self.distance].mean() / far.mean()).sqrt())
+    distance_ratio = (far[self.distance].mean() / far.mean()).sqrt()
+    phrases["distance"] = _describe_width(self.width[0], distance_ratio)
     return phrases
 
 
@@ -368,9 +378,11 @@ def summary(self: Calibration) -> str:
 # %% ../../nbs/01_flows/52_calibration.ipynb #356e8f1e
 def _draw_histogram(axes, counts, name):
     "Bars of the counts `(B,)` over the central 99 % of a bin's binomial distribution."
-    N, B = int(counts.sum()), len(counts)
+    N = int(counts.sum())
+    B = len(counts)
     mass = _binomial(N, torch.tensor(1 / B, dtype=torch.float64)).cumsum(0)
-    low, high = int((mass < 0.005).sum()), int((mass < 0.995).sum())
+    low = int((mass < 0.005).sum())
+    high = int((mass < 0.995).sum())
     axes.bar([(b + 0.5) / B for b in range(B)], counts.tolist(), width=0.9 / B, color="tab:blue")
     axes.axhspan(low, high, color="0.5", alpha=0.3, label="99 % of a bin")
     axes.axhline(N / B, color="black", linewidth=0.8)
@@ -379,7 +391,8 @@ def _draw_histogram(axes, counts, name):
 
 def _draw_ecdf(axes, counts):
     "The ECDF of ranks with counts `(L + 1,)`, less the diagonal, over the 95 % and 99.9 % bands."
-    N, L = int(counts.sum()), len(counts) - 1
+    N = int(counts.sum())
+    L = len(counts) - 1
     u = torch.arange(1, L + 1) / (L + 1)
     for level, grey in ((0.999, "0.9"), (0.95, "0.8")):
         low, high = (edge / N - u for edge in band(N, L, level))
@@ -469,7 +482,8 @@ def _rank_quantity(name, function, points, x):
         values = [function(points[:, n], x[n]) for n in range(len(x))]
     for value in values:
         if getattr(value, "shape", None) != points.shape[:1]:
-            shape, of = tuple(getattr(value, "shape", ())), tuple(points[:, 0].shape)
+            shape = tuple(getattr(value, "shape", ()))
+            of = tuple(points[:, 0].shape)
             raise ValueError(
                 f"quantities: {name} has shape {shape} for theta of shape {of}, expected ({len(points)},)"
             )
@@ -481,13 +495,13 @@ def _rank_quantity(name, function, points, x):
 
 # %% ../../nbs/01_flows/52_calibration.ipynb #c126b1b0
 def _rank_everything(theta, z, x, quantities):
-    "Ranks `(N, D + Q)` of the true coordinates and further quantities, and of the true point's distance `(N,)`."
+    "Ranks `(N, D + Q)` of the true coordinates and further quantities, and `(N,)` of the true distance."
     points = torch.cat([theta[None], z.to(theta)])
     extra = [_rank_quantity(name, function, points, x)[:, None] for name, function in quantities.items()]
     away = _distances(points)
     return torch.cat([rank(theta, z), *extra], 1), rank(away[0], away[1:])
 
-
+# %% ../../nbs/01_flows/52_calibration.ipynb #c126b1b1
 def sbc(
     prior: Distribution,
     simulate: Callable[[Tensor], Tensor],
@@ -543,7 +557,8 @@ def log_joint(
     """
 
     def log_density(theta):
-        log_prior, value = prior.log_prob(theta), log_likelihood(theta, x)
+        log_prior = prior.log_prob(theta)
+        value = log_likelihood(theta, x)
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         expected = tuple(log_prior.shape)
         if shape != expected:
@@ -583,7 +598,8 @@ def _check_flow(q, prior):
         raise ValueError(
             f"make_flow: the flow has context_dim={q.context_dim}; an amortised flow is a posterior by itself"
         )
-    mine, expected = tuple(q().event_shape), tuple(prior.event_shape)
+    mine = tuple(q().event_shape)
+    expected = tuple(prior.event_shape)
     if mine != expected:
         raise ValueError(f"make_flow: the flow has event shape {mine}, the prior {expected}")
 

@@ -47,7 +47,7 @@ def _free_parameters(q):
     transform = replace_sources(precompute(q).transform, free_source)
     return FlowDistribution(q.base, transform, free(q.context), q.place), leaves
 
-
+# %% ../../nbs/02_vae_nf/15_gaps.ipynb #71389418
 @dataclass(frozen=True)
 class _Search:
     "How the posterior of each image is optimised: by Adam, at a rate that falls to zero along a cosine."
@@ -141,7 +141,7 @@ def _check_options(learning_rate, **counts):
     for name, value in counts.items():
         check_int(name, value)
 
-
+# %% ../../nbs/02_vae_nf/15_gaps.ipynb #d83f0b1d
 def gaps(
     log_joint: Callable[[Tensor, Tensor], Tensor | dict[str, Tensor]],
     posterior: Callable[[Tensor], Posterior],
@@ -160,8 +160,9 @@ def gaps(
     an amortised `Flow`'s distribution. Each image's own parameters take `steps` updates with
     `draws` draws each. `samples` fresh draws then judge both posteriors, and the optimised one
     gives the importance-weighted `log_p`, a lower bound. An optimum that is not reached counts as
-    approximation gap. Cost: `steps * draws` gradients and `2 * samples` decoder passes an image. Raises `ValueError`
-    for numbers out of range and rows that are not finite, `TypeError` for another posterior.
+    approximation gap. Cost: `steps * draws` gradients and `2 * samples` decoder passes an image.
+    Raises `ValueError` for numbers out of range and rows that are not finite, `TypeError` for another
+    posterior.
     Source: Cremer et al. 2018.
 
     >>> from torch.distributions import Normal
@@ -175,7 +176,6 @@ def gaps(
     True
     """
     check_rows(x)
-    check_positive("learning_rate", learning_rate)
-    for name, value in {"steps": steps, "draws": draws, "samples": samples, "block": block}.items():
-        check_int(name, value)
-    return _compare(log_joint, posterior, x, _Search(steps, draws, learning_rate), samples, block, seed)
+    _check_options(learning_rate, steps=steps, draws=draws, samples=samples, block=block)
+    search = _Search(steps, draws, learning_rate)
+    return _compare(log_joint, posterior, x, search, samples, block, seed)

@@ -152,18 +152,21 @@ def _mantissa(x):
     return m + m if m < _HALF_ROOT else m
 
 # %% ../../nbs/90_engine/06_kernels.ipynb #e6fb948a
-_ONE, _TWO, _HALF = (
-    np.float32(1),
-    np.float32(2),
-    np.float32(0.5),
-)  # numba takes a plain 1 for double precision
+# numba takes a plain 1 for double precision
+_ONE = np.float32(1)
+_TWO = np.float32(2)
+_HALF = np.float32(0.5)
 _LOG2_E = np.float32(1 / math.log(2))
 _LN2_HIGH = np.float32(355 / 512)
 _LN2_LOW = np.float32(math.log(2) - 355 / 512)
 _TAYLOR = tuple(np.float32(1 / math.factorial(k)) for k in range(8))
 _ARTANH = tuple(np.float32(2 / (2 * k + 1)) for k in range(5))
-_LOWEST, _HIGHEST, _SATURATED = np.float32(-104), np.float32(89), np.float32(20)
-_SMALLEST, _RAISE, _RAISED = np.float32(2.0**-126), np.float32(2**23), np.float32(23)
+_LOWEST = np.float32(-104)
+_HIGHEST = np.float32(89)
+_SATURATED = np.float32(20)
+_SMALLEST = np.float32(2.0**-126)
+_RAISE = np.float32(2**23)
+_RAISED = np.float32(23)
 
 
 def _expm1_reduced(x):
@@ -190,7 +193,8 @@ def _tanh_float32(x):
     y = -_SATURATED if y < -_SATURATED else y
     y = _SATURATED if y > _SATURATED else y
     shifted = y * _LOG2_E + _MAGIC
-    n, scale = shifted - _MAGIC, _power_of_two(shifted)
+    n = shifted - _MAGIC
+    scale = _power_of_two(shifted)
     q = _expm1_reduced((y - n * _LN2_HIGH) - n * _LN2_LOW) * scale
     return (q + (scale - _ONE)) / (q + (scale + _ONE))
 
@@ -205,7 +209,8 @@ def _log_float32(x):
     t = s * s
     series = t * (_ARTANH[1] + t * (_ARTANH[2] + t * (_ARTANH[3] + t * _ARTANH[4])))
     value = e * _LN2_HIGH + ((f - s * (f - series)) + e * _LN2_LOW)
-    beyond = x if x > 0 else (np.float32(-np.inf) if x == 0 else np.float32(np.nan))
+    nowhere = np.float32(-np.inf) if x == 0 else np.float32(np.nan)
+    beyond = x if x > 0 else nowhere
     return value if (x > 0) & (x < np.float32(np.inf)) else beyond
 
 # %% ../../nbs/90_engine/06_kernels.ipynb #305024b9
@@ -281,7 +286,8 @@ def _teach_numba():
 # %% ../../nbs/90_engine/06_kernels.ipynb #83d38579
 def softplus_slope(x: float, one: float) -> tuple[float, float]:
     "`log(1 + exp(x))` and its derivative; `one` has the precision of `x`."
-    e, zero = exp(-abs(x)), one - one
+    e = exp(-abs(x))
+    zero = one - one
     u = one + e
     rest = log(u) + (e - (u - one)) / u
     slope = (one if x > zero else e) / u
@@ -299,6 +305,6 @@ def by_reference(
     with torch.enable_grad():
         inputs = [t.view_as(t) for t in inputs]
         results = reference(*inputs)
-        chosen = [t for t, want in zip(inputs, wanted) if want]
+        chosen = [t for t, want in zip(inputs, wanted, strict=False) if want]
         found = iter(torch.autograd.grad(results, chosen, gradients, create_graph=again))
     return [next(found) if want else None for want in wanted[: len(inputs)]]

@@ -218,7 +218,7 @@ def _backward_block(where, sizes, how, saved, given, scratch, stack):
         _backward_layer((g, k, first, n), sizes, how, saved, gradients, scratch, stack)
     _from_columns(columns, (gradients[0], at * D), n, D)
 
-
+# %% ../../nbs/90_engine/12_planar_loops.ipynb #c77372ae
 def _backward_layer(where, sizes, how, saved, gradients, scratch, stack):
     """One layer, `n` points: `rows` go from `z_k` to `z_(k-1)`, `columns` are their gradients.
 
@@ -231,7 +231,8 @@ def _backward_layer(where, sizes, how, saved, gradients, scratch, stack):
     (rows, columns, ones), (gl, a, r, p) = scratch
     rho, slope, g_slope = stack
     units = hidden, (g * K + k) * S + first
-    u_k, w_k, to = g * in_u + k * D, g * in_w + k * D, (g * K + k) * D
+    u_k, w_k = g * in_u + k * D, g * in_w + k * D
+    to = (g * K + k) * D
     for s in range(n):
         a[s] = 0
         p[s] = slope[k]
@@ -299,7 +300,7 @@ def _four_dots(u_k, w_k, gradient, D):
         t += x[o + d] * w[j + d]
     return p, q, a, t
 
-
+# %% ../../nbs/90_engine/12_planar_loops.ipynb #479ffdbf
 def _combine(row, left, right, n, more):
     """`a x + b y` for `left = (a, x)` and `right = (b, y)`, rows of `n` numbers.
 

@@ -33,7 +33,7 @@ def _onednn_works():
     except (AttributeError, RuntimeError):
         return False
     exact = [(a.double() @ b.t().double()).float() for a, b in pairs]
-    return all(torch.allclose(f, e, rtol=1e-5, atol=1e-5) for f, e in zip(found, exact))
+    return all(torch.allclose(f, e, rtol=1e-5, atol=1e-5) for f, e in zip(found, exact, strict=True))
 
 # %% ../../nbs/90_engine/08_product.ipynb #8e47ea26
 @functools.cache
@@ -72,12 +72,15 @@ class OneDNN(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         recorded = torch.is_grad_enabled() or is_watched() or is_mapped()
         product = linear_torch if recorded or not is_plain(g, torch.float32) else _onednn
-        if y is not None:
-            g = g * (y > 0) if torch.is_grad_enabled() else torch.ops.aten.threshold_backward(g, y, 0)
+        if y is not None and torch.is_grad_enabled():
+            g = g * (y > 0)
+        elif y is not None:
+            g = torch.ops.aten.threshold_backward(g, y, 0)
         want_x, want_weight, want_bias, _ = ctx.needs_input_grad
         gx = product(g, weight.t()) if want_x else None
         g_weight = product(g.t(), x.t()) if want_weight else None
-        return gx, g_weight, g.sum(0) if want_bias else None, None
+        g_bias = g.sum(0) if want_bias else None
+        return gx, g_weight, g_bias, None
 
 # %% ../../nbs/90_engine/08_product.ipynb #bc181c7d
 def _suits(x, weight, bias):

@@ -213,7 +213,8 @@ def _bin_gradient(arrived, position, slopes, size, inverse):
     g_y1 = a * part + g_m / width
     stretch = g_m * m / width
     g_value = -a if inverse else g_xi / width
-    g_x0, g_x1 = stretch - g_xi * eta / width, -stretch - g_xi * xi / width
+    g_x0 = stretch - g_xi * eta / width
+    g_x1 = -stretch - g_xi * xi / width
     return g_value, (g_x0, g_x1, a - g_y1, g_y1), (g_d0, g_d1)
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #a942aaa7
@@ -230,7 +231,8 @@ def _share_gradient(t, s, bins, start, rows):
         this = np.float32(k)
         for i in range(_LANES):
             before, own, at = s[low + i], s[high + i], s[_BIN + i]
-            g = before if this < at else (own if this == at else _ZERO)
+            here = own if this == at else _ZERO
+            g = before if this < at else here
             s[total + i] += t[start + k, i] * g
     for i in range(_LANES):
         s[total + i] *= s[unit + i] * per_rest
@@ -238,7 +240,8 @@ def _share_gradient(t, s, bins, start, rows):
         this = np.float32(k)
         for i in range(_LANES):
             before, own, at = s[low + i], s[high + i], s[_BIN + i]
-            g = before if this < at else (own if this == at else _ZERO)
+            here = own if this == at else _ZERO
+            g = before if this < at else here
             t[start + k, i] *= s[unit + i] * (g - s[total + i])
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #cdcb7d63
@@ -267,7 +270,8 @@ def _slope_gradient(t, s, bins):
         this, right = np.float32(k), np.float32(k + 1)
         for i in range(_LANES):
             left_end, right_end, at = s[_RAW0 + i], s[_RAW1 + i], s[_BIN + i]
-            t[2 * bins + k, i] = left_end if at == right else (right_end if at == this else _ZERO)
+            here = right_end if at == this else _ZERO
+            t[2 * bins + k, i] = left_end if at == right else here
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #e3d810be
 def _backward(inputs, how, arrived, gradients):

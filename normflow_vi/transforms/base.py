@@ -69,7 +69,7 @@ class Amortised(nn.Module):
         bias = (self.scale * self.linear.bias).to(dtype)
         flat = linear((self.scale * context).to(dtype), weight, bias)
         sizes = [shape.numel() for shape in self.shapes.values()]
-        parts = zip(self.shapes.items(), flat.split(sizes, -1))
+        parts = zip(self.shapes.items(), flat.split(sizes, -1), strict=True)
         return {name: part.unflatten(-1, shape) for (name, shape), part in parts}
 
 # %% ../../nbs/01_flows/05_transform.ipynb #f8af852f
@@ -118,7 +118,8 @@ class Transform(nn.Module):
         self.dim = check_int("dim", dim)
         self.length = check_int("length", length)
         self.context_dim = None if context_dim is None else check_int("context_dim", context_dim)
-        initial, constants = self.initial(), self.constants()
+        initial = self.initial()
+        constants = self.constants()
         if initial and self.context_to == "tensors" and context_dim is not None:
             self.source = Amortised(initial, context_dim, self.head_scale, self.decays)
         else:
@@ -227,7 +228,7 @@ def check_call(self: Transform, direction: str, name: str, value: Tensor, contex
         raise ValueError(f"context: this {kind} is amortised (context_dim={self.context_dim}), got None")
     check_tensor("context", context, self.context_dim, "context_dim")
     batch = context.shape[:-1]
-    sizes = zip(reversed(value.shape[:-1]), reversed(batch))
+    sizes = zip(reversed(value.shape[:-1]), reversed(batch), strict=False)  # one may have more axes
     if any(m != n and 1 not in (m, n) for m, n in sizes):
         raise ValueError(
             f"context has batch shape {tuple(batch)}, which does not fit {name} of shape {tuple(value.shape)}"

@@ -29,7 +29,8 @@ def build_masks(order: Tensor, hidden: tuple[int, ...], least: int = 1) -> list[
     """
     degree = order.argsort(-1) + 1
     levels = [degree, *(hidden_degrees(order.shape[-1], width, least) for width in hidden)]
-    inner = [low[..., :, None] <= high[..., None, :] for low, high in zip(levels, levels[1:])]
+    steps = zip(levels, levels[1:], strict=False)
+    inner = [low[..., :, None] <= high[..., None, :] for low, high in steps]
     last = levels[-1][..., :, None] < degree[..., None, :]
     return [*inner, last]
 

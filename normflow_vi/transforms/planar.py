@@ -28,7 +28,8 @@ def constrain(u: Tensor, w: Tensor, c: float) -> tuple[Tensor, Tensor]:
 
     `c`: the offset in the softplus. Source: Rezende & Mohamed 2015, appendix A.1.
     """
-    alpha, norm2 = (w * u).sum(-1), (w * w).sum(-1)
+    alpha = (w * u).sum(-1)
+    norm2 = (w * w).sum(-1)
     slope = softplus(alpha + c)  # 1 + m(alpha) > 0
     fade = (norm2 / TINY).clamp(max=1)  # 1, but for a vanishing w
     rho = (slope - 1 - alpha) / norm2.clamp(min=TINY)
@@ -50,9 +51,11 @@ def solve_slope(target: Tensor, slope: Tensor, rounds: int = 40) -> Tensor:
     Monotone Newton iterations; implicit derivatives up to the second.
     """
     slope = slope.clamp(min=torch.finfo(slope.dtype).tiny)  # else 0/0 at target = 0 where it underflowed
-    t, s = target.detach().abs(), slope.detach()
+    t = target.detach().abs()
+    s = slope.detach()
     m = s - 1
-    below, above = torch.maximum(t / s, t - m), torch.minimum(t / s, t - m)
+    below = torch.maximum(t / s, t - m)
+    above = torch.minimum(t / s, t - m)
     a = torch.where(m > 0, below, above)
     for _ in range(rounds):
         h = a.tanh()
@@ -83,7 +86,7 @@ def planar_torch(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[
     `u`, `w`: `(..., K, D)`; `b`: `(..., K)`; `c`: the offset of `constrain`.
     """
     u_hat, slope = constrain(u, w, c)
-    layers: Any = zip(u_hat.unbind(-2), w.unbind(-2), b.unbind(-1))
+    layers: Any = zip(u_hat.unbind(-2), w.unbind(-2), b.unbind(-1), strict=True)
     layers = [{"u_hat": u_k, "w": w_k, "b": b_k} for u_k, w_k, b_k in layers]
     return planar_stack(z, layers, slope)
 
@@ -128,7 +131,8 @@ class MappedKernel(torch.autograd.Function):
                 return t.movedim(axis, 0)
             return t if shared else t.expand(info.batch_size, *t.shape)
 
-        z, u, w, b = (mapped(t, axis) for t, axis in zip((z, u, w, b), axes))
+        inputs = zip((z, u, w, b), axes, strict=False)  # the last axis is that of c, a number
+        z, u, w, b = (mapped(t, axis) for t, axis in inputs)
         at = 0 if shared else samples
         return _planar_kernel(z.movedim(0, at), u, w, b, c), (at, at)
 
@@ -185,7 +189,8 @@ class Planar(Transform):
         super().__init__(dim, length, context_dim)
 
     def initial(self) -> dict[str, Tensor]:
-        bound, K, D = math.sqrt(2 / self.dim), self.length, self.dim
+        bound = math.sqrt(2 / self.dim)
+        K, D = self.length, self.dim
         sizes = {"u": (K, D), "w": (K, D), "b": (K,)}
         return {name: torch.empty(size).uniform_(-bound, bound) for name, size in sizes.items()}
 

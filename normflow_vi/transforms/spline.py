@@ -124,7 +124,8 @@ class RQSpline(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        inputs, (reference, bins, bound) = ctx.saved_tensors, ctx.how
+        inputs = ctx.saved_tensors
+        reference, bins, bound = ctx.how
         if fits(*inputs, *gradients, rules=False):
             how = bins, bound, reference is rq_spline_inverse
             found = spline_gradients_numba(inputs, gradients, how)

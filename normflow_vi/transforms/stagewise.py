@@ -76,9 +76,10 @@ def stagewise_torch(
     `edges`: as `stage_edges` gives them. The sum is `(...)`, in nats.
     """
     weights, offsets = _in_reading_order(*_affine_parts(layer, context), sequence)
-    b, size = b[..., sequence], offsets[-1].shape[-1] // b.shape[-1]
-    known, entering, slopes = [b[..., :0]] * len(weights), b, []
-    for s, (start, stop) in enumerate(zip(edges[0], edges[0][1:])):
+    size = offsets[-1].shape[-1] // b.shape[-1]
+    b = entering = b[..., sequence]
+    known, slopes = [b[..., :0]] * len(weights), []
+    for s, (start, stop) in enumerate(zip(edges[0], edges[0][1:], strict=False)):
         if stop > start:
             theta = _affine_slice(known[-1], weights[-1], offsets[-1], size * start, size * stop)
             a, slope = step(b[..., start:stop], theta.unflatten(-1, (stop - start, size)))
@@ -89,7 +90,7 @@ def stagewise_torch(
         for i, units in enumerate(edges[1:]):
             h = _affine_slice(known[i], weights[i], offsets[i], units[s], units[s + 1])
             if residual and i % 2 == 0:
-                h = entering = h + entering if i else h
+                h = entering = h + entering if i > 0 else h
             known[i + 1] = torch.cat([known[i + 1], ACTIVATIONS[activation](h)], -1)
     return known[0][..., sequence.argsort(-1)], torch.cat(slopes, -1).sum(-1)
 
@@ -111,14 +112,16 @@ def stagewise_numba(
     width = b.shape[-1] + sum(offset.shape[-1] for offset in offsets)
     offsets = [offset.expand(*b.shape[:-1], -1) for offset in offsets]
     acc = torch.cat([b, *offsets], -1).reshape(-1, width).detach()
-    slopes, law = acc.new_zeros(len(acc)), step.__self__
+    slopes = acc.new_zeros(len(acc))
+    law = step.__self__
+    bound = float(getattr(law, "max_log_scale", None) or 0.0)
     stage_kernel()(
         acc.numpy(),
         slopes.numpy(),
         tuple(weight.detach().contiguous().numpy() for weight in weights),
         stage_tables(edges, bool(sequence[0] > 0)),
         KERNEL_ACTIVATIONS.index(activation),
-        (isinstance(law, Gate), step.__name__ == "pull", float(getattr(law, "max_log_scale", None) or 0.0)),
+        (isinstance(law, Gate), step.__name__ == "pull", bound),
     )
     return acc[:, : b.shape[-1]].reshape(b.shape), slopes.reshape(b.shape[:-1])
 
@@ -143,7 +146,9 @@ def stagewise(
     residual: bool = False,
 ) -> tuple[Tensor, Tensor]:
     "`stagewise_numba` where it fits, `stagewise_torch` elsewhere; arguments and results as of the latter."
-    tensors = [b, *layer.values()] + ([] if context is None else [context.to(b.dtype)])
+    tensors = [b, *layer.values()]
+    if context is not None:
+        tensors.append(context.to(b.dtype))
     if activation in KERNEL_ACTIVATIONS and kernel_fits(step, tensors, residual):
         return stagewise_numba(b, step, layer, edges, sequence, context, activation)
     return stagewise_torch(b, step, layer, edges, sequence, context, activation, residual)
