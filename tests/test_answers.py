@@ -1,4 +1,7 @@
-"""The eight schools, against integrals done another way; a good and a poor fit of them told apart; the page of answers answers."""
+"""The eight schools, against integrals done another way; a good and a poor fit of them told apart.
+
+The page of answers answers.
+"""
 
 import json
 import math
@@ -32,21 +35,15 @@ QUESTIONS = [
 
 
 def test_the_data_are_those_of_rubin():
-    assert EFFECTS.tolist() == [28, 8, -3, 7, -1, 1, 18, 12] and ERRORS.tolist() == [
-        15,
-        10,
-        16,
-        11,
-        9,
-        11,
-        10,
-        18,
-    ]
+    assert EFFECTS.tolist() == [28, 8, -3, 7, -1, 1, 18, 12]
+    assert ERRORS.tolist() == [15, 10, 16, 11, 9, 11, 10, 18]
 
 
 def test_eight_schools_is_the_joint_density():
     z = np.random.default_rng(0).normal(size=(200, 10)) * ([5, 1.5] + 8 * [10])
-    mu, tau, theta = z[:, 0], np.exp(z[:, 1]), z[:, 2:]
+    mu = z[:, 0]
+    tau = np.exp(z[:, 1])
+    theta = z[:, 2:]
     expected = (
         stats.norm.logpdf(mu, 0, 5)
         + stats.halfcauchy.logpdf(tau, scale=5)
@@ -58,7 +55,9 @@ def test_eight_schools_is_the_joint_density():
 
 
 def marginal(log_tau):
-    "log p(y, log tau): given tau alone the eight effects are Gaussian with one common variance of 25 between them."
+    """log p(y, log tau): given tau alone the eight effects are Gaussian with one common variance of 25
+    between them.
+    """
     tau = math.exp(log_tau)
     return (
         stats.multivariate_normal.logpdf(EFFECTS, np.zeros(8), np.diag(ERRORS**2 + tau**2) + 25)
@@ -77,22 +76,17 @@ def test_its_evidence_is_exact():
 
 def test_it_keeps_shape_precision_and_slope():
     z = torch.randn(3, 4, 10)
-    assert (
-        eight_schools(z).shape == (3, 4)
-        and eight_schools(z[0, 0]).shape == ()
-        and eight_schools(z).dtype == torch.float32
-    )
+    assert eight_schools(z).shape == (3, 4)
+    assert eight_schools(z[0, 0]).shape == ()
+    assert eight_schools(z).dtype == torch.float32
     assert torch.allclose(eight_schools(z).double(), eight_schools(z.double()), rtol=1e-5)
-    assert torch.allclose(
-        torch.func.vmap(torch.func.grad(lambda row: eight_schools(row)))(z[0]),
-        torch.func.grad(lambda rows: eight_schools(rows).sum())(z[0]),
-        rtol=1e-5,
-    )
+    found = torch.func.vmap(torch.func.grad(lambda row: eight_schools(row)))(z[0])
+    expected = torch.func.grad(lambda rows: eight_schools(rows).sum())(z[0])
+    assert torch.allclose(found, expected, rtol=1e-5)
     for log_tau in (-40.0, 80.0, 1e3, 1e6):
         far = torch.full((10,), 7.0).index_fill(0, torch.tensor(1), log_tau).requires_grad_()
-        assert (
-            eight_schools(far).isfinite() and torch.autograd.grad(eight_schools(far), far)[0].isfinite().all()
-        )
+        assert eight_schools(far).isfinite()
+        assert torch.autograd.grad(eight_schools(far), far)[0].isfinite().all()
     with pytest.raises(ValueError, match="=10"):
         eight_schools(torch.zeros(5, 3))
 
@@ -112,29 +106,24 @@ def verdict(found):
 
 def test_a_flow_has_the_funnel(fits):
     flow, _ = fits
-    assert (
-        flow.kl.value < 0.2
-        and flow.ess > 4000
-        and abs(flow.evidence.value - eight_schools.log_z) < 0.06
-        and "not to be trusted" not in verdict(flow)
-    )
-    assert (
-        abs(flow.z[:, 1].mean() - 0.802) < 0.25 and flow.z[:, 1].std() > 0.8
-    )  # log tau: exactly 0.802 and 1.171
+    assert flow.kl.value < 0.2
+    assert flow.ess > 4000
+    assert abs(flow.evidence.value - eight_schools.log_z) < 0.06
+    assert "not to be trusted" not in verdict(flow)
+    assert abs(flow.z[:, 1].mean() - 0.802) < 0.25
+    assert flow.z[:, 1].std() > 0.8  # log tau: exactly 0.802 and 1.171
 
 
 def test_a_mean_field_fit_is_told_apart_by_more_than_k_hat(fits):
     flow, poor = fits
-    assert poor.k_hat > 0.7 and "not to be trusted" in verdict(poor)
-    assert 1.9 < poor.kl.value < 2.3 and poor.elbo.value < flow.elbo.value - 1.5 - 5 * (
-        flow.elbo.std_error + poor.elbo.std_error
-    )
+    assert poor.k_hat > 0.7
+    assert "not to be trusted" in verdict(poor)
+    assert 1.9 < poor.kl.value < 2.3
+    assert poor.elbo.value < flow.elbo.value - 1.5 - 5 * (flow.elbo.std_error + poor.elbo.std_error)
     assert poor.ess < 500 < flow.ess / 8
-    assert (
-        abs(poor.z[:, 1].mean() - 0.802) > 0.7
-        and poor.z[:, 1].std() < 0.4
-        and "differ" in next(line for line in poor.summary().splitlines() if line.startswith("z[1]"))
-    )
+    assert abs(poor.z[:, 1].mean() - 0.802) > 0.7
+    assert poor.z[:, 1].std() < 0.4
+    assert "differ" in next(line for line in poor.summary().splitlines() if line.startswith("z[1]"))
 
 
 def sections():
@@ -153,5 +142,6 @@ def test_every_question_has_an_answer_a_demonstration_and_a_check():
     assert [heading for heading, _ in sections()] == QUESTIONS
     for heading, cells in sections():
         code = [text for kind, text in cells if kind == "code"]
-        assert len(cells[0][1]) > 200 and ".ipynb)" in cells[0][1], f"{heading}: an answer with a link"
+        assert len(cells[0][1]) > 200, f"{heading}: an answer with a link"
+        assert ".ipynb)" in cells[0][1], f"{heading}: an answer with a link"
         assert any("assert" in text for text in code), f"{heading}: a demonstration that checks something"

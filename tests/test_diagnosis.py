@@ -34,13 +34,16 @@ def normal(*shape, seed=0):
 def test_the_shape_of_a_generalised_pareto_distribution_is_found(k, n):
     runs = 40
     found = torch.tensor(
-        [generalised_pareto(excesses(k, n, seed, 3.0)) for seed in range(runs)], dtype=torch.float64
+        [generalised_pareto(excesses(k, n, seed, 3.0)) for seed in range(runs)],
+        dtype=torch.float64,
     )
-    expected, error = (n * k + 5) / (n + 10), n / (n + 10) * (1 + k) / math.sqrt(n)
+    expected = (n * k + 5) / (n + 10)
+    error = n / (n + 10) * (1 + k) / math.sqrt(n)
     assert (
         abs(found[:, 0].mean() - expected) < 4 * error / math.sqrt(runs) + 1 / n
     )  # the estimate's own bias is of order 1/n
-    assert 0.7 < found[:, 0].std() / error < 1.5 and abs(found[:, 1].mean() / 3 - 1) < 0.06
+    assert 0.7 < found[:, 0].std() / error < 1.5
+    assert abs(found[:, 1].mean() / 3 - 1) < 0.06
 
 
 @pytest.mark.parametrize("k", [-0.2, 0.2, 0.6, 1.2])
@@ -52,7 +55,8 @@ def test_it_is_as_likely_as_scipys_maximum(k):
         genpareto.logpdf(x.numpy(), *parameters).sum()
         for parameters in ((shape, 0, scale), (found, 0, sigma))
     )
-    assert best - ours < 0.5 and abs(found - shape) < 0.02
+    assert best - ours < 0.5
+    assert abs(found - shape) < 0.02
 
 
 RECORDED = {
@@ -79,7 +83,9 @@ LARGEST = {
 
 @pytest.mark.parametrize("S, sd", RECORDED)
 def test_recorded_values(S, sd):
-    "Lognormal weights at the quantiles of a normal: k-hat and the largest normalised log-weight, as ArviZ 0.23.4 gives them."
+    """Lognormal weights at the quantiles of a normal: k-hat and the largest normalised log-weight, as ArviZ
+    0.23.4 gives them.
+    """
     smoothed, k = pareto_smoothed(torch.from_numpy(sd * norm.ppf((np.arange(S) + 0.5) / S)))
     assert abs(k - RECORDED[S, sd]) < 1e-9
     if (S, sd) in LARGEST:
@@ -97,31 +103,35 @@ def test_a_gaussian_proposal_too_narrow_for_its_target(ratio):
 
 def test_the_smoothed_tail_is_the_fitted_distribution():
     log_w = 0.8 * normal(3000, seed=1)
-    (cutoff, tail), (smoothed, k) = tail_of(log_w), pareto_smoothed(log_w)
+    cutoff, tail = tail_of(log_w)
+    smoothed, k = pareto_smoothed(log_w)
     n = len(tail)
-    assert n == math.ceil(3 * math.sqrt(3000)) and set(tail.tolist()) == set(log_w.topk(n).indices.tolist())
+    assert n == math.ceil(3 * math.sqrt(3000))
+    assert set(tail.tolist()) == set(log_w.topk(n).indices.tolist())
     _, sigma = generalised_pareto(log_w[tail].exp() - cutoff.exp())
     expected = cutoff.exp().item() + genpareto.ppf((np.arange(n) + 0.5) / n, k, scale=sigma)
-    assert torch.allclose(smoothed[tail], torch.from_numpy(expected).log().clamp(max=log_w.max()), atol=1e-9)
-    rest = torch.ones(3000, dtype=bool).index_fill(0, tail, False)
-    assert (
-        torch.equal(smoothed[rest], log_w[rest])
-        and torch.equal(smoothed.argsort(), log_w.argsort())
-        and smoothed.max() <= log_w.max()
+    assert torch.allclose(
+        smoothed[tail],
+        torch.from_numpy(expected).log().clamp(max=log_w.max()),
+        atol=1e-9,
     )
+    rest = torch.ones(3000, dtype=bool).index_fill(0, tail, False)
+    assert torch.equal(smoothed[rest], log_w[rest])
+    assert torch.equal(smoothed.argsort(), log_w.argsort())
+    assert smoothed.max() <= log_w.max()
 
 
 def test_scale_order_and_precision_of_the_weights_do_not_matter():
-    log_w, order = 1.5 * normal(2000), torch.randperm(2000)
+    log_w = 1.5 * normal(2000)
+    order = torch.randperm(2000)
     smoothed, k = pareto_smoothed(log_w)
     moved, same = pareto_smoothed(log_w[order] + 5000.0)
-    assert abs(same - k) < 1e-6 and torch.allclose(moved, smoothed[order] + 5000.0, atol=1e-6)
+    assert abs(same - k) < 1e-6
+    assert torch.allclose(moved, smoothed[order] + 5000.0, atol=1e-6)
     single, near = pareto_smoothed(log_w.float())
-    assert (
-        single.dtype == torch.float64
-        and abs(near - k) < 1e-3
-        and not pareto_smoothed(log_w.requires_grad_())[0].requires_grad
-    )
+    assert single.dtype == torch.float64
+    assert abs(near - k) < 1e-3
+    assert not pareto_smoothed(log_w.requires_grad_())[0].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -140,7 +150,8 @@ def test_scale_order_and_precision_of_the_weights_do_not_matter():
 )
 def test_what_cannot_be_fitted_has_a_defined_answer(log_w, expected):
     smoothed, k = pareto_smoothed(log_w)
-    assert k == expected and torch.equal(smoothed, log_w.double())
+    assert k == expected
+    assert torch.equal(smoothed, log_w.double())
 
 
 @pytest.mark.parametrize(
@@ -157,13 +168,12 @@ def test_what_cannot_be_fitted_has_a_defined_answer(log_w, expected):
 )
 def test_odd_weights_give_finite_answers(log_w):
     smoothed, k = pareto_smoothed(log_w)
-    assert (
-        not math.isnan(k)
-        and not smoothed.isnan().any()
-        and torch.equal(smoothed == -math.inf, log_w == -math.inf)
-        and smoothed.max() <= log_w.double().max() + 1e-9
-    )
-    assert 1 <= effective_sample_size(log_w) + 1e-9 and effective_sample_size(log_w) <= len(log_w) + 1e-6
+    assert not math.isnan(k)
+    assert not smoothed.isnan().any()
+    assert torch.equal(smoothed == -math.inf, log_w == -math.inf)
+    assert smoothed.max() <= log_w.double().max() + 1e-9
+    assert 1 <= effective_sample_size(log_w) + 1e-9
+    assert effective_sample_size(log_w) <= len(log_w) + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -193,23 +203,21 @@ def test_threshold():
         0.6971,
         0.7,
         0.7,
-    ] and k_threshold(1) == -math.inf
+    ]
+    assert k_threshold(1) == -math.inf
 
 
 def test_lognormal_weights():
     "For `log w ~ N(-s^2/2, s^2)`: mean 1, and `ESS / S` tends to `exp(-s^2)`."
-    s, S = 0.7, 400_000
+    s = 0.7
+    S = 400_000
     log_w = s * normal(S) - s * s / 2
     evidence = log_mean_weight(log_w)
-    assert (
-        abs(evidence.value) < 4 * evidence.std_error
-        and abs(evidence.std_error / (math.sqrt(math.expm1(s * s)) / math.sqrt(S)) - 1) < 0.05
-    )
+    assert abs(evidence.value) < 4 * evidence.std_error
+    assert abs(evidence.std_error / (math.sqrt(math.expm1(s * s)) / math.sqrt(S)) - 1) < 0.05
     assert abs(effective_sample_size(log_w) / S / math.exp(-s * s) - 1) < 0.02
-    assert (
-        abs(log_mean_weight(log_w - 1e4).value + 1e4 - evidence.value) < 1e-6
-        and log_mean_weight(log_w[:1]).std_error.isnan()
-    )
+    assert abs(log_mean_weight(log_w - 1e4).value + 1e4 - evidence.value) < 1e-6
+    assert log_mean_weight(log_w[:1]).std_error.isnan()
 
 
 def scores(runs=300, S=1000):
@@ -217,7 +225,8 @@ def scores(runs=300, S=1000):
     found = []
     for z in normal(runs, S, 1):
         log_w = (0.5 * z**2 - 0.5 * ((z - 0.4) / 0.9) ** 2)[:, 0]
-        m, d = moments(z, log_w), moment_shifts(z, log_w)
+        m = moments(z, log_w)
+        d = moment_shifts(z, log_w)
         found.append(
             [
                 (m.mean - 0.4) / m.mean_error,
@@ -231,39 +240,35 @@ def scores(runs=300, S=1000):
 
 def test_moments_and_their_errors():
     found = scores()
-    assert (found.mean(0).abs() < 0.35).all() and ((found.std(0) - 1).abs() < 0.2).all()
+    assert (found.mean(0).abs() < 0.35).all()
+    assert ((found.std(0) - 1).abs() < 0.2).all()
 
 
 def test_moments_of_q_alone():
     z = normal(5000, 2)
     m = moments(z)
-    assert (
-        torch.allclose(m.mean, z.mean(0))
-        and torch.allclose(m.sd, z.std(0, unbiased=False))
-        and torch.allclose(m.mean_error, z.std(0) / math.sqrt(5000), rtol=1e-3)
-    )
+    assert torch.allclose(m.mean, z.mean(0))
+    assert torch.allclose(m.sd, z.std(0, unbiased=False))
+    assert torch.allclose(m.mean_error, z.std(0) / math.sqrt(5000), rtol=1e-3)
     assert ((m.sd_error * math.sqrt(2 * 5000) / m.sd - 1).abs() < 0.1).all()  # sd / sqrt(2 S) for a normal
     same = moment_shifts(z, torch.zeros(5000))
-    assert same.mean.abs().max() < 1e-12 and same.mean_error.max() < 1e-12
+    assert same.mean.abs().max() < 1e-12
+    assert same.mean_error.max() < 1e-12
 
 
 def test_zero_weights_cut_the_support():
     z = normal(20_000, 1)
     m = moments(z, torch.where(z[:, 0] > 0, 0.0, -math.inf))  # the half normal
-    assert (
-        abs(m.mean - math.sqrt(2 / math.pi)) < 4 * m.mean_error
-        and abs(m.sd - math.sqrt(1 - 2 / math.pi)) < 4 * m.sd_error
-    )
+    assert abs(m.mean - math.sqrt(2 / math.pi)) < 4 * m.mean_error
+    assert abs(m.sd - math.sqrt(1 - 2 / math.pi)) < 4 * m.sd_error
 
 
 def test_a_constant_coordinate():
     m = moments(torch.ones(100, 2), 0.1 * torch.randn(100))
-    assert (
-        torch.allclose(m.mean, torch.ones(2).double())
-        and m.mean_error.max() < 1e-9
-        and m.sd.max() < 1e-9
-        and m.sd_error.isfinite().all()
-    )
+    assert torch.allclose(m.mean, torch.ones(2).double())
+    assert m.mean_error.max() < 1e-9
+    assert m.sd.max() < 1e-9
+    assert m.sd_error.isfinite().all()
 
 
 def test_moments_of_what_does_not_fit_are_refused():
@@ -285,20 +290,18 @@ def test_a_missed_mode_leaves_no_trace_in_the_weights():
         + 0.5 * ((z - 10) / 1.05) ** 2
         + math.log(1.05)
     )
-    assert (
-        k_hat(log_w) < 0.5
-        and effective_sample_size(log_w) > 9800
-        and abs(log_mean_weight(log_w).value + math.log(2)) < 0.01
-    )
+    assert k_hat(log_w) < 0.5
+    assert effective_sample_size(log_w) > 9800
+    assert abs(log_mean_weight(log_w).value + math.log(2)) < 0.01
 
 
 def test_resampling():
-    z, log_w = normal(20_000, 1), None
+    z = normal(20_000, 1)
+    log_w = None
     log_w = (0.5 * z**2 - 0.5 * ((z - 1) / 0.8) ** 2)[:, 0]
-    rows, w = resample(log_w), pareto_smoothed(log_w)[0].softmax(0)
+    rows = resample(log_w)
+    w = pareto_smoothed(log_w)[0].softmax(0)
     copies = rows.bincount(minlength=20_000)
-    assert (
-        (copies - 20_000 * w).abs().max() <= 1 + 1e-9
-        and (rows.diff() >= 0).all()
-        and abs(z[rows].mean() - moments(z, log_w).mean) < 0.01
-    )
+    assert (copies - 20_000 * w).abs().max() <= 1 + 1e-9
+    assert (rows.diff() >= 0).all()
+    assert abs(z[rows].mean() - moments(z, log_w).mean) < 0.01

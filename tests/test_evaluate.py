@@ -1,4 +1,6 @@
-"""Evaluators: streaming importance weights against quadrature, closed forms and the diagnosis of all weights at once; the encoder runs once an image."""
+"""Evaluators: streaming importance weights against quadrature, closed forms and the diagnosis of all
+weights at once; the encoder runs once an image.
+"""
 
 import math
 
@@ -8,8 +10,20 @@ from torch import nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import softplus
 
-from normflow_vi.evaluate import _accumulate, _fit_tails, ais, log_marginal, precompute, select_rows
-from normflow_vi.evaluate.diagnosis import effective_sample_size, k_hat, log_mean_weight, tail_size
+from normflow_vi.evaluate import (
+    _accumulate,
+    _fit_tails,
+    ais,
+    log_marginal,
+    precompute,
+    select_rows,
+)
+from normflow_vi.evaluate.diagnosis import (
+    effective_sample_size,
+    k_hat,
+    log_mean_weight,
+    tail_size,
+)
 from normflow_vi.flows import FlowDistribution
 from normflow_vi.models.posteriors import FAMILIES, posterior
 from normflow_vi.transforms.base import Amortised
@@ -18,18 +32,21 @@ from normflow_vi.transforms.base import Amortised
 @pytest.mark.parametrize("samples", [1, 2, 20, 21, 30, 100, 999, 5000])
 @pytest.mark.parametrize("spread", [0.0, 1e-5, 0.3, 3.0, 300.0])
 def test_streamed_weights_are_diagnosed_as_whole_ones(samples, spread):
-    """Effective size, error and k-hat of every column, whatever the blocks; ties and weights of zero included."""
+    """Effective size, error and k-hat of every column, whatever the blocks.
+
+    Ties and weights of zero included.
+    """
     log_w = spread * torch.randn(samples, 6, dtype=torch.float64)
     log_w[:, 1] = log_w[:, 1].mul(2).round() / 2
     if samples > 2:
         log_w[: samples // 2, 2] = -math.inf
     for block in (samples, 7 if samples < 1000 else 700):
         sums, top = _accumulate(log_w.split(block), tail_size(samples) + 1)
-        assert torch.allclose(sums.total, log_w.sum(0)) and len(top) == tail_size(samples) + 1
+        assert torch.allclose(sums.total, log_w.sum(0))
+        assert len(top) == tail_size(samples) + 1
         for i, column in enumerate(log_w.t()):
-            assert torch.isclose(
-                (2 * sums.once - sums.twice).exp()[i], effective_sample_size(column), rtol=1e-8
-            )
+            found = (2 * sums.once - sums.twice).exp()[i]
+            assert torch.isclose(found, effective_sample_size(column), rtol=1e-8)
             expected = k_hat(column)
             assert _fit_tails(top, samples)[i].item() == (
                 expected if math.isinf(expected) else pytest.approx(expected, abs=1e-5)
@@ -58,23 +75,29 @@ def test_errors_are_those_of_the_mean_weight_and_cover_the_truth():
     found = log_marginal(log_joint, lambda x: Noisy(x, 1.3), x, samples=400)
     truth = Normal(torch.zeros_like(x), math.sqrt(2)).log_prob(x).sum(-1)
     score = (found.log_p - truth) / found.error
-    assert abs(score.mean()) < 0.3 and 0.85 < score.std() < 1.15
+    assert abs(score.mean()) < 0.3
+    assert 0.85 < score.std() < 1.15
     generator = torch.Generator().manual_seed(0)
     z, log_q = Noisy(x[:1], 1.3).rsample_and_log_prob((400,), generator)
     one = log_marginal(log_joint, lambda x: Noisy(x, 1.3), x[:1], samples=400)
     weight = log_mean_weight((log_joint(x[:1], z) - log_q)[:, 0])
-    assert torch.isclose(one.log_p[0], weight.value) and torch.isclose(one.error[0], weight.std_error)
+    assert torch.isclose(one.log_p[0], weight.value)
+    assert torch.isclose(one.error[0], weight.std_error)
     assert log_marginal(log_joint, lambda x: Noisy(x, 1.3), x[:5], samples=1).error.isnan().all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_held_tensors_draw_alike(family):
-    """For every family, a few images of a distribution whose tensors are held are the same images encoded alone."""
+    """For every family, a few images of a distribution whose tensors are held are the same images encoded
+    alone.
+    """
     q = posterior(family, 4, 0 if family == "diagonal" else 2, 5).double()
     context = torch.randn(9, 5, dtype=torch.float64)
-    alone, held = q(context[3:6]), select_rows(precompute(q(context)), slice(3, 6))
+    alone = q(context[3:6])
+    held = select_rows(precompute(q(context)), slice(3, 6))
     for a, b in zip(
-        *(which.rsample_and_log_prob((8,), torch.Generator().manual_seed(0)) for which in (alone, held))
+        *(which.rsample_and_log_prob((8,), torch.Generator().manual_seed(0)) for which in (alone, held)),
+        strict=True,
     ):
         assert torch.allclose(a, b, atol=1e-10)
     assert not any(isinstance(m, Amortised) for m in held.transform.modules())
@@ -90,12 +113,17 @@ class Counted(nn.Linear):
 
 @pytest.mark.parametrize("samples, block", [(3, 1000), (50, 200), (700, 300)])
 def test_an_image_is_encoded_once(samples, block, monkeypatch):
-    encoder, q, emitting = Counted(3, 5).double(), posterior("planar", 3, 4, 5).double(), []
+    encoder = Counted(3, 5).double()
+    q = posterior("planar", 3, 4, 5).double()
+    emitting = []
     of = Amortised.forward
     monkeypatch.setattr(
         Amortised,
         "forward",
-        lambda self, context, dtype: (emitting.append(len(context)), of(self, context, dtype))[1],
+        lambda self, context, dtype: (
+            emitting.append(len(context)),
+            of(self, context, dtype),
+        )[1],
     )
     seen = []
 
@@ -105,18 +133,23 @@ def test_an_image_is_encoded_once(samples, block, monkeypatch):
 
     x = torch.randn(260, 3, dtype=torch.float64)
     found = log_marginal(counting, lambda x: q(encoder(x)), x, samples=samples, block=block)
-    assert encoder.rows == 260 and sum(emitting) == 2 * 260  # two heads: the Gaussian's and the layers'
-    assert (
-        sum(seen) == 260 * samples and max(seen) <= block and found.log_p.shape == found.k_hat.shape == (260,)
-    )
+    assert encoder.rows == 260
+    assert sum(emitting) == 2 * 260  # two heads: the Gaussian's and the layers'
+    assert sum(seen) == 260 * samples
+    assert max(seen) <= block
+    assert found.log_p.shape == found.k_hat.shape == (260,)
     again = log_marginal(log_joint, lambda x: q(encoder(x)), x, samples=samples, block=block)
-    assert torch.equal(again.log_p, found.log_p) and not torch.equal(
-        log_marginal(log_joint, lambda x: q(encoder(x)), x, samples, block, seed=1).log_p, found.log_p
+    assert torch.equal(again.log_p, found.log_p)
+    assert not torch.equal(
+        log_marginal(log_joint, lambda x: q(encoder(x)), x, samples, block, seed=1).log_p,
+        found.log_p,
     )
 
 
 def test_a_bernoulli_decoder_by_quadrature():
-    """Two latent dimensions, a network of twelve pixels: log p(x) on a grid, by importance weights and by annealing."""
+    """Two latent dimensions, a network of twelve pixels: log p(x) on a grid, by importance weights and by
+    annealing.
+    """
     torch.manual_seed(0)
     decoder = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 12)).double()
     with torch.no_grad():
@@ -140,14 +173,19 @@ def test_a_bernoulli_decoder_by_quadrature():
     wide = Noisy(torch.zeros(25, 2, dtype=torch.float64), 1.7)  # N(0, 1.2^2): the weights are bounded
     weighted = log_marginal(joint, lambda x: wide, x, samples=20_000, block=10**6)
     annealed = ais(joint, x, 2, steps=60, chains=30, leapfrog=4)
-    assert ((weighted.log_p - truth).abs() < 4.5 * weighted.error + 1e-3).all() and weighted.error.max() < 0.2
+    assert ((weighted.log_p - truth).abs() < 4.5 * weighted.error + 1e-3).all()
+    assert weighted.error.max() < 0.2
     score = (annealed.log_p - truth) / annealed.error
-    assert abs(score.mean()) < 0.8 and (score.abs() < 5).all() and annealed.error.mean() < 0.2
+    assert abs(score.mean()) < 0.8
+    assert (score.abs() < 5).all()
+    assert annealed.error.mean() < 0.2
     assert all(p.grad is None for p in decoder.parameters())
 
 
 def test_bad_input():
-    good = lambda x: Noisy(x, 1.0)
+    def good(x):
+        return Noisy(x, 1.0)
+
     x = torch.zeros(3, 2, dtype=torch.float64)
     for more, words in (
         ({"samples": 0}, "samples=0"),

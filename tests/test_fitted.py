@@ -44,7 +44,13 @@ def history(name="elbo", runs=2, T=20):
 
 
 def gaussian(
-    shift=0.0, scale=1.0, draws=4000, dim=2, target=lambda z: -0.5 * (z * z).sum(-1), seed=1, **fields
+    shift=0.0,
+    scale=1.0,
+    draws=4000,
+    dim=2,
+    target=lambda z: -0.5 * (z * z).sum(-1),
+    seed=1,
+    **fields,
 ):
     "A fit of N(shift, scale^2) to a standard normal target without its constant."
     q = Flow(Affine(dim=dim)).eval()
@@ -60,13 +66,19 @@ def gaussian(
         **{
             "z": z,
             "log_w": log_w,
-            "bounds": (estimate(log_w), Estimate(torch.tensor(1.2), torch.tensor(0.01))),
+            "bounds": (
+                estimate(log_w),
+                Estimate(torch.tensor(1.2), torch.tensor(0.01)),
+            ),
             **fields,
         },
     )
 
 
-def of_samples(held=-2.8, q=None, history=history("log_likelihood", 1), **fields):
+SAMPLED = history("log_likelihood", 1)
+
+
+def of_samples(held=-2.8, q=None, history=SAMPLED, **fields):
     value = Estimate(torch.tensor(held), torch.tensor(0.02))
     return Fit(
         q or Flow(Affine(dim=2)).eval(),
@@ -81,17 +93,13 @@ HALF = torch.tensor([0.5, 0.0])
 
 def test_derived_values():
     fit = gaussian(HALF, log_z=LOG_Z)  # KL = .5^2 / 2, chi^2 = exp(.25) - 1
-    assert (
-        abs(fit.kl.value - 0.125) < 4 * fit.kl.std_error and abs(fit.elbo.value + fit.kl.value - LOG_Z) < 1e-9
-    )
-    assert (
-        abs(fit.evidence.value - LOG_Z) < 4 * fit.evidence.std_error
-        and abs(fit.ess / 4000 - math.exp(-0.25)) < 0.05
-        and fit.k_hat < 0.7
-    )
-    assert (fit.moments.mean.abs() < 4 * fit.moments.mean_error).all() and (
-        (fit.moments.sd - 1).abs() < 4 * fit.moments.sd_error
-    ).all()
+    assert abs(fit.kl.value - 0.125) < 4 * fit.kl.std_error
+    assert abs(fit.elbo.value + fit.kl.value - LOG_Z) < 1e-9
+    assert abs(fit.evidence.value - LOG_Z) < 4 * fit.evidence.std_error
+    assert abs(fit.ess / 4000 - math.exp(-0.25)) < 0.05
+    assert fit.k_hat < 0.7
+    assert (fit.moments.mean.abs() < 4 * fit.moments.mean_error).all()
+    assert ((fit.moments.sd - 1).abs() < 4 * fit.moments.sd_error).all()
     assert gaussian().kl is None
     for name in ("elbo", "evidence", "kl", "k_hat", "ess", "moments"):
         assert getattr(of_samples(), name) is None
@@ -102,13 +110,19 @@ def test_derived_values():
 VERDICTS = [
     (dict(log_z=LOG_Z), "good: q can be used as it is"),
     ({}, "good: q can be used as it is (as far as its own draws can tell)"),
-    (dict(shift=HALF), "usable with importance weights: its mean of z[0] is off by 0.5"),
+    (
+        dict(shift=HALF),
+        "usable with importance weights: its mean of z[0] is off by 0.5",
+    ),
     (dict(scale=1.25), "usable with importance weights: its sd of z["),
     (dict(scale=0.4), "not to be trusted: k-hat"),
     (dict(scale=0.85), "usable with importance weights: its sd"),
     (dict(scale=1.04), "good"),
     (dict(scale=3.0), "usable with importance weights: its 4,000 draws are worth"),
-    (dict(log_z=LOG_Z + math.log(2)), "not to be trusted: it misses about 50% of the target's mass"),
+    (
+        dict(log_z=LOG_Z + math.log(2)),
+        "not to be trusted: it misses about 50% of the target's mass",
+    ),
     (dict(log_z=LOG_Z + 0.03), "good"),
     (dict(log_z=LOG_Z - 0.1), "not to be trusted: ELBO or evidence lies above log_z"),
     (dict(draws=50), "not to be trusted: its 50 draws are worth only 50"),
@@ -128,15 +142,16 @@ def test_verdicts(given, expected):
         if "z[" not in expected and "good:" in expected or expected == "good"
         else expected in first
     )
-    assert (
-        len(fit.summary().splitlines()) <= 12
-        and repr(fit) == fit.summary()
-        and max(map(len, fit.summary().splitlines()[1:])) < 200
-    )
+    assert len(fit.summary().splitlines()) <= 12
+    assert repr(fit) == fit.summary()
+    assert max(map(len, fit.summary().splitlines()[1:])) < 200
 
 
 def test_verdicts_do_not_flicker():
-    "A fit well inside its level is judged alike for every set of draws. (With 4,000 draws k-hat of the last spreads from 0.7 to 1.2.)"
+    """A fit well inside its level is judged alike for every set of draws.
+
+    (With 4,000 draws k-hat of the last spreads from 0.7 to 1.2.)
+    """
     for given, word in (
         (dict(scale=1.05), "good"),
         (dict(shift=HALF), "usable"),
@@ -164,39 +179,32 @@ def test_every_line_of_a_summary():
         strict=True,
     ):
         assert line.startswith(start), line
-    assert (
-        "good (below 0.70)" in lines[4]
-        and "1 of 2 reach the best" in lines[6]
-        and "standard errors" in lines[8]
-        and "standard errors" not in lines[9]
-    )
+    assert "good (below 0.70)" in lines[4]
+    assert "1 of 2 reach the best" in lines[6]
+    assert "standard errors" in lines[8]
+    assert "standard errors" not in lines[9]
     text = gaussian(
         converged=False,
         bounds=[Estimate(torch.tensor(v), torch.tensor(0.01)) for v in (1.84, 1.83, 1.80)],
         scale=0.4,
     ).summary()
-    assert (
-        "up to a constant" in text
-        and "KL" not in text
-        and "they agree" in text
-        and "stopped at the limit of 1,000 steps" in text
-        and "unreliable (not below 0.70)" in text
-    )
-    assert (
-        "1,000 steps, as asked" in gaussian(bounds=gaussian().bounds[:1]).summary()
-        and "nothing to compare" in gaussian(bounds=gaussian().bounds[:1]).summary()
-    )
-    assert len(gaussian(dim=9).summary().splitlines()) <= 12 and gaussian(dim=1).summary().count("z[") == 1
+    assert "up to a constant" in text
+    assert "KL" not in text
+    assert "they agree" in text
+    assert "stopped at the limit of 1,000 steps" in text
+    assert "unreliable (not below 0.70)" in text
+    assert "1,000 steps, as asked" in gaussian(bounds=gaussian().bounds[:1]).summary()
+    assert "nothing to compare" in gaussian(bounds=gaussian().bounds[:1]).summary()
+    assert len(gaussian(dim=9).summary().splitlines()) <= 12
+    assert gaussian(dim=1).summary().count("z[") == 1
 
 
 def test_a_fit_to_samples():
     past = history("log_likelihood", 1)
     seen = past.values["log_likelihood"][-1, 0]
-    assert (
-        "overfits by 0.50" in of_samples(seen - 0.5).summary()
-        and "overfits" not in of_samples(seen - 0.05).summary()
-        and of_samples().summary().startswith("verdict: fitted to samples")
-    )
+    assert "overfits by 0.50" in of_samples(seen - 0.5).summary()
+    assert "overfits" not in of_samples(seen - 0.05).summary()
+    assert of_samples().summary().startswith("verdict: fitted to samples")
     early = replace(
         past, best_step=np.array([200]), best_value=np.array([3.0])
     )  # the fourth of twenty values is the one that counts
@@ -214,16 +222,12 @@ def test_restarts():
             if line.startswith("restarts")
         )
 
-    assert (
-        line(1.0).endswith("nothing to compare it with")
-        and line(1.0, 0.98, 0.96).endswith("bounds 0.960 to 1.000 nats: they agree")
-        and "2 of 3 reach the best" in line(1.0, 0.98, 0.5)
-    )
-    assert (
-        "1 without a finite bound" in line(1.0, 0.99, math.nan)
-        and "they agree" in line(1.0, 0.99, math.nan)
-        and line(-math.inf, -math.inf) == "restarts: 2, 2 without a finite bound"
-    )
+    assert line(1.0).endswith("nothing to compare it with")
+    assert line(1.0, 0.98, 0.96).endswith("bounds 0.960 to 1.000 nats: they agree")
+    assert "2 of 3 reach the best" in line(1.0, 0.98, 0.5)
+    assert "1 without a finite bound" in line(1.0, 0.99, math.nan)
+    assert "they agree" in line(1.0, 0.99, math.nan)
+    assert line(-math.inf, -math.inf) == "restarts: 2, 2 without a finite bound"
 
 
 def test_weights_that_are_no_numbers_are_named():
@@ -243,16 +247,21 @@ def same(a, b):
         b.converged,
         b.log_z,
         len(b.bounds),
-    ) and not b.q.training
-    for x, y in zip((*a.bounds, a.log_likelihood), (*b.bounds, b.log_likelihood)):
+    )
+    assert not b.q.training
+    for x, y in zip((*a.bounds, a.log_likelihood), (*b.bounds, b.log_likelihood), strict=True):
         assert (
             (x is y is None)
             or torch.equal(x.value, y.value)
             and torch.equal(x.std_error, y.std_error)
             and x.terms == y.terms
         )
-    for x, y in ((a.history.values, b.history.values), (vars(a.history), vars(b.history))):
-        assert x.keys() == y.keys() and all(
+    for x, y in (
+        (a.history.values, b.history.values),
+        (vars(a.history), vars(b.history)),
+    ):
+        assert x.keys() == y.keys()
+        assert all(
             type(x[n]) is type(y[n])
             and (not isinstance(x[n], np.ndarray) or x[n].dtype == y[n].dtype and np.array_equal(x[n], y[n]))
             for n in x
@@ -295,28 +304,26 @@ def test_what_is_saved_is_loaded(path):
         of_samples(),
         gaussian(bounds=(estimate(torch.randn(9), {"log_q": torch.randn(9)}),)),
     ):
-        assert (
-            fit.save(path) == path
-            and same(fit, Fit.load(path))
-            and type(Fit.load(str(path))) is Fit
-            and Fit.load(path).summary() == fit.summary()
-        )
+        assert fit.save(path) == path
+        assert same(fit, Fit.load(path))
+        assert type(Fit.load(str(path))) is Fit
+        assert Fit.load(path).summary() == fit.summary()
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name != "indexed, frozen noise"], ids=lambda case: case.name
+    "case",
+    [case for case in CASES if case.name != "indexed, frozen noise"],
+    ids=lambda case: case.name,
 )
 def test_every_transform_comes_back(case, path):
     q = Flow(case.draw(case.dims[-1])).double().eval()
     of_samples(q=q).save(path)
     back = Fit.load(path).q
-    assert (
-        alike(q, back)
-        and str(q) == str(back)
-        and all(
-            torch.equal(x, y) and x.dtype == y.dtype
-            for x, y in zip(q.state_dict().values(), back.state_dict().values(), strict=True)
-        )
+    assert alike(q, back)
+    assert str(q) == str(back)
+    assert all(
+        torch.equal(x, y) and x.dtype == y.dtype
+        for x, y in zip(q.state_dict().values(), back.state_dict().values(), strict=True)
     )
 
 
@@ -332,7 +339,10 @@ def test_every_transform_comes_back(case, path):
         constraints.simplex,
         constraints.independent(constraints.positive, 1),
         constraints.cat(
-            [constraints.independent(constraints.real, 1), constraints.independent(constraints.positive, 1)],
+            [
+                constraints.independent(constraints.real, 1),
+                constraints.independent(constraints.positive, 1),
+            ],
             dim=-1,
             lengths=[1, 2],
         ),
@@ -366,7 +376,8 @@ def test_a_view_of_many_runs_is_saved_alone(path):
     small = of_samples(q=q).save(path).stat().st_size
     for tensor in (*q.parameters(), *q.buffers()):
         tensor.data = tensor.data.expand(100_000, *tensor.shape).contiguous()[7]
-    assert of_samples(q=q).save(path).stat().st_size < small + 2000 and alike(q, Fit.load(path).q)
+    assert of_samples(q=q).save(path).stat().st_size < small + 2000
+    assert alike(q, Fit.load(path).q)
 
 
 class Mine(Transform):
@@ -428,7 +439,8 @@ def test_a_flow_that_holds_a_function_is_refused_at_once(path):
     ],
 )
 def test_damage_is_noticed_every_time(path, kind, times):
-    rng, data = np.random.default_rng(times), gaussian(draws=500).save(path).read_bytes()
+    rng = np.random.default_rng(times)
+    data = gaussian(draws=500).save(path).read_bytes()
     for _ in range(times):
         path.write_bytes(damage(kind, data, rng))
         with pytest.raises(Damaged, match=f"{path.name} cannot be loaded as a fit"):
@@ -528,7 +540,8 @@ def with_attribute(name, value):
 
 def hostile(target):
     "Objects that would make the file `target` when they are unpickled, or used."
-    touch, code = f"touch {target}", f"open({str(target)!r}, 'w')"
+    touch = f"touch {target}"
+    code = f"open({str(target)!r}, 'w')"
     objects = np.empty(1, dtype=object)
     objects[0] = Payload(os.system, touch)
     yield from (
@@ -569,7 +582,7 @@ def opcodes(target):
         b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94\x8c" + bytes([len(touch)]) + touch + b"\x85R."
     )  # STACK_GLOBAL
     yield b"\x80\x02ctorch.nn.modules.linear\nIdentity\nq\x00)\x81}(X\x08\x00\x00\x00__call__cos\nsystem\nub."
-    yield b"\x80\x02cnormflow_vi.files\natomic_write\n(" + b"S'" + str(target).encode() + b"'\nS'x'\ntR."
+    yield (b"\x80\x02cnormflow_vi.files\natomic_write\n(" + b"S'" + str(target).encode() + b"'\nS'x'\ntR.")
     yield b"\x80\x02cnormflow_vi.flows\nmath.factorial\n(K\x03tR."  # an attribute of an allowed module
     yield b"\x80\x02ctorch.distributions.constraints\ntorch.hub\n."
 
@@ -599,14 +612,16 @@ def saved(item, **options):
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("classes", [(), (Mine,)])
 def test_a_payload_is_never_executed(path, tmp_path, zipped, classes):
-    target, refused = tmp_path / "executed", 0
+    target = tmp_path / "executed"
+    refused = 0
     for item in hostile(target):
         if (data := saved(item, zipped=zipped)) is None:
             continue
         path.write_bytes(data)
         with pytest.raises(Damaged, match=path.name):
             Fit.load(path, classes=classes)
-        assert not target.exists() and "antigravity" not in sys.modules
+        assert not target.exists()
+        assert "antigravity" not in sys.modules
         refused += 1
     assert refused >= 20
 
@@ -638,12 +653,10 @@ def test_the_payloads_bite(tmp_path):
 
 def test_only_harmless_classes_are_trusted():
     found = trusted_classes()
-    assert (
-        all(isinstance(cls, type) and not issubclass(cls, type) for cls in found)
-        and Flow in found
-        and Fit not in found
-        and Mine not in found
-    )
+    assert all(isinstance(cls, type) and not issubclass(cls, type) for cls in found)
+    assert Flow in found
+    assert Fit not in found
+    assert Mine not in found
     assert all(
         cls.__module__.startswith(
             ("torch.nn.modules.", "torch.distributions.", "normflow_vi.transforms.", "normflow_vi.flows")
@@ -657,7 +670,8 @@ def test_only_harmless_classes_are_trusted():
         torch.distributions.Transform,
         constraints.Constraint,
     )
-    assert all(issubclass(cls, kinds) for cls in found) and not {cls.__name__ for cls in found} & {
+    assert all(issubclass(cls, kinds) for cls in found)
+    assert not {cls.__name__ for cls in found} & {
         "DataParallel",
         "ScriptModule",
         "GraphModule",
@@ -693,11 +707,9 @@ def test_a_full_disk_leaves_the_previous_file(path):
         env={**os.environ, "TMPDIR": "/nonexistent"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (
-        done.stdout.count("one.fit") == 3
-        and "a fit of" in done.stdout
-        and os.listdir(path.parent) == ["one.fit"]
-    )
+    assert done.stdout.count("one.fit") == 3
+    assert "a fit of" in done.stdout
+    assert os.listdir(path.parent) == ["one.fit"]
 
 
 # ArviZ
@@ -717,7 +729,9 @@ def recorder(request, monkeypatch):
         return {"posterior": posterior, **groups} if request.param.startswith("0.") else posterior
 
     monkeypatch.setitem(
-        sys.modules, "arviz", types.SimpleNamespace(__version__=request.param, from_dict=from_dict)
+        sys.modules,
+        "arviz",
+        types.SimpleNamespace(__version__=request.param, from_dict=from_dict),
     )
 
 
@@ -725,23 +739,18 @@ def test_what_arviz_is_given(recorder):
     fit = gaussian(HALF)
     groups = fit.to_arviz()
     rows = diagnosis.resample(fit.log_w)
-    assert (
-        groups["posterior"]["z"].shape == (1, 4000, 2)
-        and np.array_equal(groups["posterior"]["z"][0], fit.z[rows].numpy())
-        and np.array_equal(groups["sample_stats"]["log_weight"][0], fit.log_w[rows].numpy())
-    )
+    assert groups["posterior"]["z"].shape == (1, 4000, 2)
+    assert np.array_equal(groups["posterior"]["z"][0], fit.z[rows].numpy())
+    assert np.array_equal(groups["sample_stats"]["log_weight"][0], fit.log_w[rows].numpy())
     named = fit.to_arviz(names={"tau": 0, "theta": slice(1, None)})["posterior"]
-    assert (
-        named["tau"].shape == (1, 4000)
-        and named["theta"].shape == (1, 4000, 1)
-        and set(fit.to_arviz(names=["a", "b"])["posterior"]) == {"a", "b"}
-    )
+    assert named["tau"].shape == (1, 4000)
+    assert named["theta"].shape == (1, 4000, 1)
+    assert set(fit.to_arviz(names=["a", "b"])["posterior"]) == {"a", "b"}
     for bad in (["a"], ["a", "a"], 3, {}):
         with pytest.raises(ValueError, match="names"):
             fit.to_arviz(names=bad)
-    assert of_samples().to_arviz().keys() == {"posterior"} and of_samples().to_arviz()["posterior"][
-        "z"
-    ].shape == (1, 10_000, 2)
+    assert of_samples().to_arviz().keys() == {"posterior"}
+    assert of_samples().to_arviz()["posterior"]["z"].shape == (1, 10_000, 2)
     with pytest.warns(UserWarning, match="k-hat"):
         gaussian(scale=0.4).to_arviz()
 
@@ -779,7 +788,10 @@ def pyplot():
         (lambda: gaussian(dim=4), 6),
         (of_samples, 4),
         (lambda: gaussian(scale=0.4), 5),
-        (lambda: gaussian(target=lambda z: torch.where(z[:, 0] > 0, z[:, 0] * 1e5, -math.inf)), 5),
+        (
+            lambda: gaussian(target=lambda z: torch.where(z[:, 0] > 0, z[:, 0] * 1e5, -math.inf)),
+            5,
+        ),
         (lambda: gaussian(draws=30), 5),
     ],
 )
@@ -789,11 +801,9 @@ def test_pictures(pyplot, make, panels):
         figure = make().plot()
         figure.canvas.draw()
     visible = [axes for axes in figure.axes if axes.get_visible()]
-    assert (
-        len(visible) == panels
-        and all(axes.get_title() and axes.get_xlabel() for axes in visible)
-        and all(axes.get_legend() for axes in visible)
-    )
+    assert len(visible) == panels
+    assert all(axes.get_title() and axes.get_xlabel() for axes in visible)
+    assert all(axes.get_legend() for axes in visible)
 
 
 def test_marginals_can_be_counted(pyplot):

@@ -13,6 +13,7 @@ from helpers import caught
 from normflow_vi.engine.runs import StackedRuns
 from normflow_vi.numerics import compiling as kernels
 from normflow_vi.numerics import planar as loops
+from normflow_vi.numerics.compiling import exp, log, tanh
 from normflow_vi.transforms import Planar, planar
 from normflow_vi.transforms.planar import planar_layers, planar_torch
 
@@ -24,14 +25,20 @@ needs_numba = pytest.mark.skipif(not kernels.has_numba(), reason="numba is optio
 @pytest.fixture
 def seen(monkeypatch):
     "The names of the planar kernels that ran."
-    names, compiled = [], loops.planar_kernels()
+    names = []
+    compiled = loops.planar_kernels()
 
     def noted(name):
-        return lambda *arguments: (names.append(name), getattr(compiled, name)(*arguments))[1]
+        return lambda *arguments: (
+            names.append(name),
+            getattr(compiled, name)(*arguments),
+        )[1]
 
     if compiled is not None:
         monkeypatch.setattr(
-            loops, "planar_kernels", lambda: SimpleNamespace(**{name: noted(name) for name in KERNELS})
+            loops,
+            "planar_kernels",
+            lambda: SimpleNamespace(**{name: noted(name) for name in KERNELS}),
         )
     return names
 
@@ -50,7 +57,11 @@ def points(*shape, dtype=torch.float64):
 def everything(form, inputs):
     y, log_det = form(*inputs)
     weights = torch.arange(log_det.numel(), dtype=y.dtype).cos().view(log_det.shape)
-    return [y, log_det, *torch.autograd.grad(y.sin().sum() + (log_det * weights).sum(), inputs)]
+    return [
+        y,
+        log_det,
+        *torch.autograd.grad(y.sin().sum() + (log_det * weights).sum(), inputs),
+    ]
 
 
 def gap(found, expected):
@@ -58,7 +69,7 @@ def gap(found, expected):
     return max(
         [
             ((f.double() - e.double()).abs().max() / (1 + e.double().abs().max())).item()
-            for f, e in zip(found, expected)
+            for f, e in zip(found, expected, strict=True)
             if e.numel()
         ],
         default=0,
@@ -101,7 +112,11 @@ def traced(t):
     answers = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.trace(lambda x: (answers.append(kernels.fits(x)), x.sum())[1], t, check_trace=False)
+        torch.jit.trace(
+            lambda x: (answers.append(kernels.fits(x)), x.sum())[1],
+            t,
+            check_trace=False,
+        )
     return answers[0]
 
 
@@ -142,7 +157,8 @@ def test_nothing_runs_where_somebody_records(name):
 def test_what_a_kernel_without_rules_refuses_besides():
     z = torch.randn(3, 4)
     for t, plain in ((z, True), (torch.nn.Parameter(z), False)):
-        assert kernels.fits(t) and kernels.fits(t, rules=False) == plain
+        assert kernels.fits(t)
+        assert kernels.fits(t, rules=False) == plain
         with torch.no_grad():
             assert kernels.fits(t, rules=False)
     answers = []
@@ -159,11 +175,9 @@ def test_functions_at_every_exponent():
         for i in range(len(x)):
             y[i] = exp(x[i]) if which == 0 else tanh(x[i]) if which == 1 else log(x[i])
 
-    apply.__globals__.update(exp=kernels.exp, tanh=kernels.tanh, log=kernels.log)
     run = kernels.machine_code(apply)
-    every = (np.arange(2**16, dtype=np.uint32) * 65521 + 7).view(
-        np.float32
-    )  # all exponents and signs, infinities and NaN
+    bits = np.arange(2**16, dtype=np.uint32) * 65521 + 7
+    every = bits.view(np.float32)  # all exponents and signs, infinities and NaN
     for which, function in enumerate((np.exp, np.tanh, np.log)):
         found = np.empty_like(every)
         run(every, found, which)
@@ -216,9 +230,16 @@ def test_agreement(name, K, D, seen):
 def test_slices_and_repeated_tensors():
     head = points(6, 4 * 7)
     u, w, b = (
-        part.unflatten(-1, shape) for part, shape in zip(head.split([12, 12, 4], -1), ((4, 3), (4, 3), (4,)))
+        part.unflatten(-1, shape)
+        for part, shape in zip(head.split([12, 12, 4], -1), ((4, 3), (4, 3), (4,)), strict=True)
     )
-    for z in (points(6, 3), points(3, 6).T, points(12, 3)[::2], points(3).expand(6, 3), points(5, 6, 3)):
+    for z in (
+        points(6, 3),
+        points(3, 6).T,
+        points(12, 3)[::2],
+        points(3).expand(6, 3),
+        points(5, 6, 3),
+    ):
         for given in (
             (u, w, b),
             (u[:1].expand(6, 4, 3), w, b),
@@ -234,15 +255,15 @@ def test_harsh_layers(constraint):
     c = planar.CONSTRAINTS[constraint]
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-3)):
         for scale in (0.0, 1e-8, 1.0, 10.0, 100.0):
-            z, (u, w, b) = points(50, 3, dtype=dtype), layers(50, K=1, dtype=dtype, scale=scale)
+            z = points(50, 3, dtype=dtype)
+            u, w, b = layers(50, K=1, dtype=dtype, scale=scale)
             with torch.no_grad():
                 u.copy_(-u.abs() * w.sign())  # w.u < 0: slopes down to e^-10000
-            found, expected = (
-                everything(lambda *inputs: form(*inputs, c), (z, u, w, b))
-                for form in (planar_layers, planar_torch)
-            )
-            assert all(t.isfinite().all() for t in found[:2]) and gap(found[:2], expected[:2]) <= tolerance
-            assert all(torch.equal(f.isfinite(), e.isfinite()) for f, e in zip(found, expected))
+            found = everything(lambda *inputs: planar_layers(*inputs, c), (z, u, w, b))
+            expected = everything(lambda *inputs: planar_torch(*inputs, c), (z, u, w, b))
+            assert all(t.isfinite().all() for t in found[:2])
+            assert gap(found[:2], expected[:2]) <= tolerance
+            assert all(torch.equal(f.isfinite(), e.isfinite()) for f, e in zip(found, expected, strict=True))
 
 
 # Programs
@@ -250,7 +271,8 @@ def test_harsh_layers(constraint):
 
 @needs_numba
 @pytest.mark.parametrize(
-    "axes", [(0, 0, 0, 0), (0, None, None, None), (None, 0, 0, 0), (1, 0, 1, None), (-2, None, 0, 0)]
+    "axes",
+    [(0, 0, 0, 0), (0, None, None, None), (None, 0, 0, 0), (1, 0, 1, None), (-2, None, 0, 0)],
 )
 @pytest.mark.parametrize("batch", [(), (6,)], ids=["owned", "amortised"])
 @pytest.mark.parametrize("samples", [(), (4,), (30,)])
@@ -262,18 +284,27 @@ def test_under_vmap(axes, batch, samples, seen):
             else torch.stack([t + 0.1 * r for r in range(3)], axis).detach().requires_grad_()
         )
 
-    inputs = [spread(t, axis) for t, axis in zip([points(*samples, *batch, 3), *layers(*batch)], axes)]
+    inputs = [
+        spread(t, axis) for t, axis in zip([points(*samples, *batch, 3), *layers(*batch)], axes, strict=True)
+    ]
     if len(samples + batch) == 0:
         axes = tuple(0 if axis in (1, -2) and i == 0 else axis for i, axis in enumerate(axes))
         inputs[0] = spread(points(3), axes[0])
     found, expected = (everything(vmap(form, in_dims=axes), inputs) for form in (kernel, reference))
-    assert gap(found, expected) <= 1e-12 and len(seen) == 2
+    assert gap(found, expected) <= 1e-12
+    assert len(seen) == 2
 
 
 @needs_numba
 def test_under_two_vmaps():
     inputs = [points(2, 3, 9, 3), *layers(2, 3)]
-    assert gap(everything(vmap(vmap(kernel)), inputs), everything(vmap(vmap(reference)), inputs)) <= 1e-12
+    assert (
+        gap(
+            everything(vmap(vmap(kernel)), inputs),
+            everything(vmap(vmap(reference)), inputs),
+        )
+        <= 1e-12
+    )
 
 
 @needs_numba
@@ -301,11 +332,14 @@ def test_several_runs_are_the_runs(context_dim, seen):
         y, log_det = functional_call(
             Planar(2, 3, context_dim).double(),
             own,
-            (noise[r], None if context_dim is None else torch.ones(40, 5, dtype=torch.float64)),
+            (
+                noise[r],
+                None if context_dim is None else torch.ones(40, 5, dtype=torch.float64),
+            ),
         )
         alone = (y.square().sum(-1) - log_det).mean()
         torch.testing.assert_close(value[r], alone)
-        for f, e in zip(found, torch.autograd.grad(alone, list(own.values()))):
+        for f, e in zip(found, torch.autograd.grad(alone, list(own.values())), strict=True):
             torch.testing.assert_close(f[r], e)
 
 
@@ -313,12 +347,15 @@ def test_several_runs_are_the_runs(context_dim, seen):
 @pytest.mark.parametrize("shape, batch", [((12,), ()), ((3,), (3,)), ((2, 3), (3,))])
 def test_first_and_second_derivatives(shape, batch):
     inputs = [points(*shape, 2), *layers(*batch, K=2, D=2)]
-    assert torch.autograd.gradcheck(kernel, inputs) and torch.autograd.gradgradcheck(kernel, inputs)
+    assert torch.autograd.gradcheck(kernel, inputs)
+    assert torch.autograd.gradgradcheck(kernel, inputs)
 
 
 @needs_numba
 def test_second_derivatives_where_inputs_depend_on_each_other():
-    x, net, (_, w, b) = points(4, 3), torch.nn.Linear(3, 12).double(), layers(4)
+    x = points(4, 3)
+    net = torch.nn.Linear(3, 12).double()
+    _, w, b = layers(4)
 
     def second(form):
         y, log_det = form(x, net(x).view(4, 4, 3), w, b)
@@ -330,7 +367,8 @@ def test_second_derivatives_where_inputs_depend_on_each_other():
 
 @needs_numba
 def test_gradients_that_are_mapped():
-    inputs, every = [points(4, 3), *layers(4)], torch.eye(12, dtype=torch.float64).view(12, 4, 3)
+    inputs = [points(4, 3), *layers(4)]
+    every = torch.eye(12, dtype=torch.float64).view(12, 4, 3)
     found, expected = (
         torch.autograd.grad(form(*inputs)[0], inputs, every, is_grads_batched=True)
         for form in (kernel, reference)
@@ -345,14 +383,10 @@ def test_gradients_that_nobody_wants():
         inputs = [t.detach().requires_grad_(i == wanted) for i, t in enumerate([points(20, 3), *layers()])]
         for part in (0, 1):
             found, expected = (form(*inputs)[part].sum() for form in (kernel, reference))
-            for keep in (True, False):
-                assert (
-                    gap(
-                        torch.autograd.grad(found, inputs[wanted], retain_graph=True),
-                        torch.autograd.grad(expected, inputs[wanted], retain_graph=True),
-                    )
-                    <= 1e-12
-                )
+            for _ in range(2):
+                slope = torch.autograd.grad(found, inputs[wanted], retain_graph=True)
+                expected_slope = torch.autograd.grad(expected, inputs[wanted], retain_graph=True)
+                assert gap(slope, expected_slope) <= 1e-12
     with torch.inference_mode():
         assert not kernel(*inputs)[0].requires_grad
 
@@ -361,12 +395,15 @@ def test_gradients_that_nobody_wants():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_same_bits_at_every_call(dtype):
     for shape, batch in (((300,), ()), ((50,), (50,)), ((4, 50), (50,))):
-        inputs = [points(*shape, 5, dtype=dtype), *layers(*batch, K=7, D=5, dtype=dtype)]
+        inputs = [
+            points(*shape, 5, dtype=dtype),
+            *layers(*batch, K=7, D=5, dtype=dtype),
+        ]
         first = everything(kernel, inputs)
         for _ in range(5):
             junk = [torch.full((n,), float("nan"), dtype=dtype) for n in (35, 300, 1500, 35 * 50)]
             del junk  # memory that comes back is not empty
-            assert all(torch.equal(a, b) for a, b in zip(first, everything(kernel, inputs)))
+            assert all(torch.equal(a, b) for a, b in zip(first, everything(kernel, inputs), strict=True))
 
 
 @needs_numba
@@ -375,7 +412,7 @@ def test_inputs_are_left_alone():
         inputs = [points(*shape, 5), *layers(*batch, D=5)]
         before = [t.detach().clone() for t in inputs]
         everything(kernel, inputs)
-        assert all(torch.equal(a, b) for a, b in zip(before, inputs))
+        assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
 
 
 # Without a compiler, and with a wrong kernel
@@ -387,13 +424,12 @@ def test_without_numba(monkeypatch):
     loops.planar_kernels.cache_clear()
     try:
         inputs = [points(20, 3), *layers()]
-        assert (
-            not kernels.fits(*inputs)
-            and loops.planar_kernels() is None
-            and kernels.machine_code(loops._add) is None
-        )
+        assert not kernels.fits(*inputs)
+        assert loops.planar_kernels() is None
+        assert kernels.machine_code(loops._add) is None
         assert all(
-            torch.equal(a, b) for a, b in zip(everything(kernel, inputs), everything(reference, inputs))
+            torch.equal(a, b)
+            for a, b in zip(everything(kernel, inputs), everything(reference, inputs), strict=True)
         )
     finally:
         kernels.has_numba.cache_clear()
@@ -473,7 +509,10 @@ def uncompiled(monkeypatch):
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_of_the_kernels_are_caught(name, monkeypatch, uncompiled):
     place, found, wrong, kind = BUGS[name]
-    inputs = {"wide": [points(11, 2), *layers(K=2, D=2)], "narrow": [points(3, 2, 2), *layers(2, K=2, D=2)]}
+    inputs = {
+        "wide": [points(11, 2), *layers(K=2, D=2)],
+        "narrow": [points(3, 2, 2), *layers(2, K=2, D=2)],
+    }
 
     def check():
         for name, given in inputs.items():

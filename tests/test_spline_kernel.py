@@ -1,4 +1,6 @@
-"""The kernel of the spline: the reference's values and gradients everywhere, and the reference itself wherever somebody watches."""
+"""The kernel of the spline: the reference's values and gradients everywhere, and the reference itself
+wherever somebody watches.
+"""
 
 from types import SimpleNamespace
 
@@ -22,7 +24,10 @@ def results(call, value, theta, weights):
     found = call(value, theta)
     return [
         *(t.detach() for t in found),
-        *torch.autograd.grad(sum((w * t).sum() for w, t in zip(weights, found)), (value, theta)),
+        *torch.autograd.grad(
+            sum((w * t).sum() for w, t in zip(weights, found, strict=True)),
+            (value, theta),
+        ),
     ]
 
 
@@ -39,9 +44,14 @@ def kernel_and_reference(name, value, theta, bins=8, bound=3.0):
 
 def agree(found, expected, tolerances, where=""):
     for what, f, e, tolerance in zip(
-        ("value", "log-slope", "gradient in the value", "gradient in theta"), found, expected, tolerances
+        ("value", "log-slope", "gradient in the value", "gradient in theta"),
+        found,
+        expected,
+        tolerances,
+        strict=True,
     ):
-        assert f.shape == e.shape and f.dtype == e.dtype, what
+        assert f.shape == e.shape, what
+        assert f.dtype == e.dtype, what
         assert ((f - e).abs() <= tolerance * (1 + e.abs())).all(), (
             f"{what} {where} is off by {((f - e).abs() / (1 + e.abs())).max():.1e}"
         )
@@ -50,12 +60,14 @@ def agree(found, expected, tolerances, where=""):
 def check_agreement(bins=3, n=30, scale=1.0, dtype=torch.float64, bound=3.0):
     "Values inside and outside, all parts of every gradient."
     for name in REFERENCES:
-        theta, value = (
-            scale * torch.randn(n, 3 * bins - 1, dtype=dtype),
-            1.2 * bound * (2 * torch.rand(n, dtype=dtype) - 1),
-        )
+        theta = scale * torch.randn(n, 3 * bins - 1, dtype=dtype)
+        value = 1.2 * bound * (2 * torch.rand(n, dtype=dtype) - 1)
         value[:2] = torch.tensor([1e30, -1e30], dtype=dtype)  # what is not clipped is far from any bin
-        agree(*kernel_and_reference(name, value, theta, bins, bound), (1e-12, 1e-12, 1e-10, 1e-10), name)
+        agree(
+            *kernel_and_reference(name, value, theta, bins, bound),
+            (1e-12, 1e-12, 1e-10, 1e-10),
+            name,
+        )
 
 
 # Agreement
@@ -79,26 +91,24 @@ def quantiles(found, exact):
 @both_ways
 def test_single_precision_is_as_good_as_that_of_the_reference(name, scale):
     "Judged by the reference in double precision; medians and 99.9 % quantiles of the errors."
-    theta, value, weights = (
-        scale * torch.randn(20_000, 23),
-        6 * torch.rand(20_000) - 3,
-        torch.randn(2, 20_000),
-    )
+    theta = scale * torch.randn(20_000, 23)
+    value = 6 * torch.rand(20_000) - 3
+    weights = torch.randn(2, 20_000)
 
     def reference(*t):
         return REFERENCES[name](*t, 8, 3.0)
 
     exact = results(reference, *(t.double() for t in (value, theta, weights)))
-    kernel, single = (
-        results(lambda *t: module.spline(*t, REFERENCES[name], 8, 3.0), value, theta, weights),
-        results(reference, value, theta, weights),
-    )
-    for k, s, e in zip(kernel, single, exact):
-        ours, theirs = quantiles(k, e), quantiles(s, e)
+    kernel = results(lambda *t: module.spline(*t, REFERENCES[name], 8, 3.0), value, theta, weights)
+    single = results(reference, value, theta, weights)
+    for k, s, e in zip(kernel, single, exact, strict=True):
+        ours = quantiles(k, e)
+        theirs = quantiles(s, e)
         for part in (0.5, 0.999):
             assert ours[int(part * len(ours))] <= 2 * theirs[int(part * len(theirs))] + 1e-6
         if scale == 1:
-            assert ours[len(ours) // 2] < 1e-6 and ours[int(0.99 * len(ours))] < 1e-4
+            assert ours[len(ours) // 2] < 1e-6
+            assert ours[int(0.99 * len(ours))] < 1e-4
 
 
 @dtypes
@@ -113,13 +123,16 @@ def test_agrees_at_every_edge(name, dtype, scale):
     if dtype == torch.float64 and scale == 1:
         agree(found[:2], expected[:2], (1e-12, 1e-9))
     outside = value.abs() >= 3
-    for f, e in zip(found[:3], expected[:3]):
+    for f, e in zip(found[:3], expected[:3], strict=True):
         assert torch.equal(f[outside], e[outside])
 
 
 @both_ways
 def test_agrees_for_any_layout(name):
-    "Values and parameters that are broadcast, transposed, strided or absent; results and gradients have the shapes of the reference."
+    """Values and parameters that are broadcast, transposed, strided or absent.
+
+    Results and gradients have the shapes of the reference.
+    """
 
     def draw(*shape):
         return torch.randn(shape, dtype=torch.float64)
@@ -145,10 +158,15 @@ def test_agrees_for_any_layout(name):
 
 @both_ways
 def test_a_value_does_not_depend_on_its_lane(name):
-    theta, value = torch.randn(300, 23), torch.randn(300)
+    theta = torch.randn(300, 23)
+    value = torch.randn(300)
     whole = module.spline(value, theta, REFERENCES[name], 8, 3.0)
     for start in (1, 77, 250):
-        for w, part in zip(whole, module.spline(value[start:], theta[start:], REFERENCES[name], 8, 3.0)):
+        for w, part in zip(
+            whole,
+            module.spline(value[start:], theta[start:], REFERENCES[name], 8, 3.0),
+            strict=True,
+        ):
             assert torch.equal(w[start:], part)
 
 
@@ -158,7 +176,8 @@ def test_a_value_does_not_depend_on_its_lane(name):
 @both_ways
 def test_only_what_is_asked_for(name):
     "A gradient in the value alone or in theta alone, of one result alone; nothing for those who want none."
-    theta, value = torch.randn(50, 23, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
+    theta = torch.randn(50, 23, dtype=torch.float64)
+    value = torch.randn(50, dtype=torch.float64)
 
     def call(*t):
         return module.spline(*t, REFERENCES[name], 8, 3.0)
@@ -167,9 +186,13 @@ def test_only_what_is_asked_for(name):
     for i, result in [(i, result) for i in range(2) for result in range(2)]:
         inputs = [t.clone().requires_grad_(i == j) for j, t in enumerate((value, theta))]
         expected = torch.autograd.grad(REFERENCES[name](*inputs, 8, 3.0)[result].sum(), inputs[i])[0]
-        assert torch.allclose(
-            torch.autograd.grad(call(*inputs)[result].sum(), inputs[i])[0], expected, rtol=1e-10
-        )
+        found = torch.autograd.grad(call(*inputs)[result].sum(), inputs[i])[0]
+        assert torch.allclose(found, expected, rtol=1e-10)
+
+
+def in_both_ways(reference):
+    "The kernel and `reference`, both with three bins between -3 and 3."
+    return lambda *t: module.spline(*t, reference, 3, 3.0), lambda *t: reference(*t, 3, 3.0)
 
 
 def check_higher_derivatives():
@@ -180,8 +203,9 @@ def check_higher_derivatives():
         return sum(t.sum() for t in call(value, (value[:, None] * head).sin()))
 
     for reference in REFERENCES.values():
-        found, value = [], torch.tensor([-2.2, -0.3, 0.4, 1.9], dtype=torch.float64, requires_grad=True)
-        for call in (lambda *t: module.spline(*t, reference, 3, 3.0), lambda *t: reference(*t, 3, 3.0)):
+        found = []
+        value = torch.tensor([-2.2, -0.3, 0.4, 1.9], dtype=torch.float64, requires_grad=True)
+        for call in in_both_ways(reference):
             first = torch.autograd.grad(total(call, value), value, create_graph=True)[0]
             second = torch.autograd.grad(first.square().sum(), value)[0]
             result = call(value, (value[:, None] * head).sin())[1]
@@ -189,7 +213,7 @@ def check_higher_derivatives():
                 result, value, torch.eye(4, dtype=torch.float64), is_grads_batched=True
             )[0]
             found.append((first.detach(), second, many))
-        for f, e in zip(*found):
+        for f, e in zip(*found, strict=True):
             assert torch.allclose(f, e, rtol=1e-9, atol=1e-9)
 
 
@@ -203,7 +227,8 @@ def test_higher_derivatives():
 @pytest.fixture
 def calls(monkeypatch):
     "How often the kernels have run, forward and backward."
-    counts, real = [0, 0], loops.spline_kernels()
+    counts = [0, 0]
+    real = loops.spline_kernels()
 
     def counting(i, name):
         def call(*arguments):
@@ -224,7 +249,8 @@ def inputs(dtype=torch.float32):
 @needs_numba
 @dtypes
 def test_the_kernel_runs_in_training(dtype, calls):
-    law, (value, theta) = module.Spline(), inputs(dtype)
+    law = module.Spline()
+    value, theta = inputs(dtype)
     law.push(*(t.requires_grad_() for t in (value, theta)))[0].sum().backward()
     assert calls == [1, 1]
     with torch.no_grad():
@@ -236,10 +262,11 @@ def test_the_kernel_runs_in_training(dtype, calls):
 
 def check_vmap(run=module.spline):
     "Any axis of either may be mapped, twice too; gradients pass."
-    value, theta = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 4, 5, 8, dtype=torch.float64)
+    value = torch.randn(3, 4, 5, dtype=torch.float64)
+    theta = torch.randn(3, 4, 5, 8, dtype=torch.float64)
     for reference in REFERENCES.values():
 
-        def call(*t):
+        def call(*t, reference=reference):
             return run(*t, reference, 3, 3.0)
 
         cases = [
@@ -249,17 +276,18 @@ def check_vmap(run=module.spline):
             (value.movedim(0, 1), theta[0], (1, None)),
         ]
         for v, t, axes in cases:
-            expected = reference(
-                *(x.movedim(axis, 0) if axis is not None else x for x, axis in zip((v, t), axes)), 3, 3.0
-            )
-            for f, e in zip(torch.vmap(call, axes)(v, t), expected):
+            pairs = zip((v, t), axes, strict=True)
+            aligned = [x if axis is None else x.movedim(axis, 0) for x, axis in pairs]
+            expected = reference(*aligned, 3, 3.0)
+            for f, e in zip(torch.vmap(call, axes)(v, t), expected, strict=True):
                 assert torch.allclose(f, e, rtol=1e-12)
-        for f, e in zip(torch.vmap(torch.vmap(call))(value, theta), reference(value, theta, 3, 3.0)):
+        twice = torch.vmap(torch.vmap(call))(value, theta)
+        for f, e in zip(twice, reference(value, theta, 3, 3.0), strict=True):
             assert torch.allclose(f, e, rtol=1e-12)
         weights = torch.randn(2, *value.shape, dtype=torch.float64)
         agree(
             results(torch.vmap(call), value, theta, weights),
-            results(lambda *t: reference(*t, 3, 3.0), value, theta, weights),
+            results(in_both_ways(reference)[1], value, theta, weights),
             (1e-12, 1e-12, 1e-10, 1e-10),
         )
 
@@ -288,7 +316,8 @@ WATCHED = {
 
 @pytest.mark.parametrize("name", WATCHED)
 def test_the_reference_runs_where_somebody_watches(name, calls):
-    assert WATCHED[name](*inputs()) is not None and calls == [0, 0]
+    assert WATCHED[name](*inputs()) is not None
+    assert calls == [0, 0]
 
 
 def test_without_numba(monkeypatch):
@@ -297,7 +326,11 @@ def test_without_numba(monkeypatch):
     value, theta = inputs()
     assert all(
         torch.equal(f, e)
-        for f, e in zip(module.Spline().push(value, theta), module.rq_spline(value, theta, 8, 3.0))
+        for f, e in zip(
+            module.Spline().push(value, theta),
+            module.rq_spline(value, theta, 8, 3.0),
+            strict=True,
+        )
     )
 
 
@@ -331,11 +364,7 @@ BUGS = {
     ),
     "the other root": ("_solve_position", "u if b >= _ZERO else fall", "fall if b >= _ZERO else u"),
     "half the logarithm": ("_evaluate_lanes", "half + half + log", "half + log"),
-    "sign of the inverse log-slope": (
-        "_forward",
-        "-s[_SLOPE + i] if inverse",
-        "s[_SLOPE + i] if inverse",
-    ),
+    "sign of the inverse log-slope": ("_forward", "-s[_SLOPE + i] if inverse", "s[_SLOPE + i] if inverse"),
     "slopes at the ends swapped": ("_evaluate_lanes", "d1 * xi * xi + (m + m)", "d0 * xi * xi + (m + m)"),
     "gradient of s without its second part": ("_bin_gradient", "+ (xe + xe) * per_bracket)", ")"),
     "gradient of the left slope": ("_bin_gradient", "b * xe * (_ONE - part) +", "b * xe * part +"),

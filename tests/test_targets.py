@@ -6,9 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from normflow_vi.targets import ENERGIES, U1, lattice, log_mass, pinwheel, rings, two_circles, u1, u2, u3, u4
+from normflow_vi.targets import (
+    ENERGIES,
+    U1,
+    lattice,
+    log_mass,
+    pinwheel,
+    rings,
+    two_circles,
+    u1,
+    u2,
+    u3,
+    u4,
+)
 
-seeded = lambda seed=0: torch.Generator().manual_seed(seed)
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 NORMALISED = {
     "lattice(1)": lattice(1),
     "lattice(9)": lattice(9),
@@ -23,11 +39,9 @@ each_normalised = pytest.mark.parametrize("target", NORMALISED.values(), ids=NOR
 
 def naive(name, x, y):
     """Table 1 of Rezende and Mohamed as printed: exponentials, sums, logarithms."""
-    w1, w2, w3 = (
-        np.sin(2 * np.pi * x / 4),
-        3 * np.exp(-0.5 * ((x - 1) / 0.6) ** 2),
-        3 / (1 + np.exp(-(x - 1) / 0.3)),
-    )
+    w1 = np.sin(2 * np.pi * x / 4)
+    w2 = 3 * np.exp(-0.5 * ((x - 1) / 0.6) ** 2)
+    w3 = 3 / (1 + np.exp(-(x - 1) / 0.3))
     if name == "U1":
         return 0.5 * ((np.sqrt(x * x + y * y) - 2) / 0.4) ** 2 - np.log(
             np.exp(-0.5 * ((x - 2) / 0.6) ** 2) + np.exp(-0.5 * ((x + 2) / 0.6) ** 2)
@@ -43,24 +57,20 @@ def naive(name, x, y):
 def test_energies_are_those_of_the_table(name, energy):
     z = np.random.default_rng(0).uniform(-4, 4, (20_000, 2))
     assert np.allclose(energy(torch.from_numpy(z)).numpy(), naive(name, *z.T), rtol=1e-10, atol=1e-10)
-    assert energy(torch.zeros(3, 5, 2)).shape == (3, 5) and energy(torch.zeros(2)).dtype == torch.float32
+    assert energy(torch.zeros(3, 5, 2)).shape == (3, 5)
+    assert energy(torch.zeros(2)).dtype == torch.float32
 
 
 def test_supports():
     """The wall is nothing inside and B(z) beyond; the box is the energy inside and nothing beyond."""
-    inside, beyond = (
-        torch.tensor([[3.9, -4.0], [0.0, 1.0]], dtype=torch.float64),
-        torch.tensor([[4.2, -4.1], [-5.0, 0.0]], dtype=torch.float64),
-    )
+    inside = torch.tensor([[3.9, -4.0], [0.0, 1.0]], dtype=torch.float64)
+    beyond = torch.tensor([[4.2, -4.1], [-5.0, 0.0]], dtype=torch.float64)
     for name, energy in (("U2", u2), ("U3", u3), ("U4", u4)):
-        assert torch.equal(ENERGIES[name].log_density(inside), -energy(inside)) and torch.equal(
-            ENERGIES[f"{name}_box"].log_density(inside), -energy(inside)
-        )
-        assert torch.allclose(
-            -energy(beyond) - ENERGIES[name].log_density(beyond),
-            torch.tensor([0.5 * (4 + 1), 0.5 * 100], dtype=torch.float64),
-            atol=1e-9,
-        )
+        assert torch.equal(ENERGIES[name].log_density(inside), -energy(inside))
+        assert torch.equal(ENERGIES[f"{name}_box"].log_density(inside), -energy(inside))
+        found = -energy(beyond) - ENERGIES[name].log_density(beyond)
+        expected = torch.tensor([0.5 * (4 + 1), 0.5 * 100], dtype=torch.float64)
+        assert torch.allclose(found, expected, atol=1e-9)
         assert (ENERGIES[f"{name}_box"].log_density(beyond) == -math.inf).all()
 
 
@@ -79,7 +89,8 @@ def test_normalisers(name):
     target = ENERGIES[name]
     half = 4.0 if "box" in name else 6.0
     errors = [abs(midpoint(target, half, points) - target.log_z) for points in (600, 1200)]
-    assert errors[1] < 2e-5 and (errors[1] < errors[0] or errors[0] < 1e-7), errors
+    assert errors[1] < 2e-5, errors
+    assert errors[1] < errors[0] or errors[0] < 1e-7, errors
 
 
 @pytest.mark.parametrize(
@@ -105,13 +116,17 @@ def test_a_narrow_window_misses_the_foot_of_the_wall():
 
 @each_normalised
 def test_normalised_targets_have_mass_one(target):
-    assert target.log_z == 0 and abs(midpoint(target, target.window + 3, 1500)) < 1e-6
+    assert target.log_z == 0
+    assert abs(midpoint(target, target.window + 3, 1500)) < 1e-6
 
 
 @each_normalised
 def test_samplers_follow_the_density(target):
-    """Draws: their mean log-density is minus the entropy, and their moments are those of the density on a grid."""
-    n, half = 60_000, target.window + 3
+    """Draws: their mean log-density is minus the entropy, and their moments are those of the density on a
+    grid.
+    """
+    n = 60_000
+    half = target.window + 3
     draws = target.sample(n, seeded()).double()
     points = 1200
     axis = -half + 2 * half / points * (torch.arange(points, dtype=torch.float64) + 0.5)
@@ -125,7 +140,8 @@ def test_samplers_follow_the_density(target):
         lambda z: z[:, 0] * z[:, 1],
         lambda z: z.norm(dim=-1).cos(),
     ):
-        values, exact = function(draws), (weights * function(z)).sum()
+        values = function(draws)
+        exact = (weights * function(z)).sum()
         assert abs(values.mean() - exact) < 5 * values.std() / math.sqrt(n), (values.mean(), exact)
 
 
@@ -145,10 +161,10 @@ def test_values_and_gradients_are_finite_far_away(target):
         z = torch.cat([1e3 * directions, directions, torch.zeros(1, 2)]).to(dtype).requires_grad_()
         values = target.log_density(z)
         (gradient,) = torch.autograd.grad(values.sum(), z)
-        assert gradient.isfinite().all() and (values.isfinite().all() or "box" in target.name)
-        assert torch.allclose(
-            torch.func.vmap(torch.func.grad(target.log_density))(z.detach()), gradient, rtol=1e-5
-        )
+        assert gradient.isfinite().all()
+        assert values.isfinite().all() or "box" in target.name
+        found = torch.func.vmap(torch.func.grad(target.log_density))(z.detach())
+        assert torch.allclose(found, gradient, rtol=1e-5)
         if "box" not in target.name and "rings" not in target.name:
             assert (gradient[:5] * z[:5]).sum(-1).lt(0).all(), "the way back is downhill"
 
@@ -156,9 +172,8 @@ def test_values_and_gradients_are_finite_far_away(target):
 @pytest.mark.parametrize("target", [*ENERGIES.values(), *NORMALISED.values()], ids=lambda target: target.name)
 def test_targets_trace_to_one_graph(target):
     z = torch.randn(7, 2, dtype=torch.float64)
-    assert torch.allclose(
-        torch.compile(target.log_density, fullgraph=True, backend="eager")(z), target.log_density(z)
-    )
+    found = torch.compile(target.log_density, fullgraph=True, backend="eager")(z)
+    assert torch.allclose(found, target.log_density(z))
 
 
 def test_gradients_are_those_of_the_values():
@@ -169,7 +184,8 @@ def test_gradients_are_those_of_the_values():
 
 def test_two_circles():
     points, labels = two_circles(40_001, generator=seeded())
-    assert points.shape == (40_001, 2) and labels.bincount().tolist() == [20_001, 20_000]
+    assert points.shape == (40_001, 2)
+    assert labels.bincount().tolist() == [20_001, 20_000]
     for label, radius in enumerate((0.8, 0.4)):
         mean_square = points[labels == label].square().sum(-1)
         assert (
@@ -177,7 +193,8 @@ def test_two_circles():
             < 5 * mean_square.std() / len(mean_square) ** 0.5
         )
     density = rings((0.8, 0.4), 0.04)
-    mine, its = density.log_density(points), density.log_density(density.sample(40_001, seeded(1)))
+    mine = density.log_density(points)
+    its = density.log_density(density.sample(40_001, seeded(1)))
     assert abs(mine.mean() - its.mean()) < 5 * math.hypot(mine.std(), its.std()) / 40_001**0.5, (
         "the density said to be theirs"
     )
@@ -189,22 +206,20 @@ def test_pinwheel(rate):
     """Turned back by the angle of its own label, each wing is the Gaussian it began as."""
     n = 50_000
     points, labels = pinwheel(n, rate=rate, generator=seeded())
-    assert points.shape == (n, 2) and labels.bincount().tolist() == [n // 5] * 5
+    assert points.shape == (n, 2)
+    assert labels.bincount().tolist() == [n // 5] * 5
     straight, _ = pinwheel(n, rate=0.0, generator=seeded())
     angle = 2 * math.pi * labels / 5
-    x, t = (
-        2 * (straight[:, 0] * angle.cos() - straight[:, 1] * angle.sin()),
-        2 * (straight[:, 0] * angle.sin() + straight[:, 1] * angle.cos()),
-    )
+    x = 2 * (straight[:, 0] * angle.cos() - straight[:, 1] * angle.sin())
+    t = 2 * (straight[:, 0] * angle.sin() + straight[:, 1] * angle.cos())
     for values, mean, sd in ((x, 1, 0.3), (t, 0, 0.05)):
-        assert (
-            abs(values.mean() - mean) < 5 * sd / n**0.5 and abs(values.std() - sd) < 5 * sd / (2 * n) ** 0.5
-        )
+        assert abs(values.mean() - mean) < 5 * sd / n**0.5
+        assert abs(values.std() - sd) < 5 * sd / (2 * n) ** 0.5
     assert torch.allclose(points.norm(dim=-1), straight.norm(dim=-1), atol=1e-5), "the bend is a rotation"
     turned = torch.atan2(straight[:, 1], straight[:, 0]) - torch.atan2(points[:, 1], points[:, 0])
-    assert torch.allclose(
-        (turned - rate * x.exp() + math.pi) % (2 * math.pi), torch.tensor(math.pi), atol=1e-3
-    )
+    found = (turned - rate * x.exp() + math.pi) % (2 * math.pi)
+    expected = torch.tensor(math.pi)
+    assert torch.allclose(found, expected, atol=1e-3)
 
 
 def test_generators_fix_the_draws():
@@ -214,9 +229,8 @@ def test_generators_fix_the_draws():
         lambda g: pinwheel(10, generator=g)[0],
         lambda g: two_circles(10, generator=g)[0],
     ):
-        assert torch.equal(draw(seeded(3)), draw(seeded(3))) and not torch.equal(
-            draw(seeded(3)), draw(seeded(4))
-        )
+        assert torch.equal(draw(seeded(3)), draw(seeded(3)))
+        assert not torch.equal(draw(seeded(3)), draw(seeded(4)))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +254,10 @@ def test_generators_fix_the_draws():
         (lambda: U1.sample(5), ["U1", "sampler"]),
         (lambda: lattice(9).sample(-1), ["n=-1"]),
         (lambda: U1.grid(0), ["points=0"]),
-        (lambda: log_mass(U1.log_density, (1.0, 0.0)), ["edges=(1.0, 0.0)", "ascending"]),
+        (
+            lambda: log_mass(U1.log_density, (1.0, 0.0)),
+            ["edges=(1.0, 0.0)", "ascending"],
+        ),
         (lambda: log_mass(U1.log_density, (0.0, 1.0), 0), ["nodes=0"]),
     ],
 )

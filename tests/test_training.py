@@ -1,4 +1,6 @@
-"The training engine: stopped anywhere it resumes to the same bits, says what went wrong, and trains as torch does."
+"""The training engine: stopped anywhere it resumes to the same bits, says what went wrong, and trains as
+torch does.
+"""
 
 import copy
 import json
@@ -29,8 +31,9 @@ from normflow_vi.engine.trainer import Trainer, fingerprint
 from normflow_vi.transforms import Planar
 from normflow_vi.utils import files
 
-# A training in which every item of a checkpoint matters: a buffer that moves and enters the loss, noise, data without replacement, dropout from
-# torch's global stream, an annealed loss, momentum, decay, a clip that bites, a schedule, and a best step before the end.
+# A training in which every item of a checkpoint matters: a buffer that moves and enters the loss, noise,
+# data without replacement, dropout from torch's global stream, an annealed loss, momentum, decay, a clip
+# that bites, a schedule, and a best step before the end.
 
 
 class Model(torch.nn.Module):
@@ -47,7 +50,9 @@ class Stream:
     "Endless epochs over 64 rows of 4, without replacement."
 
     def __init__(self, seed, size=16, dtype=torch.float32):
-        self.generator, self.size, self.position = torch.Generator().manual_seed(seed), size, 0
+        self.generator = torch.Generator().manual_seed(seed)
+        self.size = size
+        self.position = 0
         self.data = torch.randn(64, 4, generator=torch.Generator().manual_seed(7), dtype=dtype)
         self.shuffle()
 
@@ -62,11 +67,16 @@ class Stream:
         return self.data[self.order[self.position - self.size : self.position]]
 
     def state_dict(self):
-        return {"generator": self.generator.get_state(), "order": self.order, "position": self.position}
+        return {
+            "generator": self.generator.get_state(),
+            "order": self.order,
+            "position": self.position,
+        }
 
     def load_state_dict(self, saved):
         self.generator.set_state(saved["generator"])
-        self.order, self.position = saved["order"], saved["position"]
+        self.order = saved["order"]
+        self.position = saved["position"]
 
 
 def quiet_loss(model, batch, step, generator):
@@ -87,8 +97,12 @@ def loss(model, batch, step, generator):
 
 
 def validate(model, step):
-    assert not torch.is_grad_enabled() and not model.training
-    return {"distance": (step - 80) ** 2 + float(model.weight.abs().mean()), "noise": float(torch.rand(()))}
+    assert not torch.is_grad_enabled()
+    assert not model.training
+    return {
+        "distance": (step - 80) ** 2 + float(model.weight.abs().mean()),
+        "noise": float(torch.rand(())),
+    }
 
 
 ADAM = Optimizer("adam", 0.02, weight_decay=0.1, clip=1.0, warmup=20)
@@ -121,8 +135,9 @@ def finished(**options):
     return trainer
 
 
-# ---------------------------------------------------------------------------------------------------------------- kills
-# Importing torch, and its first step, take longer than these trainings. So one process, the nursery, does that once and forks a child for each.
+# --------------------------------------------------------------------------------------------- kills
+# Importing torch, and its first step, take longer than these trainings. So one process, the nursery, does
+# that once and forks a child for each.
 
 
 def cut_writes(n):
@@ -157,20 +172,30 @@ def child(job):
     torch.set_num_threads(1)
     if "write" in job:
         cut_writes(job["write"])
-    trainer = make(job["runs"], folder=job["folder"], save_every=10, optimizer=Optimizer(**job["optimizer"]))
+    trainer = make(
+        job["runs"],
+        folder=job["folder"],
+        save_every=10,
+        optimizer=Optimizer(**job["optimizer"]),
+    )
     try:
         trainer.run()
     except Interrupted as stopped:
-        assert str(stopped.path) in str(stopped) and stopped.step == checkpoint.latest(job["folder"])[0]
+        assert str(stopped.path) in str(stopped)
+        assert stopped.step == checkpoint.latest(job["folder"])[0]
         os._exit(128 + stopped.signum)
     Path(job["print"]).write_text(fingerprint(trainer))
     os._exit(0)
 
 
 def nursery(jobs):
-    "Run jobs one after the other, sending each its signal after so many seconds; the exit status and seconds of each."
+    """Run jobs one after the other, sending each its signal after so many seconds.
+
+    The exit status and seconds of each.
+    """
     for job in jobs:
-        start, pid = time.perf_counter(), os.fork()
+        start = time.perf_counter()
+        pid = os.fork()
         if pid == 0:
             try:
                 child(job)
@@ -188,8 +213,10 @@ def nursery(jobs):
 class Nursery:
     def __enter__(self):
         code = (
-            "import json, sys; sys.path.insert(0, sys.argv[1]); import test_training as t; t.make(steps=2).run()\n"
-            "for line in sys.stdin:\n    for done in t.nursery([json.loads(line)]): print(json.dumps(done), flush=True)"
+            "import json, sys; sys.path.insert(0, sys.argv[1]); "
+            "import test_training as t; t.make(steps=2).run()\n"
+            "for line in sys.stdin:\n"
+            "    for done in t.nursery([json.loads(line)]): print(json.dumps(done), flush=True)"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(Path(__file__).parent)],
@@ -218,7 +245,10 @@ class Nursery:
 
 
 def interrupted(train, folder, seconds, rng, number, status):
-    "The folder of a training that a signal stopped, with this exit status; where it came before the training or after, it is tried again."
+    """The folder of a training that a signal stopped, with this exit status.
+
+    Where it came before the training or after, it is tried again.
+    """
     for attempt in range(20):
         place = Path(f"{folder}.{attempt}")
         if train(place, signal=number, after=float(rng.uniform(0.1, 0.9)) * seconds).status == status:
@@ -235,18 +265,20 @@ def test_killed_trainings_end_with_the_same_bits(tmp_path, kills, in_writes):
             seconds = train(f"{name}-whole", runs, optimizer).seconds
             whole = Path(f"{name}-whole.print").read_text()
 
-            def start(folder, **job):
+            def start(folder, runs=runs, optimizer=optimizer, **job):
                 return train(folder, runs, optimizer, **job)
 
             for k in range(kills):
                 folder = interrupted(start, f"{name}-{k}", seconds, rng, signal.SIGKILL, -signal.SIGKILL)
                 assert not Path(f"{folder}.print").exists()
-                assert start(folder).status == 0 and Path(f"{folder}.print").read_text() == whole
+                assert start(folder).status == 0
+                assert Path(f"{folder}.print").read_text() == whole
             for k in range(in_writes):
                 folder = Path(f"{name}-write-{k}")
                 assert start(folder, write=int(rng.integers(2, 20))).status == -signal.SIGKILL
                 assert list(folder.glob(".*.part"))  # the kill did leave half a file
-                assert start(folder).status == 0 and Path(f"{folder}.print").read_text() == whole
+                assert start(folder).status == 0
+                assert Path(f"{folder}.print").read_text() == whole
                 assert not list(folder.glob(".*.part"))
 
 
@@ -256,10 +288,8 @@ def test_signals_save_and_stop(tmp_path):
         seconds = train(tmp_path / "whole").seconds
         for number in (signal.SIGINT, signal.SIGTERM):
             folder = interrupted(train, tmp_path / f"{number}", seconds, rng, number, 128 + number)
-            assert (
-                train(folder).status == 0
-                and Path(f"{folder}.print").read_text() == (tmp_path / "whole.print").read_text()
-            )
+            assert train(folder).status == 0
+            assert Path(f"{folder}.print").read_text() == (tmp_path / "whole.print").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -274,7 +304,8 @@ def test_an_uncaught_signal_ends_the_process_with_an_error(tmp_path, number):
         capture_output=True,
         text=True,
     )
-    assert done.returncode != 0 and f"stopped by {number.name} after step 34" in done.stderr
+    assert done.returncode != 0
+    assert f"stopped by {number.name} after step 34" in done.stderr
     assert checkpoint.latest(tmp_path)[0] == 34
     assert fingerprint(finished(folder=tmp_path)) == fingerprint(finished())
 
@@ -285,14 +316,13 @@ def test_a_second_signal_stops_at_once(tmp_path):
             [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
         return loss(*arguments)
 
-    trainer, before = make(loss=impatient, folder=tmp_path), signal.getsignal(signal.SIGINT)
+    trainer = make(loss=impatient, folder=tmp_path)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as stopped:
         trainer.run()
-    assert (
-        not isinstance(stopped.value, Interrupted)
-        and trainer.step == 20
-        and signal.getsignal(signal.SIGINT) is before
-    )
+    assert not isinstance(stopped.value, Interrupted)
+    assert trainer.step == 20
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_runs_outside_the_main_thread():
@@ -303,20 +333,26 @@ def test_runs_outside_the_main_thread():
     assert trainer.step == 20
 
 
-# -------------------------------------------------------------------------------------------------------------- resuming
+# ------------------------------------------------------------------------------------------ resuming
 
 
 @pytest.fixture(
-    scope="module", params=[(1, ADAM), (3, ADAM), (1, RMSPROP)], ids=["adam", "adam x 3", "rmsprop"]
+    scope="module",
+    params=[(1, ADAM), (3, ADAM), (1, RMSPROP)],
+    ids=["adam", "adam x 3", "rmsprop"],
 )
 def half_way(request, tmp_path_factory):
-    "Options of a training, the state at step 150, ten steps after a log point, and the fingerprint at the end."
-    options, folder = (
-        {"runs": request.param[0], "optimizer": request.param[1]},
-        tmp_path_factory.mktemp("half"),
-    )
+    """Options of a training, the state at step 150, ten steps after a log point, and the fingerprint at the
+    end.
+    """
+    options = {"runs": request.param[0], "optimizer": request.param[1]}
+    folder = tmp_path_factory.mktemp("half")
     whole = finished(folder=folder, **options)
-    return options, checkpoint.unpack(checkpoint.path_of(folder, 150).read_bytes())[1], fingerprint(whole)
+    return (
+        options,
+        checkpoint.unpack(checkpoint.path_of(folder, 150).read_bytes())[1],
+        fingerprint(whole),
+    )
 
 
 def resumed(options, saved):
@@ -326,11 +362,17 @@ def resumed(options, saved):
     return fingerprint(trainer)
 
 
-# Files of commit 0629f25, whose trainer was one ladder of classes: the state at step 150 of trainings of `make`, and the fingerprint that
-# each had at step 200, on a processor with AVX-512 and torch 2.13.0.
+# Files of commit 0629f25, whose trainer was one ladder of classes: the state at step 150 of trainings of
+# `make`, and the fingerprint that each had at step 200, on a processor with AVX-512 and torch 2.13.0.
 EARLIER = {
-    "adam": ({"runs": 1}, "7797bd0d433bfec4c231c9c88e32a7eb51242005a6bbb2d20d8e843d640398a2"),
-    "stacked": ({"runs": 2}, "07c0bedbfd5007295cde556508cb83b932eb653b4f71fd72f8d4c550cf60713c"),
+    "adam": (
+        {"runs": 1},
+        "7797bd0d433bfec4c231c9c88e32a7eb51242005a6bbb2d20d8e843d640398a2",
+    ),
+    "stacked": (
+        {"runs": 2},
+        "07c0bedbfd5007295cde556508cb83b932eb653b4f71fd72f8d4c550cf60713c",
+    ),
     "rmsprop": (
         {"runs": 1, "optimizer": RMSPROP},
         "9b6af9fbba7f8992b2ae15eec8bb597dab2e4afee41142329f7d5b17763fce19",
@@ -344,8 +386,10 @@ def test_a_checkpoint_of_earlier_code_ends_with_the_same_bits(tmp_path, name):
     options, fingerprint_then = EARLIER[name]
     file = Path(__file__).parent / "data/checkpoints" / f"{name}.ckpt"
     shutil.copy(file, checkpoint.path_of(tmp_path, 150))
-    resumed, whole = finished(folder=tmp_path, **options), finished(**options)
-    assert resumed.rows[0][0] == 20 and resumed.step == 200
+    resumed = finished(folder=tmp_path, **options)
+    whole = finished(**options)
+    assert resumed.rows[0][0] == 20
+    assert resumed.step == 200
     if fingerprint(whole) == fingerprint_then:
         assert fingerprint(resumed) == fingerprint_then
     for a, b in zip(leaves(resumed.state()), leaves(whole.state()), strict=True):
@@ -356,7 +400,8 @@ def test_the_restored_state_is_exactly_the_saved_one(half_way):
     options, saved, _ = half_way
     trainer = make(**options)
     trainer.load_state(saved)
-    assert same(trainer.state(), saved) and saved["window"]["loss"].shape[0] == 10
+    assert same(trainer.state(), saved)
+    assert saved["window"]["loss"].shape[0] == 10
 
 
 def same(a, b):
@@ -406,7 +451,8 @@ def test_every_item_is_asked_for(half_way):
     for place in items(saved):
         with pytest.raises(Missing, match=str(place[-1]).replace("(", ".")):
             trainer.load_state(without(saved, place))
-    assert fingerprint(trainer) == before and trainer.step == 0  # and nothing was half loaded
+    assert fingerprint(trainer) == before
+    assert trainer.step == 0  # and nothing was half loaded
 
 
 def test_every_item_matters(half_way):
@@ -473,10 +519,11 @@ def test_a_folder_belongs_to_one_training(tmp_path):
             refused.append(str(error))
 
     finished(folder=tmp_path, progress=second, steps=20)
-    assert len(refused) == 1 and str(tmp_path) in refused[0]
+    assert len(refused) == 1
+    assert str(tmp_path) in refused[0]
 
 
-# ------------------------------------------------------------------------------------------------------ what goes wrong
+# ----------------------------------------------------------------------------------- what goes wrong
 
 
 def poisoned(kind, name, when, sick):
@@ -518,7 +565,9 @@ PLACES = [
 def test_the_first_nonfinite_number_is_named(tmp_path, trials):
     rng = np.random.default_rng(trials)
     for k in range(trials):
-        (kind, name, place), runs, step = PLACES[k % len(PLACES)], [1, 3][k % 2], int(rng.integers(200))
+        kind, name, place = PLACES[k % len(PLACES)]
+        runs = [1, 3][k % 2]
+        step = int(rng.integers(200))
         sick = int(rng.integers(runs))
         folder = tmp_path / f"{k}"
         trainer = make(
@@ -535,10 +584,15 @@ def test_the_first_nonfinite_number_is_named(tmp_path, trials):
             stream.next = spoiled(stream, trainer, step)
         with pytest.raises(NonFinite) as error:
             trainer.run()
-        assert (error.value.step, error.value.tensor, error.value.seed) == (step, place, 11 + sick), (k, kind)
+        assert (error.value.step, error.value.tensor, error.value.seed) == (
+            step,
+            place,
+            11 + sick,
+        ), (k, kind)
         assert error.value.remedy in str(error.value)
         saved = checkpoint.latest(folder)
-        assert trainer.step == step // 20 * 20 and (saved[0] if saved else 0) == trainer.step
+        assert trainer.step == step // 20 * 20
+        assert (saved[0] if saved else 0) == trainer.step
         assert all(
             torch.isfinite(t).all()
             for t in [*trainer.watched().values(), *(leaves(saved[1]) if saved else [])]
@@ -642,7 +696,8 @@ def test_other_errors_pass_and_roll_back():
 )
 def test_wrong_arguments_are_named(wrong):
     with pytest.raises(
-        (ValueError, RuntimeError), match=list(wrong)[0] if "device" not in wrong else "device"
+        (ValueError, RuntimeError),
+        match=list(wrong)[0] if "device" not in wrong else "device",
     ):
         Trainer([Model(0)], loss, **{"seeds": [0], "steps": 10, "optimizer": ADAM} | wrong)
 
@@ -681,7 +736,7 @@ def test_a_loss_of_the_wrong_shape_is_named():
         make(loss=many).run()
 
 
-# ------------------------------------------------------------------------------------------------------- isolation
+# ----------------------------------------------------------------------------------------- isolation
 
 
 def streams():
@@ -718,16 +773,21 @@ def test_validation_does_not_disturb():
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            *map(leaves, ({k: f[k] for k in ("parameters", "buffers", "optimizer")} for f in fields))
+            *map(
+                leaves,
+                ({k: f[k] for k in ("parameters", "buffers", "optimizer")} for f in fields),
+            ),
+            strict=True,
         )
     )
 
 
-# ------------------------------------------------------------------------------------------------- what it trains to
+# --------------------------------------------------------------------------------- what it trains to
 
 
 def plain_loop(seed, make_torch, steps, schedule=lambda step: None, dtype=torch.float32, clip=None):
-    model, stream = Model(seed, dtype), Stream(seed + 100, dtype=dtype)
+    model = Model(seed, dtype)
+    stream = Stream(seed + 100, dtype=dtype)
     engine = make_torch([model.weight, model.bias])
     for step in range(steps):
         engine.zero_grad()
@@ -756,9 +816,8 @@ def plain_loop(seed, make_torch, steps, schedule=lambda step: None, dtype=torch.
 def test_one_run_is_torchs_own_loop_to_the_bit(optimizer, make_torch):
     trainer = finished(loss=quiet_loss, optimizer=optimizer)
     model = plain_loop(0, make_torch, 200)
-    assert torch.equal(trainer.models[0].weight, model.weight) and torch.equal(
-        trainer.models[0].bias, model.bias
-    )
+    assert torch.equal(trainer.models[0].weight, model.weight)
+    assert torch.equal(trainer.models[0].bias, model.bias)
 
 
 def test_decay_schedule_and_clip_are_torchs():
@@ -774,7 +833,14 @@ def test_decay_schedule_and_clip_are_torchs():
             foreach=False,
         )
 
-    model = plain_loop(0, reference, 200, lambda step: settings.rate_at(step, 200), torch.float64, clip=0.5)
+    model = plain_loop(
+        0,
+        reference,
+        200,
+        lambda step: settings.rate_at(step, 200),
+        torch.float64,
+        clip=0.5,
+    )
     torch.testing.assert_close(trainer.models[0].weight, model.weight, atol=1e-12, rtol=0)
     torch.testing.assert_close(trainer.models[0].bias, model.bias, atol=1e-12, rtol=0)
 
@@ -782,7 +848,8 @@ def test_decay_schedule_and_clip_are_torchs():
 @pytest.mark.parametrize("runs", [1, 3])
 def test_parameters_that_are_not_the_models_get_no_gradients(runs):
     "And what is trained goes where it goes without them."
-    outer, kept = torch.nn.Parameter(torch.ones(3)), torch.tensor([1.0, 2.0, 3.0])
+    outer = torch.nn.Parameter(torch.ones(3))
+    kept = torch.tensor([1.0, 2.0, 3.0])
     outer.grad = kept.clone()
 
     def with_outer(model, batch, step, generator):
@@ -795,8 +862,9 @@ def test_parameters_that_are_not_the_models_get_no_gradients(runs):
 
     found, expected = (finished(runs=runs, loss=loss) for loss in (with_outer, with_numbers))
     assert torch.equal(outer.grad, kept)
-    for one, other in zip(found.models, expected.models):
-        assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
+    for one, other in zip(found.models, expected.models, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.bias, other.bias)
 
 
 def test_no_decay_marks_are_obeyed():
@@ -837,7 +905,10 @@ def test_stacked_runs_go_where_single_runs_go(optimizer):
         single = make(seeds=[s], loss=quiet_loss, dtype=torch.float64, optimizer=optimizer)
         alone = single.run()
         torch.testing.assert_close(
-            together.models[s].state_dict(), single.models[0].state_dict(), atol=1e-10, rtol=0
+            together.models[s].state_dict(),
+            single.models[0].state_dict(),
+            atol=1e-10,
+            rtol=0,
         )
         np.testing.assert_allclose(history.values["loss"][:, s], alone.values["loss"][:, 0], atol=1e-10)
         assert history.best_step[s] == alone.best_step[0]
@@ -857,7 +928,10 @@ def test_buffers_of_stacked_runs_move_as_those_of_single_runs(in_place):
     for s in range(3):
         single = finished(seeds=[s], loss=moving, dtype=torch.float64)
         torch.testing.assert_close(
-            together.models[s].state_dict(), single.models[0].state_dict(), atol=1e-10, rtol=0
+            together.models[s].state_dict(),
+            single.models[0].state_dict(),
+            atol=1e-10,
+            rtol=0,
         )
         assert single.models[0].mean.abs().max() > 0
 
@@ -870,10 +944,8 @@ def test_stacked_runs_draw_their_own_noise():
         )
 
     values = finished(runs=3, loss=noise, log_every=1, steps=50).history().values
-    assert (
-        all(len(set(row)) == 3 for row in values["loss"].tolist())
-        and abs(np.corrcoef(values["loss"].T)[0, 1]) < 0.6
-    )
+    assert all(len(set(row)) == 3 for row in values["loss"].tolist())
+    assert abs(np.corrcoef(values["loss"].T)[0, 1]) < 0.6
     assert np.ptp(values["dropout"], axis=1).max() > 0
 
 
@@ -895,33 +967,35 @@ def test_clipping_is_per_run():
 
 
 def test_schedule_values():
-    cosine, constant = (
-        Optimizer(learning_rate=2.0, warmup=10),
-        Optimizer(learning_rate=2.0, warmup=10, schedule="constant"),
-    )
+    cosine = Optimizer(learning_rate=2.0, warmup=10)
+    constant = Optimizer(learning_rate=2.0, warmup=10, schedule="constant")
     assert [cosine.rate_at(t, 110) for t in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]
-    assert cosine.rate_at(60, 110) == pytest.approx(1.0) and 0 < cosine.rate_at(109, 110) < 1e-3
+    assert cosine.rate_at(60, 110) == pytest.approx(1.0)
+    assert 0 < cosine.rate_at(109, 110) < 1e-3
     assert [constant.rate_at(t, 110) for t in (0, 9, 60, 109)] == [0.2, 2.0, 2.0, 2.0]
     assert Optimizer(learning_rate=2.0).rate_at(0, 10) == 2.0
 
 
 def test_curves_are_means_between_log_points():
     def count(model, batch, step, generator):
-        return SimpleNamespace(value=(model.bias * 0).sum() + step, terms={"twice": torch.tensor(2.0 * step)})
+        return SimpleNamespace(
+            value=(model.bias * 0).sum() + step,
+            terms={"twice": torch.tensor(2.0 * step)},
+        )
 
     said = []
     history = finished(runs=2, loss=count, steps=50, progress=lambda *a: said.append(a)).history()
-    assert history.steps.tolist() == [20, 40, 50] and history.steps_valid.tolist() == [40, 50]
-    assert (
-        history.values["loss"].tolist() == [[9.5] * 2, [29.5] * 2, [44.5] * 2]
-        and history.values["twice"][2].tolist() == [89.0] * 2
-    )
+    assert history.steps.tolist() == [20, 40, 50]
+    assert history.steps_valid.tolist() == [40, 50]
+    assert history.values["loss"].tolist() == [[9.5] * 2, [29.5] * 2, [44.5] * 2]
+    assert history.values["twice"][2].tolist() == [89.0] * 2
     assert [(step, steps, values["loss"]) for step, steps, _, values in said] == [
         (20, 50, 9.5),
         (40, 50, 29.5),
         (50, 50, 44.5),
     ]
-    assert history.valid["distance"].shape == (2, 2) and history.seconds > 0
+    assert history.valid["distance"].shape == (2, 2)
+    assert history.seconds > 0
 
 
 def test_the_best_parameters_come_back(tmp_path):
@@ -934,7 +1008,8 @@ def test_the_best_parameters_come_back(tmp_path):
 
     trainer = make(2, validate=seeing, keep_best="F", folder=tmp_path)
     history = trainer.run()
-    assert history.best_step.tolist() == [80, 160] and history.best_value.tolist() == [0.0, 0.0]
+    assert history.best_step.tolist() == [80, 160]
+    assert history.best_value.tolist() == [0.0, 0.0]
     final = trainer.models[0].weight.clone()
     trainer.load_best()
     for s, best in enumerate((80, 160)):
@@ -949,15 +1024,16 @@ def test_the_best_parameters_come_back(tmp_path):
 def test_the_choice_of_engine_leaves_no_trace(tmp_path):
     before = streams()
     engine = choose_engine(lambda seeds: make(seeds=list(seeds), folder=tmp_path / "runs"), [1, 2, 3, 4], 2)
-    assert (
-        engine.name == ("batched" if engine.batched > engine.processes else "processes")
-        and min(engine[1:]) > 0
-    )
-    assert streams() == before and not list(tmp_path.iterdir())
+    assert engine.name == ("batched" if engine.batched > engine.processes else "processes")
+    assert min(engine[1:]) > 0
+    assert streams() == before
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    "others", [lambda: Planar(2, constraint="paper"), lambda: Planar(2, length=2)], ids=["option", "shape"]
+    "others",
+    [lambda: Planar(2, constraint="paper"), lambda: Planar(2, length=2)],
+    ids=["option", "shape"],
 )
 def test_runs_that_train_together_differ_in_tensors_only(others):
     """An option that is no tensor (a constraint, a base) would silently be taken from the first model."""
@@ -972,16 +1048,18 @@ def test_runs_that_train_together_differ_in_tensors_only(others):
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
-    make = lambda recipe: Trainer(
-        [Model(0)],
-        quiet_loss,
-        steps=4,
-        seeds=[0],
-        batches=[Stream(0)],
-        optimizer=Optimizer("adam", 0.01),
-        folder=tmp_path,
-        recipe=recipe,
-    )
+    def make(recipe):
+        return Trainer(
+            [Model(0)],
+            quiet_loss,
+            steps=4,
+            seeds=[0],
+            batches=[Stream(0)],
+            optimizer=Optimizer("adam", 0.01),
+            folder=tmp_path,
+            recipe=recipe,
+        )
+
     make("anneal over 10 steps").run()
     with pytest.raises(ValueError, match="recipe"):
         make("anneal over 1000 steps").run()

@@ -248,7 +248,7 @@ FACTORIES = {
     ),
     "NSF": (NSF(4, 2), lambda: [SplineCoupling(4), Permutation(4)] * 2),
     "NSF with all options": (
-        NSF(4, 1, "autoregressive", "plu", (5, 5, 5), "tanh", 4, 2.0, True, 3),
+        NSF(4, 1, "autoregressive", "plu", (5, 5, 5), "tanh", 4, 2.0, residual=True, context_dim=3),
         lambda: [SplineAutoregressive(4, 1, 3, (5, 5, 5), "tanh", 4, 2.0, residual=True), PLU(4)],
     ),
     "CIF": (
@@ -256,7 +256,20 @@ FACTORIES = {
         lambda: [ContinuouslyIndexed(SplineAutoregressive(4), form="before"), Permutation(4)] * 2,
     ),
     "CIF with all options": (
-        CIF(4, 1, 2, (7,), "after", "ortho", (5, 5, 5), "tanh", 4, 2.0, True, 3),
+        CIF(
+            4,
+            1,
+            2,
+            (7,),
+            "after",
+            "ortho",
+            (5, 5, 5),
+            "tanh",
+            bins=4,
+            bound=2.0,
+            residual=True,
+            context_dim=3,
+        ),
         lambda: [
             ContinuouslyIndexed(
                 SplineAutoregressive(4, 1, 3, (5, 5, 5), "tanh", 4, 2.0, residual=True),
@@ -283,7 +296,7 @@ def test_factories_chain_what_they_say(name):
 
 def test_factories_of_one_stack_pass_their_options_on():
     assert repr(RealNVP(6, 2, (5,), "tanh", 3, "checkerboard", (3, 2), 2.0)) == repr(
-        AffineCoupling(6, 2, 3, (5,), "tanh", "checkerboard", (3, 2), max_log_scale=2.0)
+        AffineCoupling(6, 2, 3, (5,), "tanh", mask="checkerboard", shape=(3, 2), max_log_scale=2.0)
     )
     assert repr(MAF(4, 2, (5,), "tanh", 3, 2.0)) == repr(
         MaskedAutoregressive(4, 2, 3, (5,), "tanh", max_log_scale=2.0)
