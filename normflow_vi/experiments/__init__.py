@@ -11,19 +11,20 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..results.run import Run
 
 # %% ../../nbs/90_engine/45_experiments.ipynb #0fc5e378
-def _no_runs(profile, data="auto"):
+def _no_runs(profile: str, data: str = "auto") -> list[Run]:
     return []
 
 
-def _no_records(runs, folder, device, progress=None):
+def _no_records(runs: list[Run], folder: Any, device: Any, progress: Callable | None = None) -> list:
     return []
 
 
-def _no_rows(store):
+def _no_rows(store: Any) -> list:
     return []
 
 

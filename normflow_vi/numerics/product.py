@@ -9,6 +9,7 @@ __all__ = ['product_library', 'OneDNN', 'linear']
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,13 +63,13 @@ class OneDNN(torch.autograd.Function):
     "`_onednn` with its gradients, for `x` `(rows, in)`."
 
     @staticmethod
-    def forward(ctx, x, weight, bias, relu):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
         y = _onednn(x, weight, bias, relu)
         ctx.save_for_backward(x, weight, y if relu else None)
         return y
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         recorded = torch.is_grad_enabled() or is_watched() or is_mapped()
         product = linear_torch if recorded or not is_plain(g, torch.float32) else _onednn

@@ -92,14 +92,14 @@ class PlanarKernel(torch.autograd.Function):
     "`planar_numba` with its gradients."
 
     @staticmethod
-    def forward(ctx, z, u, w, b, c):
+    def forward(ctx: Any, z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[Tensor, Tensor]:
         y, log_det, hidden = planar_numba(z, u, w, b, c)
         ctx.save_for_backward(z, u, w, b, y, hidden)
         ctx.c = c
         return y, log_det
 
     @staticmethod
-    def backward(ctx, gy, gl):
+    def backward(ctx: Any, gy: Tensor, gl: Tensor) -> tuple[Tensor | None, ...]:
         z, u, w, b, y, hidden = ctx.saved_tensors
         if torch.is_grad_enabled() or not fits(gy, gl, rules=False):
             reference = functools.partial(planar_torch, c=ctx.c)
@@ -111,15 +111,15 @@ class MappedKernel(torch.autograd.Function):
     "`PlanarKernel` under `vmap`, where only the rule for it is ever called."
 
     @staticmethod
-    def forward(z, u, w, b, c):
+    def forward(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[Tensor, Tensor]:
         return PlanarKernel.apply(z, u, w, b, c)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         pass
 
     @staticmethod
-    def vmap(info, axes, z, u, w, b, c):
+    def vmap(info: Any, axes: tuple, z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple:
         samples = z.dim() - u.dim() + 1 - (axes[0] is not None) + (axes[1] is not None)
         shared = axes[1] is axes[2] is axes[3] is None
 

@@ -8,6 +8,7 @@ __all__ = ['knots', 'ends', 'curve', 'uncurve', 'rq_spline', 'rq_spline_inverse'
 # %% ../../nbs/04_cif/05_spline.ipynb #4a3c0753
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,28 +114,30 @@ class RQSpline(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(value, theta, reference, bins, bound):
+    def forward(
+        value: Tensor, theta: Tensor, reference: Callable, bins: int, bound: float
+    ) -> tuple[Tensor, Tensor]:
         return spline_numba(value, theta, (bins, bound, reference is rq_spline_inverse))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         value, theta, *how = inputs
         ctx.save_for_backward(value, theta)
         ctx.how = how
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         inputs, (reference, bins, bound) = ctx.saved_tensors, ctx.how
         if fits(*inputs, *gradients, rules=False):
             how = bins, bound, reference is rq_spline_inverse
-            found = spline_gradients_numba(inputs, gradients, how)
+            found: Any = spline_gradients_numba(inputs, gradients, how)
         else:
             call = functools.partial(reference, bins=bins, bound=bound)
             found = by_reference(call, inputs, ctx.needs_input_grad, gradients)
         return *found, None, None, None
 
     @staticmethod
-    def vmap(info, axes, value, theta, *how):
+    def vmap(info: Any, axes: tuple, value: Tensor, theta: Tensor, *how: Any) -> tuple:
         value = _axis_first(value, axes[0], info.batch_size)
         theta = _axis_first(theta, axes[1], info.batch_size)
         return spline(value, theta, *how), (0, 0)
