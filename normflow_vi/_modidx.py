@@ -620,8 +620,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'normflow_vi/evaluate/gaps.py'),
                                            'normflow_vi.evaluate.gaps._amortised_posterior': ( '02_vae_nf/gaps.html#_amortised_posterior',
                                                                                                'normflow_vi/evaluate/gaps.py'),
-                                           'normflow_vi.evaluate.gaps._check_options': ( '02_vae_nf/gaps.html#_check_options',
-                                                                                         'normflow_vi/evaluate/gaps.py'),
                                            'normflow_vi.evaluate.gaps._compare': ( '02_vae_nf/gaps.html#_compare',
                                                                                    'normflow_vi/evaluate/gaps.py'),
                                            'normflow_vi.evaluate.gaps._free_parameters': ( '02_vae_nf/gaps.html#_free_parameters',
