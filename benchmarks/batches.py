@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from normflow_vi.data import Batches, Split
 
 given = arguments("time batch preparation", images=50_000, batch=100, rounds=15)
-TURN, generator = 50, torch.Generator().manual_seed(0)
+TURN = 50
+generator = torch.Generator().manual_seed(0)
 grey = torch.randint(256, (given.images, 784), dtype=torch.uint8, generator=generator)
 images = grey * (torch.rand(given.images, 784, generator=generator) < 0.2)
 
@@ -33,7 +34,8 @@ def indexed(images):
     def draw():
         if len(state["order"]) < given.batch:
             state["order"] = torch.randperm(len(images))
-        rows, state["order"] = state["order"][: given.batch], state["order"][given.batch :]
+        rows = state["order"][: given.batch]
+        state["order"] = state["order"][given.batch :]
         return torch.bernoulli(images[rows].float() / 255)
 
     return draw
@@ -41,10 +43,10 @@ def indexed(images):
 
 def loader(images):
     """`TensorDataset` and `DataLoader` in the same process, over images in [0, 1], then `torch.bernoulli`."""
-    batches, state = (
-        DataLoader(TensorDataset(images.float() / 255), batch_size=given.batch, shuffle=True, drop_last=True),
-        {"left": iter(())},
+    batches = DataLoader(
+        TensorDataset(images.float() / 255), batch_size=given.batch, shuffle=True, drop_last=True
     )
+    state = {"left": iter(())}
 
     def draw():
         found = next(state["left"], None)
@@ -58,17 +60,19 @@ def loader(images):
 
 def standardised(make, draws=2000):
     """Mean, standard deviation and number of the z-scores of grey pixels, over copies of one image."""
-    draw, p, total = (
-        make(images[:1].repeat(given.batch, 1)),
-        images[0].double() / 255,
-        torch.zeros(784, dtype=torch.float64),
-    )
+    draw = make(images[:1].repeat(given.batch, 1))
+    p = images[0].double() / 255
+    total = torch.zeros(784, dtype=torch.float64)
     for _ in range(draws):
         x = draw()
-        assert x.dtype == torch.float32 and x.shape == (given.batch, 784) and ((x == 0) | (x == 1)).all()
+        assert x.dtype == torch.float32
+        assert x.shape == (given.batch, 784)
+        assert ((x == 0) | (x == 1)).all()
         total += x.double().sum(0)
-    n, inside = draws * given.batch, (p > 0) & (p < 1)
-    assert (total[p == 0] == 0).all() and (total[p == 1] == n).all()
+    n = draws * given.batch
+    inside = (p > 0) & (p < 1)
+    assert (total[p == 0] == 0).all()
+    assert (total[p == 1] == n).all()
     score = (total - n * p)[inside] / (n * p * (1 - p))[inside].sqrt()
     return score.mean().item(), score.std().item(), len(score)
 

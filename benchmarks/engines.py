@@ -1,4 +1,6 @@
-"""Several runs of one shape: one batched program, or one-thread processes side by side? Three seeds of each model, and the twelve restarts of a fit."""
+"""Several runs of one shape: one batched program, or one-thread processes side by side? Three seeds
+of each model, and the twelve restarts of a fit.
+"""
 
 import os
 
@@ -16,7 +18,9 @@ for title, runs, make in [
     ("DLGM, planar K = 10", 3, lambda seeds: image_trainer(10, seeds)),
 ]:
     choice = choose_engine(make, range(runs), processes=cores, steps=31)
+    slower, faster = sorted([choice.batched, choice.processes])
     print(
-        f"{title:<34} batched {choice.batched:8.1f} updates/s   {cores} processes {choice.processes:8.1f} updates/s   -> {choice.name}, "
-        f"{max(choice.batched, choice.processes) / min(choice.batched, choice.processes):.2f} times faster"
+        f"{title:<34} batched {choice.batched:8.1f} updates/s   "
+        f"{cores} processes {choice.processes:8.1f} updates/s   "
+        f"-> {choice.name}, {faster / slower:.2f} times faster"
     )

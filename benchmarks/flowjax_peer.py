@@ -1,6 +1,9 @@
-"""The side of flowjax 19.1.2 (jax 0.10.2), in an environment without torch: `planar.py`, `spline.py` and `vae_step.py` start it, `harness.Neighbour` talks to it.
+"""The side of flowjax 19.1.2 (jax 0.10.2), in an environment without torch: `planar.py`,
+`spline.py` and `vae_step.py` start it, `harness.Neighbour` talks to it.
 
-One JSON object a line. `build` compiles a case from tensors and answers what it computes from them; `run` calls it `times` times and answers the seconds that took. Everything is compiled (jit) and single precision, jax's default.
+One JSON object a line. `build` compiles a case from tensors and answers what it computes from them;
+`run` calls it `times` times and answers the seconds that took. Everything is compiled (jit) and
+single precision, jax's default.
 """
 
 import json
@@ -34,14 +37,15 @@ def log_density(z):
 
 
 def fit(params, z, samples):
-    """Training steps on U1, by the loop of the library and bare; the answer: values, log-dets, and log-densities of the target."""
-    dist, loss, optimizer = (
-        Transformed(StandardNormal((2,)), stack(params)),
-        ElboLoss(log_density, samples),
-        optax.adam(1e-3),
-    )
+    """Training steps on U1, by the loop of the library and bare; the answer: values, log-dets, and
+    log-densities of the target.
+    """
+    dist = Transformed(StandardNormal((2,)), stack(params))
+    loss = ElboLoss(log_density, samples)
+    optimizer = optax.adam(1e-3)
     state = {"library": dist, "bare": eqx.partition(dist, eqx.is_inexact_array)[0], "key": jr.key(1)}
-    static, state["optimizer"] = eqx.partition(dist, eqx.is_inexact_array)[1], optimizer.init(state["bare"])
+    static = eqx.partition(dist, eqx.is_inexact_array)[1]
+    state["optimizer"] = optimizer.init(state["bare"])
 
     def library(times):
         state["key"], key = jr.split(state["key"])
@@ -93,7 +97,9 @@ def amortised(params, z, gy, gl):
 
 
 def spline(theta, z, gy, gl, bound, inverse):
-    """Splines with parameters of their own: widths and heights before the softmax, slopes at all knots before the softplus."""
+    """Splines with parameters of their own: widths and heights before the softmax, slopes at all
+    knots before the softplus.
+    """
 
     def one(theta, z):
         bins = (theta.shape[-1] - 1) // 3
@@ -118,7 +124,9 @@ def dense(x, weight, bias):
 
 
 def scanned(head, z, h):
-    """Planar layers by `lax.scan`, with all that does not depend on `z` computed outside of it, for all layers at once; `head`: the weights of one linear layer for all of them."""
+    """Planar layers by `lax.scan`, with all that does not depend on `z` computed outside of it, for
+    all layers at once; `head`: the weights of one linear layer for all of them.
+    """
     B, D = z.shape
     K = len(head[1]) // (2 * D + 1)
     u, w, b = jnp.split(dense(h, *head), [K * D, 2 * K * D], -1)
@@ -137,8 +145,11 @@ def scanned(head, z, h):
 
 
 def conditional(head, z, h):
-    """flowjax's planar layers with a context, as the library has them: each emits its parameters by a linear network of its own."""
-    K, dim = head[0].shape[0], z.shape[-1]
+    """flowjax's planar layers with a context, as the library has them: each emits its parameters by
+    a linear network of its own.
+    """
+    K = head[0].shape[0]
+    dim = z.shape[-1]
     layers = eqx.filter_vmap(lambda key: Planar(key, dim=dim, cond_dim=h.shape[-1], width_size=1, depth=0))(
         jr.split(jr.key(0), K)
     )
@@ -149,10 +160,13 @@ def conditional(head, z, h):
 
 
 def image_energy(parameters, x, noise, stack):
-    """The free energy of a batch: encoder of two layers, diagonal Gaussian, `stack`, decoder of three layers."""
+    """The free energy of a batch: encoder of two layers, diagonal Gaussian, `stack`, decoder of
+    three layers.
+    """
     h = jax.nn.relu(dense(jax.nn.relu(dense(x, *parameters[0:2])), *parameters[2:4]))
     shift, log_scale = jnp.split(dense(h, *parameters[10:12]), 2, -1)
-    z, log_det = shift + jnp.exp(log_scale) * noise, 0.0
+    z = shift + jnp.exp(log_scale) * noise
+    log_det = 0.0
     if len(parameters) > 12:
         z, log_det = stack(parameters[12:], z, h)
     logits = dense(
@@ -163,13 +177,17 @@ def image_energy(parameters, x, noise, stack):
 
 
 def image_model(path, name, flow, dynamic):
-    """Whole training steps of an image model whose weights, images, batch and noise are in the file `path`; values and gradients of that batch go into `path + name`."""
+    """Whole training steps of an image model whose weights, images, batch and noise are in the file
+    `path`; values and gradients of that batch go into `path + name`.
+    """
     given = np.load(path)
-    stack, optimizer = {"scan": scanned, "flowjax": conditional}[flow], optax.adam(1e-3)
+    stack = {"scan": scanned, "flowjax": conditional}[flow]
+    optimizer = optax.adam(1e-3)
     parameters = [
         jnp.asarray(given[f"p{i}"], jnp.float32) for i in range(sum(key[0] == "p" for key in given.files))
     ]
-    images, batch = jnp.asarray(given["images"]), len(given["x"])
+    images = jnp.asarray(given["images"])
+    batch = len(given["x"])
     value, slopes = jax.value_and_grad(image_energy)(
         parameters, jnp.asarray(given["x"]), jnp.asarray(given["noise"]), stack
     )
@@ -200,7 +218,8 @@ def image_model(path, name, flow, dynamic):
         keys = jr.split(state["key"], times + 2)
         for key in keys[2:]:
             if state["first"] + batch > len(images):
-                state["order"], state["first"] = jr.permutation(keys[1], state["order"]), 0
+                state["order"] = jr.permutation(keys[1], state["order"])
+                state["first"] = 0
             state["parameters"], state["moments"], value = update(
                 state["parameters"], state["moments"], state["order"], state["first"], key
             )
@@ -211,7 +230,8 @@ def image_model(path, name, flow, dynamic):
     return {name: steps}, ()
 
 
-known, calls = {"image model": image_model, "fit": fit, "amortised": amortised, "spline": spline}, {}
+known = {"image model": image_model, "fit": fit, "amortised": amortised, "spline": spline}
+calls = {}
 for line in sys.stdin:
     question = json.loads(line)
     if "build" in question:
@@ -225,7 +245,8 @@ for line in sys.stdin:
         calls |= made
         answer = [value.tolist() for value in answer]
     else:
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall = time.perf_counter()
+        cpu = time.process_time()
         calls[question["run"]](question["times"])
         answer = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
     print(json.dumps(answer), flush=True)

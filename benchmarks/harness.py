@@ -1,4 +1,6 @@
-"""Interleaved timing: candidates take turns on one thread of one core; medians of processor time, minima of wall time."""
+"""Interleaved timing: candidates take turns on one thread of one core; medians of processor time,
+minima of wall time.
+"""
 
 import argparse
 import json
@@ -26,11 +28,14 @@ class Took(NamedTuple):
 
 
 def interleaved(candidates, rounds=15, warmup=2):
-    """`{name: function}` -> `{name: (median processor ms, least wall ms)}`; every round calls each function once, in turn."""
+    """`{name: function}` -> `{name: (median processor ms, least wall ms)}`; every round calls each
+    function once, in turn.
+    """
     seen = {name: [] for name in candidates}
     for round_ in range(warmup + rounds):
         for name, call in candidates.items():
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             found = call()
             took = Took(time.process_time() - cpu, time.perf_counter() - wall)
             if round_ >= warmup:
@@ -47,12 +52,15 @@ def report(title, found, per=1):
     print(title)
     for name, (cpu, wall) in found.items():
         print(
-            f"  {name:<34} {cpu / per:8.3f} ms processor   {wall / per:8.3f} ms wall   ratio {cpu / first[0]:.2f} / {wall / first[1]:.2f}"
+            f"  {name:<34} {cpu / per:8.3f} ms processor   {wall / per:8.3f} ms wall   ratio "
+            f"{cpu / first[0]:.2f} / {wall / first[1]:.2f}"
         )
 
 
 def parts_of(found, mine, others):
-    """Print the time of `mine` as a part of that of each of the `others` that ran, the form in which goals are stated."""
+    """Print the time of `mine` as a part of that of each of the `others` that ran, the form in
+    which goals are stated.
+    """
     print(
         f"  {mine} as a part of:",
         *(
@@ -65,7 +73,9 @@ def parts_of(found, mine, others):
 
 
 def arguments(description, **numbers):
-    """The options of a script that times released peers; pins this process, and every one it starts, to one core."""
+    """The options of a script that times released peers; pins this process, and every one it
+    starts, to one core.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--peers", help="folder with the peers written in torch")
     parser.add_argument("--jax", help="python of an environment with flowjax")
@@ -103,7 +113,9 @@ def gap(found, expected):
 
 
 def torch_only(function):
-    """`function` with every kernel switched off: the references in torch, which also run where numba is not installed."""
+    """`function` with every kernel switched off: the references in torch, which also run where
+    numba is not installed.
+    """
 
     def call(*given):
         with mock.patch.object(kernels, "has_numba", lambda: False):
@@ -123,11 +135,14 @@ def torch_products(function):
 
 
 def onednn_everywhere(function):
-    """`function` with every single-precision product of the process routed to oneDNN, by the global switch of torch that does so on this kind of processor (others would round to bfloat16)."""
+    """`function` with every single-precision product of the process routed to oneDNN, by the global
+    switch of torch that does so on this kind of processor (others would round to bfloat16).
+    """
 
     def call(*given):
         switch = torch.backends.mkldnn.matmul
-        before, switch.fp32_precision = switch.fp32_precision, "bf16"
+        before = switch.fp32_precision
+        switch.fp32_precision = "bf16"
         try:
             return function(*given)
         finally:
@@ -137,7 +152,9 @@ def onednn_everywhere(function):
 
 
 class Neighbour:
-    """`flowjax_peer.py` in its own environment, on the same core: it sleeps until it is asked, and times itself."""
+    """`flowjax_peer.py` in its own environment, on the same core: it sleeps until it is asked, and
+    times itself.
+    """
 
     def __init__(self, python):
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "flowjax_peer.py")

@@ -1,13 +1,20 @@
-"""The importance-weighted likelihood with 5,000 draws for each image, 40 latents, decoder 400-400-784. One thread on one core, one interleaved run; no peers to install.
+"""The importance-weighted likelihood with 5,000 draws for each image, 40 latents, decoder
+400-400-784.
+
+One thread on one core, one interleaved run; no peers to install.
 
     .venv/bin/python benchmarks/iwae.py
 
-Ours is `evaluate.log_marginal`, with all that it returns. Beside it, in plain torch: a loop over the draws of one image, of which `--timed` are timed, and the time is scaled; the usual
-code, `--chunk` draws of one image at a time; and a loop over draws that takes one for each of a hundred images at once. Plain torch encodes an image once; its planar layers run one by one.
-`+ switch`: every product of the process sent to oneDNN by torch's global switch.
+Ours is `evaluate.log_marginal`, with all that it returns. Beside it, in plain torch: a loop over
+the draws of one image, of which `--timed` are timed, and the time is scaled; the usual code,
+`--chunk` draws of one image at a time; and a loop over draws that takes one for each of a hundred
+images at once. Plain torch encodes an image once; its planar layers run one by one. `+ switch`:
+every product of the process sent to oneDNN by torch's global switch.
 
-The pixels are random bits, and the model has been trained on them for 200 updates, so that its weights are not those of a few draws. Agreement, before anything is timed: log-weights of the
-same draws in double precision, and the estimates of ours and of the usual code, which draw differently, by their z-scores.
+The pixels are random bits, and the model has been trained on them for 200 updates, so that its
+weights are not those of a few draws. Agreement, before anything is timed: log-weights of the same
+draws in double precision, and the estimates of ours and of the usual code, which draw differently,
+by their z-scores.
 """
 
 import copy
@@ -29,7 +36,8 @@ given = arguments(
     rounds=15,
     length=-1,
 )
-D, X = 40, BITS.pixels(indices=slice(100))
+D = 40
+X = BITS.pixels(indices=slice(100))
 
 
 def scaled(call, factor):
@@ -53,11 +61,9 @@ def chunked(plain, x, draws, chunk):
 
 def agree(model, plain):
     """The same draws have the same log-weights, and the estimates differ as estimates do."""
-    wide, x, generator = (
-        copy.deepcopy(model).double(),
-        X[: given.images].double(),
-        torch.Generator().manual_seed(1),
-    )
+    wide = copy.deepcopy(model).double()
+    x = X[: given.images].double()
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         z, log_q = wide.q(x).rsample_and_log_prob((7,), generator)
         found = sum(wide.log_joint(x, z).values()) - log_q
@@ -73,7 +79,8 @@ def agree(model, plain):
         + math.log(given.samples)
     ) / se
     print(
-        f"  log-weights of the same draws differ by at most {error:.1e} nats; z-scores of {given.images} estimates: mean {z.mean():+.2f}, largest {z.abs().max():.2f} "
+        f"  log-weights of the same draws differ by at most {error:.1e} nats; "
+        f"z-scores of {given.images} estimates: mean {z.mean():+.2f}, largest {z.abs().max():.2f} "
         f"(standard errors {se.min():.3f} to {se.max():.3f} nats)"
     )
     if not (error < 1e-9 and z.abs().max() < 5):
@@ -82,7 +89,8 @@ def agree(model, plain):
 
 def compare(K):
     """One interleaved run, milliseconds an image."""
-    model, S = paper_model(K), given.samples
+    model = paper_model(K)
+    S = given.samples
     Trainer(
         [model], image_loss, steps=given.updates, optimizer=ADAM, seeds=[0], batches=[Batches(BITS, 100, 0)]
     ).run()

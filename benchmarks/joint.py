@@ -1,4 +1,5 @@
-"""Several runs of the image model as one batched program: milliseconds of a step for 1, 8 and 32 of them, with K planar layers; on a GPU also how many kernels a step launches.
+"""Several runs of the image model as one batched program: milliseconds of a step for 1, 8 and 32 of
+them, with K planar layers; on a GPU also how many kernels a step launches.
 
 .venv/bin/python benchmarks/joint.py --device cuda
 """
@@ -43,7 +44,8 @@ def launches(training):
 
 
 print(
-    f"torch {torch.__version__}, {torch.cuda.get_device_name() if on_gpu else 'one thread of a CPU'}, batch 100 for each run"
+    f"torch {torch.__version__}, {torch.cuda.get_device_name() if on_gpu else 'one thread of a CPU'}, "
+    "batch 100 for each run"
 )
 for length in given.lengths:
     for runs in given.runs:

@@ -1,13 +1,18 @@
-"""The slow direction of a masked autoregressive flow: ours against D passes, nflows and zuko. One thread, one interleaved run.
+"""The slow direction of a masked autoregressive flow: ours against D passes, nflows and zuko.
+
+One thread, one interleaved run.
 
 Ours needs nothing more than `make setup`. The peers go beside, into a folder of their own:
 
     .venv/bin/python -m pip install --target /tmp/peers --no-deps nflows==0.14 zuko==1.6.0 umnn==1.71 tqdm
     .venv/bin/python benchmarks/maf_inverse.py --peers /tmp/peers
 
-Without `--peers`, or with only one of them in that folder, the others are timed alone. Five blocks, each one hidden layer of 200 units on D = 784, 16 samples; see `--help` for other sizes. Each library has its own law and
-its own starting weights. A round takes several seconds because of the peers, so there are few; ours take a turn of 20 calls. Agreement: the residual `inverse(forward(z)) - z` of each at its own weights, relative to `1 + |z|`; for ours, also values and log-dets against
-D passes in double precision.
+Without `--peers`, or with only one of them in that folder, the others are timed alone. Five blocks,
+each one hidden layer of 200 units on D = 784, 16 samples; see `--help` for other sizes. Each
+library has its own law and its own starting weights. A round takes several seconds because of the
+peers, so there are few; ours take a turn of 20 calls. Agreement: the residual `inverse(forward(z))
+- z` of each at its own weights, relative to `1 + |z|`; for ours, also values and log-dets against D
+passes in double precision.
 """
 
 import argparse
@@ -30,10 +35,8 @@ if given.peers:
 
 TURN = 20  # calls of ours in a turn: one call is too short to be timed alone
 torch.manual_seed(0)
-maf, z = (
-    MaskedAutoregressive(given.dim, given.blocks, hidden=(given.width,)),
-    torch.randn(given.batch, given.dim),
-)
+maf = MaskedAutoregressive(given.dim, given.blocks, hidden=(given.width,))
+z = torch.randn(given.batch, given.dim)
 
 
 in_torch = torch_only(lambda model=maf, z=z: model.forward(z))  # the same stages without the kernel
@@ -48,7 +51,8 @@ def passes(model=maf, z=z):
             theta = run_network(x, layer).unflatten(-1, (model.dim, 2))
             moved, log_slope = model.law.push(z, theta)
             x[:, i] = moved[:, i]
-        z, total = x, total + log_slope.sum(-1)
+        z = x
+        total = total + log_slope.sum(-1)
     return z, total
 
 
@@ -93,13 +97,15 @@ with torch.no_grad():
         except ImportError as missing:
             print(f"without {name}: {missing}")
             continue
-        candidates[name], residuals[name] = lambda slow=slow: slow(z), fast(slow(z)) - z
+        candidates[name] = lambda slow=slow: slow(z)
+        residuals[name] = fast(slow(z)) - z
     if not has_numba():
         print("without numba: the kernel is the torch reference")
     found = interleaved(candidates, given.rounds, warmup=1)
     found["ours, kernel"] = tuple(milliseconds / TURN for milliseconds in found["ours, kernel"])
     report(
-        f"MAF, {given.blocks} blocks, D = {given.dim}, hidden ({given.width},), batch {given.batch}, float32, one thread",
+        f"MAF, {given.blocks} blocks, D = {given.dim}, hidden ({given.width},), batch {given.batch}, "
+        "float32, one thread",
         found,
     )
     report("the fast direction, for scale", interleaved({"ours": lambda: maf.inverse(z)}, rounds=15))
@@ -108,9 +114,10 @@ with torch.no_grad():
         *(f"{name} {(residual.abs() / (1 + z.abs())).max():.1e}" for name, residual in residuals.items()),
         sep="  ",
     )
-    wide, oracle = maf.double(), passes(maf.double(), z.double())
+    wide = maf.double()
+    oracle = passes(maf.double(), z.double())
     gaps = {
-        name: max((a - b).abs().max().item() for a, b in zip(found, oracle))
+        name: max((a - b).abs().max().item() for a, b in zip(found, oracle, strict=True))
         for name, found in [("kernel", wide.forward(z.double())), ("torch", in_torch(wide, z.double()))]
     }
     print(

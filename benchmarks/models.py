@@ -1,4 +1,6 @@
-"""The models that the scripts time: the DLGM on random bits of MNIST's shape, and a planar flow on U1; and the DLGM once more in plain torch, as one writes it without a library."""
+"""The models that the scripts time: the DLGM on random bits of MNIST's shape, and a planar flow on
+U1; and the DLGM once more in plain torch, as one writes it without a library.
+"""
 
 import torch
 from torch import nn
@@ -58,7 +60,9 @@ def flow_of(model):
 
 
 def paper_model(length, family="planar"):
-    """The image model, its planar layers with the constraint of the paper, which is that of all libraries but one."""
+    """The image model, its planar layers with the constraint of the paper, which is that of all
+    libraries but one.
+    """
     model = image_model(length, length, family)
     if length and family == "planar":
         flow_of(model).constraint = "paper"
@@ -66,7 +70,9 @@ def paper_model(length, family="planar"):
 
 
 def weights_of(model):
-    """Weights of encoder, decoder, Gaussian and planar layers; the last ones times the scale of their head."""
+    """Weights of encoder, decoder, Gaussian and planar layers; the last ones times the scale of
+    their head.
+    """
     found = [p.detach() for p in model.parameters()]
     return (
         found if len(found) == 12 else [*found[:12], *(flow_of(model).source.scale * p for p in found[12:])]
@@ -74,14 +80,14 @@ def weights_of(model):
 
 
 class Plain:
-    """The image model in plain torch, from `weights_of` it; `emit(h)` makes of a context what `flow(emitted, z) -> (z, log_det)` needs, and `more` are the weights of both."""
+    """The image model in plain torch, from `weights_of` it; `emit(h)` makes of a context what
+    `flow(emitted, z) -> (z, log_det)` needs, and `more` are the weights of both.
+    """
 
     def __init__(self, weights, emit=None, flow=None, more=()):
-        self.network, self.emit, self.flow = (
-            [nn.Parameter(p.clone()) for p in weights[:12]],
-            emit or (lambda h: h),
-            flow,
-        )
+        self.network = [nn.Parameter(p.clone()) for p in weights[:12]]
+        self.emit = emit or (lambda h: h)
+        self.flow = flow
         self.parameters = [*self.network, *more]
 
     def encode(self, x):
@@ -98,7 +104,8 @@ class Plain:
     def log_weights(self, x, noise, encoded=None):
         """`log p(x, z) - log q(z)` of the draws `z` made from `noise`."""
         emitted, shift, log_scale = encoded or self.encode(x)
-        z, log_det = shift + log_scale.exp() * noise, 0.0
+        z = shift + log_scale.exp() * noise
+        log_det = 0.0
         if self.flow:
             z, log_det = self.flow(emitted, z)
         return (
@@ -126,7 +133,9 @@ def through(layers, z):
 
 
 def naive_layer(z, u, w, b, m=softplus):
-    """One planar layer as the paper writes it, with parameters for each point; `m` of `w.u` is what `1 + w.u_hat` shall be."""
+    """One planar layer as the paper writes it, with parameters for each point; `m` of `w.u` is what
+    `1 + w.u_hat` shall be.
+    """
     alpha = (w * u).sum(-1, keepdim=True)
     u_hat = u + (m(alpha) - 1 - alpha) * w / (w * w).sum(-1, keepdim=True)
     h = torch.tanh((w * z).sum(-1, keepdim=True) + b)
@@ -138,13 +147,19 @@ def naive_model(weights, m=softplus):
     """`Plain` with planar layers one by one, all emitted by one linear layer."""
     if len(weights) == 12:
         return Plain(weights)
-    head, D = [nn.Parameter(p.clone()) for p in weights[12:]], len(weights[11]) // 2
+    head = [nn.Parameter(p.clone()) for p in weights[12:]]
+    D = len(weights[11]) // 2
     K = len(head[1]) // (2 * D + 1)
 
     def emit(h):
         u, w, b = linear(h, *head).split([K * D, K * D, K], -1)
         return list(
-            zip(u.unflatten(-1, (K, D)).unbind(-2), w.unflatten(-1, (K, D)).unbind(-2), b.split(1, -1))
+            zip(
+                u.unflatten(-1, (K, D)).unbind(-2),
+                w.unflatten(-1, (K, D)).unbind(-2),
+                b.split(1, -1),
+                strict=True,
+            )
         )
 
     def flow(layers, z):

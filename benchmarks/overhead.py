@@ -29,7 +29,9 @@ def bare(build, loss, stream):
     """The same hundred updates, with nothing around them."""
 
     def call():
-        model, batches, generator = build(), stream and stream(), torch.Generator().manual_seed(0)
+        model = build()
+        batches = stream and stream()
+        generator = torch.Generator().manual_seed(0)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
         for step in range(UPDATES):
             estimate = loss(model, batches and batches.next(), step, generator)

@@ -1,20 +1,30 @@
-"""Planar flows: a whole training step in two dimensions, and the stack alone with emitted parameters. One thread on one core, one interleaved run.
+r"""Planar flows: a whole training step in two dimensions, and the stack alone with emitted
+parameters.
+
+One thread on one core, one interleaved run.
 
 Ours needs nothing more than `make setup`. The peers go into two folders of their own, beside it:
 
-    .venv/bin/python -m pip install --target /tmp/peers --no-deps normflows==1.7.3 pyro-ppl==1.9.2 pyro-api==0.1.2 opt_einsum==3.4.0 zuko==1.6.0 nflows==0.14 umnn==1.71 tqdm
-    .venv/bin/python -m venv /tmp/peers-jax && /tmp/peers-jax/bin/python -m pip install jax==0.10.2 flowjax==19.1.2
+    .venv/bin/python -m pip install --target /tmp/peers --no-deps normflows==1.7.3 pyro-ppl==1.9.2 \
+        pyro-api==0.1.2 opt_einsum==3.4.0 zuko==1.6.0 nflows==0.14 umnn==1.71 tqdm
+    .venv/bin/python -m venv /tmp/peers-jax
+    /tmp/peers-jax/bin/python -m pip install jax==0.10.2 flowjax==19.1.2
     .venv/bin/python benchmarks/planar.py --peers /tmp/peers --jax /tmp/peers-jax/bin/python
 
 What is not there is named and left out. zuko has no planar flow.
 
-The training step: 1,000 draws, K = 32 layers, the energy U1, backward, Adam. All start at the same weights, with the constraint of the paper (flowjax has another one; its weights are converted, so that its layers are the same
-maps). Ours runs as `fit` runs it, with gradient clipping and one log point in each turn of 50 updates ("fit's engine"), and bare: `free_energy` and torch's fused Adam. The peers run bare, with Adam as torch (as optax)
-makes it by default; `--fused 1` gives those in torch the fused Adam too. flowjax runs in the loop of the library, and bare.
+The training step: 1,000 draws, K = 32 layers, the energy U1, backward, Adam. All start at the same
+weights, with the constraint of the paper (flowjax has another one; its weights are converted, so
+that its layers are the same maps). Ours runs as `fit` runs it, with gradient clipping and one log
+point in each turn of 50 updates ("fit's engine"), and bare: `free_energy` and torch's fused Adam.
+The peers run bare, with Adam as torch (as optax) makes it by default; `--fused 1` gives those in
+torch the fused Adam too. flowjax runs in the loop of the library, and bare.
 
-The stack: K = 80, D = 40, batch 100, forward and backward, from one tensor as a network's head emits it, `(100, 80 (2 D + 1))`, to gradients with respect to it and to `z`. normflows shares its parameters among the batch:
-less work. The naive loop takes its layers apart by `unbind`; "by index" writes `u[:, k]`, whose gradient is a whole tensor for every layer.
-Agreement: values, log-dets and gradients against the naive loop, in double precision (flowjax: single).
+The stack: K = 80, D = 40, batch 100, forward and backward, from one tensor as a network's head
+emits it, `(100, 80 (2 D + 1))`, to gradients with respect to it and to `z`. normflows shares its
+parameters among the batch: less work. The naive loop takes its layers apart by `unbind`; "by index"
+writes `u[:, k]`, whose gradient is a whole tensor for every layer. Agreement: values, log-dets and
+gradients against the naive loop, in double precision (flowjax: single).
 """
 
 import math
@@ -40,7 +50,9 @@ torch.manual_seed(0)
 
 
 def for_flowjax(u, w, b):
-    """`(..., 2 D + 1)` numbers `w, u, b` with which flowjax, whose constraint has one logarithm more, makes the same layers."""
+    """`(..., 2 D + 1)` numbers `w, u, b` with which flowjax, whose constraint has one logarithm
+    more, makes the same layers.
+    """
     alpha = (w * u).sum(-1, keepdim=True)
     return torch.cat(
         [w, u + ((alpha.exp().expm1()).log() - alpha) * w / (w * w).sum(-1, keepdim=True), b[..., None]], -1
@@ -48,14 +60,17 @@ def for_flowjax(u, w, b):
 
 
 class Emitted(nn.Module):
-    """Stands where a transform has its tensors: hands out views of a head's output, as an amortised transform gets them."""
+    """Stands where a transform has its tensors: hands out views of a head's output, as an amortised
+    transform gets them.
+    """
 
     def __init__(self, head, length, dim):
         super().__init__()
         self.head, self.length, self.dim = head, length, dim
 
     def forward(self, context=None, dtype=None):
-        K, D = self.length, self.dim
+        K = self.length
+        D = self.dim
         u, w, b = self.head.split([K * D, K * D, K], -1)
         return {"u": u.unflatten(-1, (K, D)), "w": w.unflatten(-1, (K, D)), "b": b}
 
@@ -92,7 +107,7 @@ def mean_energy(apply, u):
 
 def naive_flow(u, w, b):
     columns = [[nn.Parameter(part.clone()) for part in tensor] for tensor in (u, w, b)]
-    layers = [lambda z, u=u, w=w, b=b: naive_layer(z, u, w, b) for u, w, b in zip(*columns)]
+    layers = [lambda z, u=u, w=w, b=b: naive_layer(z, u, w, b) for u, w, b in zip(*columns, strict=True)]
     return (lambda z: through(layers, z)), sum(columns, []), mean_energy(lambda z: through(layers, z), u)
 
 
@@ -101,7 +116,7 @@ def normflows_flow(u, w, b):
 
     layers = [
         normflows.flows.Planar((u.shape[-1],), u=u_k[None].clone(), w=w_k[None].clone(), b=b_k[None].clone())
-        for u_k, w_k, b_k in zip(u, w, b)
+        for u_k, w_k, b_k in zip(u, w, b, strict=True)
     ]
     model = normflows.NormalizingFlow(
         normflows.distributions.DiagGaussian(u.shape[-1], trainable=False), layers, U1_for_normflows()
@@ -125,8 +140,8 @@ def pyro_flow(u, w, b):
     from pyro import distributions
 
     layers = [distributions.transforms.Planar(u.shape[-1]).to(u.dtype) for _ in u]
-    for layer, *values in zip(layers, u, w, b):
-        for parameter, value in zip((layer.u, layer.w, layer.bias), values):
+    for layer, *values in zip(layers, u, w, b, strict=True):
+        for parameter, value in zip((layer.u, layer.w, layer.bias), values, strict=True):
             parameter.data.copy_(value)
     base = distributions.Normal(torch.zeros(u.shape[-1]), torch.ones(u.shape[-1]))
 
@@ -177,13 +192,16 @@ def engine(flow):
 
 
 def answers(apply, parameters, z, gy, gl):
-    """Values, log-dets, and the gradients of `sum gy y + sum gl log_det`, each family of parameters as one flat tensor."""
+    """Values, log-dets, and the gradients of `sum gy y + sum gl log_det`, each family of parameters
+    as one flat tensor.
+    """
     y, log_det = apply(z)
     found = torch.autograd.grad((y * gy).sum() + (log_det * gl).sum(), [z, *parameters])
     return y, log_det, found[0], torch.cat([g.flatten() for g in found[1:]])
 
 
-TURN, K = 50, given.length
+TURN = 50
+K = given.length
 u, w, b = (torch.empty(size).uniform_(-1, 1) for size in [(K, 2), (K, 2), (K,)])
 makers = with_peers(
     {
@@ -200,8 +218,10 @@ candidates["ours, torch reference, bare"] = torch_only(updates(flow[2], flow[1],
 for name, make in makers.items():
     _, parameters, loss = make(u, w, b)
     candidates[name] = updates(loss, parameters, True if given.fused else None)
-wide, z = [t.double() for t in (u, w, b)], torch.randn(given.samples, 2, dtype=torch.float64).requires_grad_()
-gy, gl = torch.randn_like(z), torch.randn_like(z[:, 0])
+wide = [t.double() for t in (u, w, b)]
+z = torch.randn(given.samples, 2, dtype=torch.float64).requires_grad_()
+gy = torch.randn_like(z)
+gl = torch.randn_like(z[:, 0])
 expected = answers(*naive_flow(*wide)[:2], z, gy, gl)
 agreement = {
     name: gap(answers(*make(*wide)[:2], z, gy, gl), expected)
@@ -217,7 +237,8 @@ if jax:
     candidates |= {"flowjax, its loop": jax.timed("fit", TURN), "flowjax, bare": jax.timed("step", TURN)}
 found = interleaved(candidates, given.rounds)
 report(
-    f"planar K = {K} on U1, {given.samples} draws, whole training step, float32, Adam of the peers: {'fused' if given.fused else 'default'}",
+    f"planar K = {K} on U1, {given.samples} draws, whole training step, float32, Adam of the peers: "
+    f"{'fused' if given.fused else 'default'}",
     found,
     per=TURN,
 )
@@ -242,7 +263,7 @@ def emitted_naive(head, K, D, apart=lambda t: t.unbind(1)):
         parts = Emitted(head, K, D)()
         layers = [
             lambda z, u=u, w=w, b=b: naive_layer(z, u, w, b[:, None])
-            for u, w, b in zip(*(apart(parts[name]) for name in "uwb"))
+            for u, w, b in zip(*(apart(parts[name]) for name in "uwb"), strict=True)
         ]
         return through(layers, z)
 
@@ -258,7 +279,7 @@ def emitted_pyro(head, K, D):
 
     def apply(z):
         parts = Emitted(head, K, D)()
-        emitted = zip(*(parts[name].unbind(1) for name in "buw"))
+        emitted = zip(*(parts[name].unbind(1) for name in "buw"), strict=True)
         layers = [
             ConditionalPlanar(lambda context, b=b, u=u, w=w: (b[:, None], u, w)).condition(None)
             for b, u, w in emitted
@@ -280,9 +301,14 @@ def once(apply, leaves, z, gy, gl):
     return turn
 
 
-TURN, K, D, B = 10, given.deep, given.dim, given.batch
+TURN = 10
+K = given.deep
+D = given.dim
+B = given.batch
 head = (math.sqrt(1 / D) * torch.randn(B, K * (2 * D + 1))).requires_grad_()
-z, gy, gl = torch.randn(B, D, requires_grad=True), torch.randn(B, D), torch.randn(B)
+z = torch.randn(B, D, requires_grad=True)
+gy = torch.randn(B, D)
+gl = torch.randn(B)
 wide = [t.detach().double() for t in (head, z, gy, gl)]
 wide_head, wide_z = (t.requires_grad_() for t in wide[:2])
 makers = {"naive loop": emitted_naive, "naive loop by index": by_index} | with_peers(
@@ -292,7 +318,8 @@ candidates = {
     "ours, kernel": once(emitted_ours(head, K, D), (head, z), z, gy, gl),
     "ours, torch reference": torch_only(once(emitted_ours(head, K, D), (head, z), z, gy, gl)),
 }
-expected, agreement = answers(emitted_naive(wide_head, K, D), [wide_head], wide_z, *wide[2:]), {}
+expected = answers(emitted_naive(wide_head, K, D), [wide_head], wide_z, *wide[2:])
+agreement = {}
 for name, make in {"ours": emitted_ours, **makers}.items():
     if name != "ours":
         candidates[name] = once(make(head, K, D), (head, z), z, gy, gl)

@@ -1,14 +1,20 @@
-"""Rational-quadratic splines: one call in each direction with its gradients. One thread on one core, one interleaved run.
+"""Rational-quadratic splines: one call in each direction with its gradients.
+
+One thread on one core, one interleaved run.
 
 Ours needs nothing more than `make setup`. The peers go into two folders of their own, beside it:
 
     .venv/bin/python -m pip install --target /tmp/peers --no-deps nflows==0.14 zuko==1.6.0 umnn==1.71 tqdm
-    .venv/bin/python -m venv /tmp/peers-jax && /tmp/peers-jax/bin/python -m pip install jax==0.10.2 flowjax==19.1.2
+    .venv/bin/python -m venv /tmp/peers-jax
+    /tmp/peers-jax/bin/python -m pip install jax==0.10.2 flowjax==19.1.2
     .venv/bin/python benchmarks/spline.py --peers /tmp/peers --jax /tmp/peers-jax/bin/python
 
-What is not there is named and left out. 100 rows of 20 numbers, each with 8 bins of its own on [-3, 3] and, being normal with standard deviation 1.5, a chance of 1 in 22 to lie outside; gradients with respect to the numbers and all
-parameters. The parameters are converted for each peer, outside the time measured, so that all compute the same functions; flowjax trains the slopes at the two ends as well, the others hold them at 1.
-Agreement: values, log-slopes and the gradient with respect to the numbers against our torch reference, in double precision (flowjax: single).
+What is not there is named and left out. 100 rows of 20 numbers, each with 8 bins of its own on [-3,
+3] and, being normal with standard deviation 1.5, a chance of 1 in 22 to lie outside; gradients with
+respect to the numbers and all parameters. The parameters are converted for each peer, outside the
+time measured, so that all compute the same functions; flowjax trains the slopes at the two ends as
+well, the others hold them at 1. Agreement: values, log-slopes and the gradient with respect to the
+numbers against our torch reference, in double precision (flowjax: single).
 """
 
 import math
@@ -22,7 +28,10 @@ from normflow_vi.transforms.spline import FLOOR, OFFSET, Spline
 
 given = arguments("time rational-quadratic splines", rows=100, columns=20, bins=8, rounds=15)
 jax = Neighbour(given.jax) if given.jax else None
-TURN, BINS, BOUND, law = 50, given.bins, 3.0, Spline(given.bins, 3.0)
+TURN = 50
+BINS = given.bins
+BOUND = 3.0
+law = Spline(given.bins, 3.0)
 
 
 def parts(theta):
@@ -40,7 +49,9 @@ def nflows_spline():
 
 
 def zuko_spline():
-    """The function, and the parameters it needs: it squashes them, has no least width, and takes the exponential for the slopes."""
+    """The function, and the parameters it needs: it squashes them, has no least width, and takes
+    the exponential for the slopes.
+    """
     from zuko.transforms import MonotonicRQSTransform
 
     def apply(z, theta, inverse):
@@ -90,15 +101,14 @@ def leaf(t, dtype):
 
 torch.manual_seed(0)
 shape = given.rows, given.columns
-z, theta, gy, gl = (
-    1.5 * torch.randn(shape, dtype=torch.float64),
-    torch.randn(*shape, law.size, dtype=torch.float64),
-    torch.randn(shape),
-    torch.randn(shape),
-)
+z = 1.5 * torch.randn(shape, dtype=torch.float64)
+theta = torch.randn(*shape, law.size, dtype=torch.float64)
+gy = torch.randn(shape)
+gl = torch.randn(shape)
 peers = with_peers({"nflows": nflows_spline, "zuko": zuko_spline})
 for inverse in (False, True):
-    single, double = partial(leaf, dtype=torch.float32), partial(leaf, dtype=torch.float64)
+    single = partial(leaf, dtype=torch.float32)
+    double = partial(leaf, dtype=torch.float64)
     candidates = {
         "ours, kernel": turn(ours, single(z), single(theta), gy, gl, inverse),
         "ours, torch reference": torch_only(turn(ours, single(z), single(theta), gy, gl, inverse)),
@@ -128,7 +138,8 @@ for inverse in (False, True):
         candidates["flowjax"] = jax.timed("pull" if inverse else "push", TURN)
     found = interleaved(candidates, given.rounds)
     report(
-        f"spline, {z.numel()} numbers, {BINS} bins, {'inverse' if inverse else 'forward'} direction and its gradients, float32",
+        f"spline, {z.numel()} numbers, {BINS} bins, {'inverse' if inverse else 'forward'} direction and "
+        "its gradients, float32",
         found,
         per=TURN,
     )

@@ -1,20 +1,31 @@
-"""A whole training step of the image model, 784-400-400 and back, 40 latents, batches of 100: diagonal posterior and K planar layers. One thread on one core, one interleaved run.
+"""A whole training step of the image model, 784-400-400 and back, 40 latents, batches of 100:
+diagonal posterior and K planar layers.
+
+One thread on one core, one interleaved run.
 
     .venv/bin/python benchmarks/vae_step.py --peers /tmp/peers --jax /tmp/peers-jax/bin/python
 
-The peers' folders are made as `planar.py` says. A step is: choose 100 of 50,000 images of MNIST's shape, binarise them (`--dynamic 0`: they are bits already), forward, backward, update.
-Random pixels do: no data set is needed.
+The peers' folders are made as `planar.py` says. A step is: choose 100 of 50,000 images of MNIST's
+shape, binarise them (`--dynamic 0`: they are bits already), forward, backward, update. Random
+pixels do: no data set is needed.
 
-Ours is a step of the `Trainer` as the MNIST experiment calls it, with its bookkeeping, weight decay, rate schedule and fused Adam; once with the matrix products of `numerics.product` and
-once with torch's own. What a log point costs beside the curve, which a long training meets every thousandth step, is printed by itself. The peers' steps are bare: resident floats, an index,
-`torch.bernoulli`, and Adam as torch makes it by default (`--fused 1`: fused). Their encoder, decoder and likelihood are plain torch, the same for all; only the flow differs. The naive loop
-writes one layer after the other, all emitted by one linear layer; pyro has a linear layer for each, as its `ConditionalPlanar` asks for, and once more all by one; normflows has no planar
-layer with a context: its parameters are shared by all images, which spares K x 81 outputs of the encoder and so is less work. `+ switch`: every product of the process sent to oneDNN by
-torch's global switch. jax: a program of its own, planar by `lax.scan` with all that can be taken out of it; flowjax: `Planar(cond_dim=...)`, one linear network a layer, in a `Scan`; both
-jitted from the choice of the batch to optax's Adam.
+Ours is a step of the `Trainer` as the MNIST experiment calls it, with its bookkeeping, weight
+decay, rate schedule and fused Adam; once with the matrix products of `numerics.product` and once
+with torch's own. What a log point costs beside the curve, which a long training meets every
+thousandth step, is printed by itself. The peers' steps are bare: resident floats, an index,
+`torch.bernoulli`, and Adam as torch makes it by default (`--fused 1`: fused). Their encoder,
+decoder and likelihood are plain torch, the same for all; only the flow differs. The naive loop
+writes one layer after the other, all emitted by one linear layer; pyro has a linear layer for each,
+as its `ConditionalPlanar` asks for, and once more all by one; normflows has no planar layer with a
+context: its parameters are shared by all images, which spares K x 81 outputs of the encoder and so
+is less work. `+ switch`: every product of the process sent to oneDNN by torch's global switch. jax:
+a program of its own, planar by `lax.scan` with all that can be taken out of it; flowjax:
+`Planar(cond_dim=...)`, one linear network a layer, in a `Scan`; both jitted from the choice of the
+batch to optax's Adam.
 
-Agreement, before anything is timed: loss and gradients of one batch, same weights and noise, against the naive loop in double precision (flowjax with its own constraint: against the naive
-loop with that one); it raises beyond rounding.
+Agreement, before anything is timed: loss and gradients of one batch, same weights and noise,
+against the naive loop in double precision (flowjax with its own constraint: against the naive loop
+with that one); it raises beyond rounding.
 """
 
 import tempfile
@@ -50,7 +61,8 @@ given = arguments(
     fused=0,
     length=-1,
 )
-jax, D = Neighbour(given.jax) if given.jax else None, 40
+jax = Neighbour(given.jax) if given.jax else None
+D = 40
 draw = torch.Generator().manual_seed(0)
 GREY = torch.randint(256, (given.images, 784), dtype=torch.uint8, generator=draw) * (
     torch.rand(given.images, 784, generator=draw) < 0.2
@@ -63,7 +75,9 @@ FLOATS = SPLIT.images.float() / (255 if given.dynamic else 1)
 
 
 def apart(head, order):
-    """Rows of a head `u, w, b` for all layers `(K (2 D + 1), ...)` -> `(K, 2 D + 1, ...)`, the parts of a layer in the `order` given."""
+    """Rows of a head `u, w, b` for all layers `(K (2 D + 1), ...)` -> `(K, 2 D + 1, ...)`, the
+    parts of a layer in the `order` given.
+    """
     K = len(head) // (2 * D + 1)
     u, w, b = head.split([K * D, K * D, K])
     parts = {"u": u.unflatten(0, (K, D)), "w": w.unflatten(0, (K, D)), "b": b[:, None]}
@@ -72,7 +86,7 @@ def apart(head, order):
 
 def together(layers, order):
     """The inverse of `apart`."""
-    parts = dict(zip(order, layers.split([1 if name == "b" else D for name in order], 1)))
+    parts = dict(zip(order, layers.split([1 if name == "b" else D for name in order], 1), strict=True))
     return torch.cat([parts[name].flatten(0, 1) for name in "uwb"])
 
 
@@ -120,8 +134,9 @@ def pyro(weights):
     from pyro.distributions.transforms import ConditionalPlanar
 
     matrices, biases = (apart(t, "buw") for t in weights[12:])
-    networks, K = [Emits(400, 2 * D + 1) for _ in matrices], len(matrices)
-    for network, weight, bias in zip(networks, matrices, biases):
+    networks = [Emits(400, 2 * D + 1) for _ in matrices]
+    K = len(matrices)
+    for network, weight, bias in zip(networks, matrices, biases, strict=True):
         network.weight.data.copy_(weight), network.bias.data.copy_(bias)
     layers = [ConditionalPlanar(network) for network in networks]
     plain = Plain(
@@ -141,7 +156,8 @@ def pyro_one_head(weights):
     """All layers emitted by one linear network, which `ConditionalPlanar` is handed the pieces of."""
     from pyro.distributions.transforms import ConditionalPlanar
 
-    plain, layer = naive_model(weights), ConditionalPlanar(lambda parts: parts)
+    plain = naive_model(weights)
+    layer = ConditionalPlanar(lambda parts: parts)
     return (
         pyro_loss(plain, lambda emitted: [layer.condition((b, u, w)) for u, w, b in emitted]),
         plain.parameters,
@@ -177,15 +193,15 @@ def slopes_of_jax(name, flow, weights, x, noise, folder):
     np.savez(path, x=x, noise=noise, images=SPLIT.images, **{f"p{i}": t for i, t in enumerate(weights)})
     jax.ask(build="image model", path=path, name=name, flow=flow, dynamic=given.dynamic)
     with np.load(f"{path}{name}.npz") as found:
-        value, slopes = (
-            torch.from_numpy(found["value"]),
-            [torch.from_numpy(found[f"g{i}"]) for i in range(len(weights))],
-        )
+        value = torch.from_numpy(found["value"])
+        slopes = [torch.from_numpy(found[f"g{i}"]) for i in range(len(weights))]
     return value, [*slopes[:12], *(together(t, "wub") for t in slopes[12:])] if layered else slopes
 
 
 def agree(name, found, expected, most=1e-4):
-    """Raise unless loss and all gradients are those expected, up to rounding: the largest relative error in the norm."""
+    """Raise unless loss and all gradients are those expected, up to rounding: the largest relative
+    error in the norm.
+    """
     error = max(
         ((a.double() - b).norm() / b.norm()).item()
         for a, b in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True)
@@ -199,7 +215,9 @@ def agree(name, found, expected, most=1e-4):
 
 
 def engine(model):
-    """A turn of the trainer's own steps with one point of the learning curves, and what a log point does besides."""
+    """A turn of the trainer's own steps with one point of the learning curves, and what a log point
+    does besides.
+    """
     trainer = Trainer(
         [model],
         image_loss,
@@ -219,16 +237,15 @@ def engine(model):
 
 def bare(loss, parameters):
     """A turn of a plain loop."""
-    optimizer, state = (
-        torch.optim.Adam(parameters, lr=1e-3, fused=True if given.fused else None),
-        {"order": torch.empty(0, dtype=torch.int64)},
-    )
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True if given.fused else None)
+    state = {"order": torch.empty(0, dtype=torch.int64)}
 
     def turn():
         for _ in range(given.turn):
             if len(state["order"]) < given.batch:
                 state["order"] = torch.randperm(given.images)
-            rows, state["order"] = state["order"][: given.batch], state["order"][given.batch :]
+            rows = state["order"][: given.batch]
+            state["order"] = state["order"][given.batch :]
             x = torch.bernoulli(FLOATS[rows]) if given.dynamic else FLOATS[rows]
             optimizer.zero_grad()
             loss(x).backward()
@@ -247,21 +264,23 @@ def peers_in_torch(K, weights):
 
 def compare(K, folder):
     """One interleaved run."""
-    model, x = paper_model(K), SPLIT.pixels(torch.Generator().manual_seed(2), torch.arange(given.batch))
-    weights, noise = (
-        weights_of(model),
-        torch.randn(given.batch, D, generator=torch.Generator().manual_seed(1)),
-    )
+    model = paper_model(K)
+    x = SPLIT.pixels(torch.Generator().manual_seed(2), torch.arange(given.batch))
+    weights = weights_of(model)
+    noise = torch.randn(given.batch, D, generator=torch.Generator().manual_seed(1))
 
     def expected(**how):
         return slopes_of(naive([t.double() for t in weights], **how), x.double(), noise.double())
 
     exact = expected()
-    candidates, besides, peers = {}, {}, peers_in_torch(K, weights)
+    candidates = {}
+    besides = {}
+    peers = peers_in_torch(K, weights)
     for name, how in {"ours": lambda call: call, "ours, torch's products": torch_products}.items():
         agree(name, how(ours_slopes)(model, x), exact)
         turn, settle = engine(paper_model(K))
-        candidates[name], besides[name] = how(turn), settle
+        candidates[name] = how(turn)
+        besides[name] = settle
     if K == 40:
         candidates["ours, NICE-perm"] = engine(paper_model(K, "nice-perm"))[0]
     for name, peer in peers.items():
@@ -277,7 +296,8 @@ def compare(K, folder):
         candidates[name] = jax.timed(f"{name} {K}", given.turn)
     found = interleaved(candidates, given.rounds)
     report(
-        f"{f'planar K = {K}' if K else 'diagonal posterior'}, whole training step, batch {given.batch}, {'dynamic' if given.dynamic else 'static'} binarisation, float32",
+        f"{f'planar K = {K}' if K else 'diagonal posterior'}, whole training step, batch {given.batch}, "
+        f"{'dynamic' if given.dynamic else 'static'} binarisation, float32",
         found,
         per=given.turn,
     )

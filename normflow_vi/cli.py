@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 from .reproduce import drawing, report, status
@@ -173,7 +173,7 @@ def merge(folder: Path | str) -> tuple[list[str], list[str]]:
     return taken, problems
 
 # %% ../nbs/90_engine/80_cli.ipynb #c430a5eb
-_OPTIONS = {
+_OPTIONS: dict[str, dict[str, Any]] = {
     "--profile": dict(choices=PROFILES, default="quick"),
     "--only": dict(metavar="CHAPTER", help="a chapter or an experiment"),
     "--device": dict(choices=DEVICES, default="auto"),

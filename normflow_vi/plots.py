@@ -7,6 +7,7 @@ __all__ = ['FAMILY_COLOURS', 'PART_STYLES', 'colour', 'show_density', 'show_imag
 
 # %% ../nbs/90_engine/35_plots.ipynb #a3d354c6
 from pathlib import Path
+from typing import Any
 
 from .utils.files import atomic_write
 
@@ -32,14 +33,14 @@ FAMILY_COLOURS = {
 PART_STYLES = {"train": ":", "valid": "--", "test": "-"}  # one line style a part of the data
 
 # %% ../nbs/90_engine/35_plots.ipynb #dfdc5642
-def colour(family, depth=1.0):
+def colour(family: str, depth: float = 1.0) -> tuple[float, ...]:
     "The family's colour as RGB, mixed with white: `depth` runs from 0 (white) to 1 (full colour)."
     from matplotlib.colors import to_rgb
 
     return tuple(1 - depth * (1 - channel) for channel in to_rgb(FAMILY_COLOURS[family]))
 
 # %% ../nbs/90_engine/35_plots.ipynb #352e597e
-def show_density(axes, density, window, title):
+def show_density(axes: Any, density: Any, window: float, title: str) -> None:
     "Draw `density`, values on a square grid `(n * n,)` ordered by `z1` then `z2`, over `[-window, window]^2`."
     side = round(len(density) ** 0.5)
     axes.imshow(
@@ -48,7 +49,7 @@ def show_density(axes, density, window, title):
     axes.set(title=title, xticks=[-window, 0, window], yticks=[-window, 0, window])
 
 # %% ../nbs/90_engine/35_plots.ipynb #f61298fd
-def show_images(axes, images, columns, title, side=28):
+def show_images(axes: Any, images: Any, columns: int, title: str, side: int = 28) -> None:
     "Draw grey images `(n, side * side)` in [0, 1] as one sheet, row by row; unfilled places stay white."
     import numpy as np
 
@@ -61,7 +62,7 @@ def show_images(axes, images, columns, title, side=28):
     axes.set(title=title, xticks=[], yticks=[])
 
 # %% ../nbs/90_engine/35_plots.ipynb #c166b9e9
-def save_figure(figure, path, dpi=130):
+def save_figure(figure: Any, path: str | Path, dpi: int = 130) -> Path:
     "Write a matplotlib figure as PNG, atomically; returns the path."
     import io
 

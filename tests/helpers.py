@@ -19,6 +19,11 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 many_draws = pytest.mark.parametrize("draws", [2000, pytest.param(100_000, marks=pytest.mark.full)])
 
 
+def normals(*sizes):
+    "Standard normals in double precision."
+    return torch.randn(*sizes, dtype=torch.float64)
+
+
 def plant(monkeypatch, place, found, wrong):
     """Replace the piece `found` of the source of a function by `wrong`, wherever the function is in use.
 
@@ -37,7 +42,9 @@ def plant(monkeypatch, place, found, wrong):
 
 
 def caught(monkeypatch, check, place, found, wrong):
-    "Assert that `check` passes as things are, and fails with the piece `found` of `place` replaced by `wrong`."
+    """Assert that `check` passes as things are, and fails with the piece `found` of `place`
+    replaced by `wrong`.
+    """
     check()
     plant(monkeypatch, place, found, wrong)
     with pytest.raises(AssertionError):
@@ -48,7 +55,8 @@ def damage(kind, data, rng):
     'Bytes with one bit flipped ("bit"), an end missing ("truncated"), or 4 kB zeroed, as crashes leave them.'
     if kind == "bit":
         place = int(rng.integers(len(data)))
-        return data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :]
+        flipped = data[place] ^ 1 << int(rng.integers(8))
+        return data[:place] + bytes([flipped]) + data[place + 1 :]
     if kind == "truncated":
         return data[: int(rng.integers(len(data)))]
     start = int(rng.integers(len(data) - 4096)) // 512 * 512
@@ -62,15 +70,14 @@ def moved(transform, scale=1.0, jitter=0.3, dtype=torch.float64):
 
 
 def emitting(make, draws, scale, dtype, **given):
-    "A layer `make(context_dim)` whose head passes on its context, and such a context: a draw of its tensors a row, `scale` times standard normals but for those `given`."
-    initial = make(None).initial()
-    context = torch.cat(
-        [
-            given.get(name, scale * torch.randn(draws, *value.shape, dtype=dtype)).flatten(1)
-            for name, value in initial.items()
-        ],
-        1,
-    )
+    """A layer `make(context_dim)` whose head passes on its context, and such a context: a draw of
+    its tensors a row, `scale` times standard normals but for those `given`.
+    """
+    parts = []
+    for name, value in make(None).initial().items():
+        drawn = scale * torch.randn(draws, *value.shape, dtype=dtype)
+        parts.append(given.get(name, drawn).flatten(1))
+    context = torch.cat(parts, 1)
     transform = make(context.shape[1]).to(dtype).eval()
     with torch.no_grad():
         transform.source.linear.weight.copy_(torch.eye(context.shape[1]) / transform.head_scale)
@@ -102,7 +109,11 @@ def exact(value):
 
 
 def near(found, expected, tolerance=1e-10):
-    "Whether `|found - expected| <= tolerance (1 + |expected|)`, for a tensor and a number, or tensors and lists of numbers."
+    """Whether `|found - expected| <= tolerance (1 + |expected|)`, for a tensor and a number, or
+    tensors and lists of numbers.
+    """
     if isinstance(expected, list):
-        return len(found) == len(expected) and all(near(f, e, tolerance) for f, e in zip(found, expected))
+        return len(found) == len(expected) and all(
+            near(f, e, tolerance) for f, e in zip(found, expected, strict=True)
+        )
     return abs(found.item() - expected) <= tolerance * (1 + abs(expected))

@@ -44,11 +44,9 @@ def refused(folder, data):
 
 def test_what_is_saved_is_loaded(folder):
     step, found = latest(folder)
-    assert (
-        step == 200
-        and torch.equal(found["weights"], state(200)["weights"])
-        and found["rows"] == state(200)["rows"]
-    )
+    assert step == 200
+    assert torch.equal(found["weights"], state(200)["weights"])
+    assert found["rows"] == state(200)["rows"]
 
 
 def test_the_last_two_are_kept_and_rests_are_swept(folder):
@@ -71,8 +69,10 @@ def test_the_last_two_are_kept_and_rests_are_swept(folder):
     ],
 )
 def test_damage_is_noticed_every_time(folder, kind, times):
-    rng, data = np.random.default_rng(times), path_of(folder, 200).read_bytes()
-    assert all(refused(folder, damage(kind, data, rng)) for _ in range(times))
+    rng = np.random.default_rng(times)
+    data = path_of(folder, 200).read_bytes()
+    for _ in range(times):
+        assert refused(folder, damage(kind, data, rng))
 
 
 def test_every_byte_of_the_header_counts(folder):
@@ -152,7 +152,8 @@ def test_a_payload_is_never_executed(folder, tmp_path, zipped):
             framed(pickle.dumps(content, 2)),
             pickle.dumps(content, 2),
         ):
-            assert refused(folder, data) and not target.exists()
+            assert refused(folder, data)
+            assert not target.exists()
     buffer.seek(0)
     torch.load(buffer, weights_only=False)  # the control: it does bite
     assert target.exists()
@@ -181,7 +182,7 @@ for limit in limits:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3, limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0], limits[0]))
-save(folder, 200, {"weights": torch.ones(20_000)})                                        # not caught: what does the process say?
+save(folder, 200, {"weights": torch.ones(20_000)})    # not caught: what does the process say?
 """
 
 
@@ -195,7 +196,9 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, trials):
         text=True,
         env={**os.environ, "TMPDIR": "/nonexistent"},
     )
-    assert done.returncode == 1 and "step-000000200.ckpt" in done.stderr.splitlines()[-1]
-    assert done.stdout.count("step-000000200.ckpt") == trials and "bytes cannot be written" in done.stdout
+    assert done.returncode == 1
+    assert "step-000000200.ckpt" in done.stderr.splitlines()[-1]
+    assert done.stdout.count("step-000000200.ckpt") == trials
+    assert "bytes cannot be written" in done.stdout
     assert [file.name for file in tmp_path.iterdir()] == ["step-000000100.ckpt"]
     assert latest(tmp_path)[0] == 100

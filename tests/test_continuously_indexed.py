@@ -1,13 +1,16 @@
-"""Continuously-indexed layers: what must integrate to one does, known answers are met, the rest of the library uses them unchanged."""
+"""Continuously-indexed layers: what must integrate to one does, known answers are met, the rest of
+the library uses them unchanged.
+"""
 
 import math
+from functools import partial
 
 import mpmath
 import pytest
 import torch
 from torch.func import functional_call, stack_module_state, vmap
 
-from helpers import caught, dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
+from helpers import caught, dtypes, exact, many_draws, moved, near, normals, over_draws, scales, tensors_of
 from normflow_vi import Chain, Flow, fit
 from normflow_vi.evaluate import log_marginal
 from normflow_vi.objectives import elbo, free_energy
@@ -92,37 +95,47 @@ def base_log_prob(w):
 
 
 def midpoints(half, n):
-    return half * (2 * (torch.arange(n, dtype=torch.float64) + 0.5) / n - 1), 2 * half / n
+    "Midpoints of `n` equal steps over `[-half, half]`, and the length of a step."
+    counted = torch.arange(n, dtype=torch.float64) + 0.5
+    return half * (2 * counted / n - 1), 2 * half / n
 
 
 def masses(layer, dim, n, half, context=None):
-    "Three sums over a grid, each 1: the joint q(z, u), the bracket of `forward` against a normalised f, and that of `inverse` as an importance weight."
+    """Three sums over a grid, each 1: the joint q(z, u), the bracket of `forward` against a
+    normalised f, and that of `inverse` as an importance weight.
+    """
     axis, step = midpoints(half, n)
     grid = torch.cartesian_prod(*[axis] * (dim + 1))
-    point, last, cell = grid[:, :dim], grid[:, dim:], step ** (dim + 1)
+    point = grid[:, :dim]
+    last = grid[:, dim:]
+    cell = step ** (dim + 1)
     context = None if context is None else context.expand(len(grid), -1)
     with torch.no_grad():
         w, log_det = layer.given(last).inverse(point, context)
-        joint = (base_log_prob(w) + log_det + log_normal_at(last, *layer.index(w))).exp().sum() * cell
+        log_joint = base_log_prob(w) + log_det + log_normal_at(last, *layer.index(w))
         layer.eps = last
         z, bracket = layer.forward(point, context)
-        log_q, log_f = base_log_prob(point) - bracket, base_log_prob((z - 0.3) / 1.1) - dim * math.log(1.1)
-        forward = (base_log_prob(point) + base_log_prob(last) + log_f - log_q).exp().sum() * cell
+        log_q = base_log_prob(point) - bracket
+        log_f = base_log_prob((z - 0.3) / 1.1) - dim * math.log(1.1)
+        log_forward = base_log_prob(point) + base_log_prob(last) + log_f - log_q
         w, minus = layer.inverse(point, context)
-        inverse = (base_log_prob(last) + base_log_prob(w) + minus).exp().sum() * cell
-    return {"joint": joint.item(), "forward": forward.item(), "inverse": inverse.item()}
+        log_inverse = base_log_prob(last) + base_log_prob(w) + minus
+    return {
+        "joint": (log_joint.exp().sum() * cell).item(),
+        "forward": (log_forward.exp().sum() * cell).item(),
+        "inverse": (log_inverse.exp().sum() * cell).item(),
+    }
 
 
 def drawn_layer(make, inside, form, dim, context_dim, **options):
     "A layer in float64 whose networks matter: the last layer of each is as large as the others."
-    layer = (
-        make(INSIDE[inside](dim, 1, context_dim), hidden=(6,), form=form, context_dim=context_dim, **options)
-        .double()
-        .eval()
-    )
+    transform = INSIDE[inside](dim, 1, context_dim)
+    layer = make(transform, hidden=(6,), form=form, context_dim=context_dim, **options)
+    layer = layer.double().eval()
     with torch.no_grad():
         for name, parameter in layer.source.named_parameters():
-            parameter.mul_(3.0 if name.endswith("_1") else 1.0)
+            if name.endswith("_1"):
+                parameter.mul_(3.0)
     return layer
 
 
@@ -140,30 +153,35 @@ def drawn_layer(make, inside, form, dim, context_dim, **options):
     ],
 )
 def test_what_must_integrate_to_one_does(inside, dim, n, half, form, context_dim):
-    layer, context = (
-        drawn_layer(Frozen, inside, form, dim, context_dim),
-        None if context_dim is None else 0.2 * torch.randn(1, context_dim, dtype=torch.float64),
-    )
+    layer = drawn_layer(Frozen, inside, form, dim, context_dim)
+    context = None if context_dim is None else 0.2 * normals(1, context_dim)
     found = masses(layer, dim, n, half, context)
-    assert all(abs(mass - 1) < 1e-3 for mass in found.values()), found
+    for mass in found.values():
+        assert abs(mass - 1) < 1e-3, found
 
 
 def test_so_it_does_around_a_spline_on_the_plane():
     "Once: its slopes have kinks, which a coarse grid sees."
     found = masses(drawn_layer(Frozen, "spline", "before", 2, None), 2, 64, 7.0)
-    assert all(abs(mass - 1) < 1e-3 for mass in found.values()), found
+    for mass in found.values():
+        assert abs(mass - 1) < 1e-3, found
 
 
 def test_the_context_reaches_r_and_the_inside():
-    "And nothing else: with an inside that takes none, z is the same whatever the context, its log-weight is not."
-    w, contexts = torch.randn(50, 2, dtype=torch.float64), torch.randn(2, 50, C, dtype=torch.float64)
-    plain, conditional = (
-        Frozen(Affine(2), context_dim=C).double(),
-        drawn_layer(Frozen, "chain", "after", 2, C),
-    )
-    (z, weight), (again, other) = (plain.forward(w, c) for c in contexts)
-    assert torch.equal(z, again) and not torch.allclose(weight, other)
-    assert not torch.allclose(conditional.forward(w, contexts[0])[0], conditional.forward(w, contexts[1])[0])
+    """And nothing else: with an inside that takes none, z is the same whatever the context, its
+    log-weight is not.
+    """
+    w = normals(50, 2)
+    contexts = normals(2, 50, C)
+    plain = Frozen(Affine(2), context_dim=C).double()
+    conditional = drawn_layer(Frozen, "chain", "after", 2, C)
+    z, weight = plain.forward(w, contexts[0])
+    again, other = plain.forward(w, contexts[1])
+    assert torch.equal(z, again)
+    assert not torch.allclose(weight, other)
+    z, _ = conditional.forward(w, contexts[0])
+    other, _ = conditional.forward(w, contexts[1])
+    assert not torch.allclose(z, other)
     assert Frozen(Affine(2, context_dim=C)).context_dim == C
 
 
@@ -175,24 +193,28 @@ def tight(form, mean, cov, index_noise=0.5):
 
     With u = a.w + noise, and z = A w + b u + m, the pair (z, u) is Gaussian."""
     D = len(mean)
-    a, s, t, shift, log_scale = (
-        torch.randn(D),
-        0.3 * torch.randn(D),
-        torch.randn(D),
-        torch.randn(D),
-        0.3 * torch.randn(D),
-    )
+    a = torch.randn(D)
+    s = 0.3 * torch.randn(D)
+    t = torch.randn(D)
+    shift = torch.randn(D)
+    log_scale = 0.3 * torch.randn(D)
     layer = ContinuouslyIndexed(Affine(D), hidden=(), form=form).double()
     a, s, t, shift, log_scale = (v.double() for v in (a, s, t, shift, log_scale))
     A = torch.diag((s + log_scale).exp())
-    b, m = (t, s.exp() * shift) if form == "after" else (A @ t, shift)
+    if form == "after":
+        b = t
+        m = s.exp() * shift
+    else:
+        b = A @ t
+        m = shift
     out_mean = A @ mean + b * (a @ mean) + m
-    cov_wu, var_u = cov @ a, a @ cov @ a + index_noise**2
-    out_cov = (
-        A @ cov @ A.T + torch.outer(A @ cov_wu, b) + torch.outer(b, A @ cov_wu) + var_u * torch.outer(b, b)
-    )
-    gain = torch.linalg.solve(out_cov, A @ cov_wu + b * var_u)
-    left = var_u - gain @ (A @ cov_wu + b * var_u)
+    var_u = a @ cov @ a + index_noise**2
+    cov_wu = A @ cov @ a  # of A w and u
+    cov_zu = cov_wu + b * var_u
+    mixed = torch.outer(cov_wu, b)
+    out_cov = A @ cov @ A.T + mixed + mixed.T + var_u * torch.outer(b, b)
+    gain = torch.linalg.solve(out_cov, cov_zu)
+    left = var_u - gain @ cov_zu
     zero = torch.zeros(D, dtype=torch.float64)
     values = {
         "q_weight_0": torch.stack([a, zero], -1),
@@ -214,86 +236,101 @@ def tight(form, mean, cov, index_noise=0.5):
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("dim", [1, 3])
 def test_the_exact_auxiliary_gives_log_q_draw_by_draw(form, length, dim):
-    "Also for a chain, where each r looks at the output of its own layer, and for the density of given points, whatever index is drawn."
-    mean, cov, layers = torch.zeros(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64), []
+    """Also for a chain, where each r looks at the output of its own layer, and for the density of
+    given points, whatever index is drawn.
+    """
+    mean = torch.zeros(dim, dtype=torch.float64)
+    cov = torch.eye(dim, dtype=torch.float64)
+    layers = []
     for _ in range(length):
         layer, mean, cov = tight(form, mean, cov)
         layers.append(layer)
-    q, exact = Flow(Chain(*layers)).double(), torch.distributions.MultivariateNormal(mean, cov)
+    q = Flow(Chain(*layers)).double()
+    exact = torch.distributions.MultivariateNormal(mean, cov)
     z, log_q = q.rsample_and_log_prob((1000,))
-    assert torch.allclose(log_q, exact.log_prob(z), rtol=0, atol=1e-8) and torch.allclose(
-        q.log_prob(z), exact.log_prob(z), rtol=0, atol=1e-8
-    )
+    assert torch.allclose(log_q, exact.log_prob(z), rtol=0, atol=1e-8)
+    assert torch.allclose(q.log_prob(z), exact.log_prob(z), rtol=0, atol=1e-8)
     bound = elbo(lambda z: exact.log_prob(z) + 2.0, q(), samples=500)
-    assert abs(bound.value - 2) < 1e-8 and bound.std_error < 1e-9
+    assert abs(bound.value - 2) < 1e-8
+    assert bound.std_error < 1e-9
     draws = q.sample((40_000,))
-    assert ((draws.mean(0) - mean).abs() < 5 * cov.diagonal().sqrt() / 200).all() and torch.allclose(
-        torch.cov(draws.T), cov, atol=0.1 * cov.diagonal().max().item()
-    )
+    variances = cov.diagonal()
+    assert ((draws.mean(0) - mean).abs() < 5 * variances.sqrt() / 200).all()
+    assert torch.allclose(torch.cov(draws.T), cov, atol=0.1 * variances.max().item())
 
 
 @both_forms
 def test_the_density_of_a_point_is_bounded_in_the_mean_and_reached_in_the_limit(form):
     layer = drawn_layer(ContinuouslyIndexed, "planar", form, 1, None)
-    q, z = Flow(layer).double(), torch.tensor([-1.5, -0.3, 0.4, 1.7], dtype=torch.float64)[:, None]
+    q = Flow(layer).double()
+    z = torch.tensor([-1.5, -0.3, 0.4, 1.7], dtype=torch.float64)[:, None]
     axis, step = midpoints(12.0, 3000)
     with torch.no_grad():
         u = axis[:, None, None].expand(-1, 4, 1)
         w, log_det = layer.given(u).inverse(z.expand(3000, 4, 1))
-        exact = (base_log_prob(w) + log_det + log_normal_at(u, *layer.index(w))).logsumexp(0) + math.log(step)
+        log_joint = base_log_prob(w) + log_det + log_normal_at(u, *layer.index(w))
+        exact = log_joint.logsumexp(0) + math.log(step)
         draws = q.log_prob(z.expand(40_000, 4, 1))
-    short, weight = exact - draws.mean(0), (draws - exact).exp()
-    assert (short > -4 * draws.std(0) / 200).all() and (short > 0.003).any()
-    assert (
-        (weight.mean(0) - 1).abs() < 5 * weight.std(0) / 200 + 1e-3
-    ).all()  # unbiased for the density itself
+    short = exact - draws.mean(0)
+    weight = (draws - exact).exp()
+    assert (short > -4 * draws.std(0) / 200).all()
+    assert (short > 0.003).any()
+    off = (weight.mean(0) - 1).abs()
+    assert (off < 5 * weight.std(0) / 200 + 1e-3).all()  # unbiased for the density itself
     blocks = draws.unflatten(0, (-1, 1000)).logsumexp(1) - math.log(1000)
     assert ((exact - blocks.mean(0)).abs() < 0.02).all()
+
+
+def network_in_extended_precision(layer, prefix, x):
+    "Both halves of what a network of the layer emits, the second within +-5."
+    mp = mpmath.mp
+    parts = {}
+    for name in ("weight_0", "bias_0", "weight_1", "bias_1"):
+        parts[name] = mp.matrix(exact(getattr(layer.source, f"{prefix}{name}")[0]))
+    h = mp.matrix(x).T * parts["weight_0"] + parts["bias_0"].T
+    out = list(h.apply(mp.tanh) * parts["weight_1"] + parts["bias_1"].T)
+    half = len(out) // 2
+    return out[:half], [5 * mp.tanh(v / 5) for v in out[half:]]
+
+
+def log_density(u, mean, log_std):
+    "Of a normal distribution, in extended precision."
+    mp = mpmath.mp
+    standard = (u - mean) / mp.exp(log_std)
+    return -(standard**2) / 2 - log_std - mp.log(2 * mp.pi) / 2
 
 
 @scales
 @both_forms
 def test_against_extended_precision(form, scale):
-    "The whole bracket for given noise, from the formulas of the paper with 50 digits. Log-scales stay within +-5, as without a bound `exp` leaves the range of doubles."
+    """The whole bracket for given noise, from the formulas of the paper with 50 digits.
+
+    Log-scales stay within +-5, as without a bound `exp` leaves the range of doubles.
+    """
     mp = mpmath.mp
     for _ in range(10):
         layer = moved(Frozen(Affine(2), hidden=(3,), form=form, max_log_scale=5.0), scale, jitter=3.0)
         layer.transform.source.log_scale.data.div_(scale)
-        w = torch.randn(2, dtype=torch.float64)
-        layer.eps = torch.randn(1, dtype=torch.float64)
+        w = normals(2)
+        layer.eps = normals(1)
         z, bracket = layer.forward(w)
         with mp.workdps(50):
-
-            def net(prefix, x):
-                parts = {
-                    name: exact(getattr(layer.source, f"{prefix}{name}")[0])
-                    for name in ("weight_0", "bias_0", "weight_1", "bias_1")
-                }
-                h = [
-                    mp.tanh(sum(xi * row[j] for xi, row in zip(x, parts["weight_0"])) + b)
-                    for j, b in enumerate(parts["bias_0"])
-                ]
-                out = [
-                    sum(hi * row[j] for hi, row in zip(h, parts["weight_1"])) + b
-                    for j, b in enumerate(parts["bias_1"])
-                ]
-                return out[: len(out) // 2], [5 * mp.tanh(v / 5) for v in out[len(out) // 2 :]]
-
-            log_density = lambda u, m, ls: -(((u - m) / mp.exp(ls)) ** 2) / 2 - ls - mp.log(2 * mp.pi) / 2
-            (m_q,), (s_q,) = net("q_", exact(w))
+            (m_q,), (s_q,) = network_in_extended_precision(layer, "q_", exact(w))
             u = m_q + mp.exp(s_q) * exact(layer.eps)[0]
-            t, s = net("ts_", [u])
-            shift, log_scale = (
-                exact(getattr(layer.transform.source, name)[0]) for name in ("shift", "log_scale")
-            )
-            g = lambda x: [a + mp.exp(b) * c for a, b, c in zip(shift, log_scale, x)]
+            t, s = network_in_extended_precision(layer, "ts_", [u])
+            shift = exact(layer.transform.source.shift[0])
+            log_scale = exact(layer.transform.source.log_scale[0])
+            at = exact(w)
+            if form == "before":
+                at = [mp.exp(si) * (wi + ti) for si, wi, ti in zip(s, at, t, strict=True)]
+            at = [a + mp.exp(b) * c for a, b, c in zip(shift, log_scale, at, strict=True)]
             if form == "after":
-                at = [mp.exp(si) * gi + ti for si, gi, ti in zip(s, g(exact(w)), t)]
-            else:
-                at = g([mp.exp(si) * (wi + ti) for si, wi, ti in zip(s, exact(w), t)])
-            (m_r,), (s_r,) = net("r_", at)
-            expected = sum(s) + sum(log_scale) - log_density(u, m_q, s_q) + log_density(u, m_r, s_r)
-            assert near(bracket, expected) and near(z, at)
+                at = [mp.exp(si) * gi + ti for si, gi, ti in zip(s, at, t, strict=True)]
+            (m_r,), (s_r,) = network_in_extended_precision(layer, "r_", at)
+            log_q = log_density(u, m_q, s_q)
+            log_r = log_density(u, m_r, s_r)
+            assert near(bracket, sum(s) + sum(log_scale) - log_q + log_r)
+            assert near(z, at)
 
 
 @many_draws
@@ -301,27 +338,25 @@ def test_against_extended_precision(form, scale):
 @pytest.mark.parametrize("scale, bound", [(1.0, None), (1.0, 5.0), (10.0, 5.0), (100.0, 5.0)])
 @both_forms
 def test_many_parameter_draws_stay_finite(draws, dtype, scale, bound, form):
-    "As one batch, in both directions. Without a bound the last layers are small enough for log-scales within +-5."
-    layer = ContinuouslyIndexed(Affine(3, max_log_scale=5.0), index_dim=2, form=form, max_log_scale=bound).to(
-        dtype
-    )
-    small = 1.0 if bound else 0.4
-    tensors = {
-        name: (small if "_2" in name else 1.0) * tensor
-        for name, tensor in tensors_of(layer, draws, scale, dtype).items()
-    }
+    """As one batch, in both directions.
+
+    Without a bound the last layers are small enough for log-scales within +-5.
+    """
+    inside = Affine(3, max_log_scale=5.0)
+    layer = ContinuouslyIndexed(inside, index_dim=2, form=form, max_log_scale=bound).to(dtype)
+    tensors = tensors_of(layer, draws, scale, dtype)
+    if not bound:
+        tensors = {name: 0.4 * t if "_2" in name else t for name, t in tensors.items()}
     for name in ("forward", "inverse"):
         value, weight = over_draws(layer, tensors, torch.randn(draws, 3, dtype=dtype), name)
-        assert value.isfinite().all() and weight.isfinite().all(), name
-    given = {f"layer.{name}": tensor for name, tensor in tensors.items()} | {
-        "u": torch.randn(draws, 2, dtype=dtype)
-    }
-    log_det = over_draws(layer.given(torch.zeros(2, dtype=dtype)), given, torch.randn(draws, 3, dtype=dtype))[
-        1
-    ]
-    assert (
-        log_det.abs() <= 30.1
-    ).all()  # three log-scales of the index and three of the inside: no sign to change
+        assert value.isfinite().all(), name
+        assert weight.isfinite().all(), name
+    given = {f"layer.{name}": tensor for name, tensor in tensors.items()}
+    given["u"] = torch.randn(draws, 2, dtype=dtype)
+    at_index = layer.given(torch.zeros(2, dtype=dtype))
+    _, log_det = over_draws(at_index, given, torch.randn(draws, 3, dtype=dtype))
+    # Three log-scales of the index and three of the inside: no sign to change.
+    assert (log_det.abs() <= 30.1).all()
 
 
 # Drawing.
@@ -329,15 +364,21 @@ def test_many_parameter_draws_stay_finite(draws, dtype, scale, bound, form):
 
 def test_a_generator_repeats_it():
     q = Flow(Chain(*(ContinuouslyIndexed(Planar(2, 2), index_dim=2) for _ in range(3))))
-    seeded = lambda seed: torch.Generator().manual_seed(seed)
-    (z, log_q), (again, log_q_again), (other, _) = (
-        q.rsample_and_log_prob((50,), seeded(seed)) for seed in (1, 1, 2)
-    )
-    assert torch.equal(z, again) and torch.equal(log_q, log_q_again) and not torch.equal(z, other)
-    assert torch.equal(q.log_prob(z, seeded(3)), q.log_prob(z, seeded(3))) and not torch.equal(
-        q.log_prob(z, seeded(3)), q.log_prob(z, seeded(4))
-    )
-    nested, state = ContinuouslyIndexed(ContinuouslyIndexed(Affine(2)), form="before"), torch.get_rng_state()
+
+    def seeded(seed):
+        return torch.Generator().manual_seed(seed)
+
+    z, log_q = q.rsample_and_log_prob((50,), seeded(1))
+    again, log_q_again = q.rsample_and_log_prob((50,), seeded(1))
+    other, _ = q.rsample_and_log_prob((50,), seeded(2))
+    assert torch.equal(z, again)
+    assert torch.equal(log_q, log_q_again)
+    assert not torch.equal(z, other)
+    third = q.log_prob(z, seeded(3))
+    assert torch.equal(third, q.log_prob(z, seeded(3)))
+    assert not torch.equal(third, q.log_prob(z, seeded(4)))
+    nested = ContinuouslyIndexed(ContinuouslyIndexed(Affine(2)), form="before")
+    state = torch.get_rng_state()
     for call in (
         lambda: q.rsample_and_log_prob((5,), seeded(1)),
         lambda: nested.forward(z, None, seeded(1)),
@@ -348,56 +389,57 @@ def test_a_generator_repeats_it():
 
 
 def test_draws_follow_q_of_u():
-    "With z = w + t(u) and t = u, the difference z - w is the index: its mean and standard deviation are those of q(u|w)."
+    """With z = w + t(u) and t = u, the difference z - w is the index: its mean and standard
+    deviation are those of q(u|w).
+    """
     layer = ContinuouslyIndexed(Affine(1), hidden=()).double()
     with torch.no_grad():
         layer.source.ts_weight_0.copy_(torch.tensor([[[1.0, 0.0]]]))
         layer.source.ts_bias_0.zero_()
         layer.source.q_weight_0.copy_(torch.tensor([[[0.5, 0.4]]]))
+
+    def check(u, mean, log_std):
+        assert abs(u.mean() - mean) < 5 * log_std.exp() / 200
+        assert abs(u.std().log() - log_std) < 5 / math.sqrt(2 * 40_000)
+
     for at in (-1.0, 2.0):
         w = torch.full((40_000, 1), at, dtype=torch.float64)
         u = layer.forward(w)[0] - w
-        mean, log_std = layer.index(w[:1])
-        assert abs(u.mean() - mean) < 5 * log_std.exp() / 200 and abs(
-            u.std().log() - log_std
-        ) < 5 / math.sqrt(2 * 40_000)
-        z = layer.auxiliary(w[:1])
+        check(u, *layer.index(w[:1]))
         u = w - layer.inverse(w)[0]  # and in the other direction r(u|z)
-        assert abs(u.mean() - z[0]) < 5 * z[1].exp() / 200 and abs(u.std().log() - z[1]) < 5 / math.sqrt(
-            2 * 40_000
-        )
+        check(u, *layer.auxiliary(w[:1]))
 
 
 def test_gradients_in_every_parameter_are_those_of_differences():
     "For given noise, in both directions: the draw is reparameterised."
-    layer, w, step = (
-        drawn_layer(Frozen, "planar", "after", 2, None),
-        torch.randn(20, 2, dtype=torch.float64),
-        1e-6,
-    )
+    layer = drawn_layer(Frozen, "planar", "after", 2, None)
+    w = normals(20, 2)
+    step = 1e-6
     for name in ("forward", "inverse"):
         module = Direction(layer, name)
         parameters = dict(module.named_parameters())
+        directions = {key: torch.randn_like(p) for key, p in parameters.items()}
 
-        def total(changed=None, by=0.0):
-            moved = {key: p + by * directions[key] if key == changed else p for key, p in parameters.items()}
-            z, weight = functional_call(module, moved, (w,))
+        def total(changed, module=module):
+            z, weight = functional_call(module, changed, (w,))
             return z.sin().sum() + weight.sum()
 
-        directions = {key: torch.randn_like(p) for key, p in parameters.items()}
-        slopes = torch.autograd.grad(total(), list(parameters.values()))
-        for (key, p), slope in zip(parameters.items(), slopes):
-            numeric = (total(key, step) - total(key, -step)) / (2 * step)
-            assert abs((slope * directions[key]).sum() - numeric) <= 1e-5 * (1 + abs(numeric)), (name, key)
+        slopes = torch.autograd.grad(total(parameters), list(parameters.values()))
+        for (key, p), slope in zip(parameters.items(), slopes, strict=True):
+            above = total(parameters | {key: p + step * directions[key]})
+            below = total(parameters | {key: p - step * directions[key]})
+            numeric = (above - below) / (2 * step)
+            difference = (slope * directions[key]).sum() - numeric
+            assert abs(difference) <= 1e-5 * (1 + abs(numeric)), (name, key)
 
 
 @pytest.mark.parametrize("name", ["forward", "inverse"])
 def test_runs_are_one_more_axis(name):
-    "Stacked parameters under `vmap`: each run draws for itself, also from one generator for all of them, which repeats them all."
-    runs, w = (
-        [drawn_layer(ContinuouslyIndexed, "planar", "after", 2, None) for _ in range(3)],
-        torch.randn(7, 2, dtype=torch.float64),
-    )
+    """Stacked parameters under `vmap`: each run draws for itself, also from one generator for all
+    of them, which repeats them all.
+    """
+    runs = [drawn_layer(ContinuouslyIndexed, "planar", "after", 2, None) for _ in range(3)]
+    w = normals(7, 2)
 
     def draw(runs, generator=None):
         def call(p, b):
@@ -405,15 +447,16 @@ def test_runs_are_one_more_axis(name):
 
         return vmap(call, randomness="different")(*stack_module_state([Direction(run, name) for run in runs]))
 
-    seeded = lambda: torch.Generator().manual_seed(0)
+    def seeded():
+        return torch.Generator().manual_seed(0)
+
     z, weight = draw(runs)
-    assert (
-        z.shape == (3, 7, 2)
-        and weight.shape == (3, 7)
-        and z.isfinite().all()
-        and not torch.equal(z, draw(runs)[0])
-    )
-    (z, weight), (again, _) = draw(runs, seeded()), draw(runs, seeded())
+    assert z.shape == (3, 7, 2)
+    assert weight.shape == (3, 7)
+    assert z.isfinite().all()
+    assert not torch.equal(z, draw(runs)[0])
+    z, weight = draw(runs, seeded())
+    again, _ = draw(runs, seeded())
     assert torch.equal(z, again)  # (frozen rows compare with the loop, value by value)
     for same in (draw(runs[:1] * 2), draw(runs[:1] * 2, seeded())):
         assert not torch.allclose(same[0][0], same[0][1])
@@ -421,15 +464,16 @@ def test_runs_are_one_more_axis(name):
 
 @both_sources
 def test_traces_to_one_graph_while_drawing(context_dim):
-    layer, context = (
-        drawn_layer(ContinuouslyIndexed, "affine", "after", 2, context_dim),
-        None if context_dim is None else torch.randn(7, C, dtype=torch.float64),
-    )
-    w = torch.randn(7, 2, dtype=torch.float64)
+    layer = drawn_layer(ContinuouslyIndexed, "affine", "after", 2, context_dim)
+    context = None if context_dim is None else normals(7, C)
+    w = normals(7, 2)
     for call in (layer.forward, layer.inverse):
         torch._dynamo.reset()
-        z, weight = torch.compile(lambda w: call(w, context), fullgraph=True, backend="eager")(w)
-        assert z.shape == (7, 2) and weight.shape == (7,) and z.isfinite().all()
+        compiled = torch.compile(partial(call, context=context), fullgraph=True, backend="eager")
+        z, weight = compiled(w)
+        assert z.shape == (7, 2)
+        assert weight.shape == (7,)
+        assert z.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -438,17 +482,20 @@ def test_traces_to_one_graph_while_drawing(context_dim):
 )
 def test_precision_is_the_wider_one(parameters, values):
     layer = Frozen(Affine(2, context_dim=C), index_dim=3).to(parameters)
-    w, context = torch.randn(5, 2, dtype=values), torch.randn(5, C)
+    w = torch.randn(5, 2, dtype=values)
+    context = torch.randn(5, C)
+    wider = torch.promote_types(parameters, values)
     for found in (
         layer.forward(w, context),
         layer.inverse(w, context),
         layer.given(torch.randn(3)).forward(w, context),
     ):
-        assert all(part.dtype == torch.promote_types(parameters, values) for part in found)
+        for part in found:
+            assert part.dtype == wider
     if values == torch.float64:
         wide = Frozen(Affine(2, context_dim=C), index_dim=3).double()
         wide.load_state_dict(layer.state_dict())
-        for found, expected in zip(layer.forward(w, context), wide.forward(w, context)):
+        for found, expected in zip(layer.forward(w, context), wide.forward(w, context), strict=True):
             assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 
 
@@ -459,19 +506,22 @@ def test_bound_on_a_gaussian_target():
     torch.manual_seed(3)
     q = Flow(Chain(*(ContinuouslyIndexed(Planar(2, 2), form=form) for form in FORMS))).double()
     bound = elbo(lambda z: -0.5 * (z * z).sum(-1), q(), samples=4000)
-    assert (
-        bound.value <= math.log(2 * math.pi) + 3 * bound.std_error
-        and bound.value < math.log(2 * math.pi) - 0.01
-    )
+    assert bound.value <= math.log(2 * math.pi) + 3 * bound.std_error
+    assert bound.value < math.log(2 * math.pi) - 0.01
 
 
 def test_amortised_posterior_through_the_evaluator():
-    "z ~ N(0, I), x | z ~ N(z, I): the importance-weighted estimate over (z, u) rises to log p(x), the bound stays below."
+    """z ~ N(0, I), x | z ~ N(z, I): the importance-weighted estimate over (z, u) rises to log p(x),
+    the bound stays below.
+    """
     unit = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
-    log_joint = lambda x, z: {
-        "log_prior": unit.log_prob(z).sum(-1),
-        "log_likelihood": torch.distributions.Normal(z, 1.0).log_prob(x).sum(-1),
-    }
+
+    def log_joint(x, z):
+        return {
+            "log_prior": unit.log_prob(z).sum(-1),
+            "log_likelihood": torch.distributions.Normal(z, 1.0).log_prob(x).sum(-1),
+        }
+
     affine = Affine(2, context_dim=2)
     with torch.no_grad():
         affine.source.linear.weight.zero_()
@@ -484,16 +534,16 @@ def test_amortised_posterior_through_the_evaluator():
             ContinuouslyIndexed(Planar(2, context_dim=2)),
         )
     ).double()
-    x = torch.randn(20, 2, dtype=torch.float64)
+    x = normals(20, 2)
     truth = torch.distributions.Normal(torch.zeros_like(x), math.sqrt(2)).log_prob(x).sum(-1)
     few, many = (log_marginal(log_joint, q, x, samples=samples) for samples in (20, 5000))
-    assert (
-        (truth - many.log_p).abs().mean() < 0.05
-        and (truth - many.elbo > 0).all()
-        and (truth - few.log_p).mean() > (truth - many.log_p).mean()
-    )
+    assert (truth - many.log_p).abs().mean() < 0.05
+    assert (truth - many.elbo > 0).all()
+    assert (truth - few.log_p).mean() > (truth - many.log_p).mean()
     q(x).rsample_and_log_prob((3,))[1].sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in q.parameters())
+    for p in q.parameters():
+        assert p.grad is not None
+        assert p.grad.isfinite().all()
 
 
 def test_annealed_objective_traces():
@@ -509,21 +559,19 @@ def test_annealed_objective_traces():
 
 def test_fit_closes_most_of_the_gap():
     "Two modes, and an inside that is affine: without an index the gap is at least ln 2 = 0.69."
-    modes = lambda z: (
-        torch.logsumexp(-0.5 * ((z - torch.tensor([-1.5, 1.5])) / 0.3) ** 2, -1)
-        - math.log(2 * 0.3)
-        - 0.5 * math.log(2 * math.pi)
-    )
+
+    def modes(z):
+        two = torch.logsumexp(-0.5 * ((z - torch.tensor([-1.5, 1.5])) / 0.3) ** 2, -1)
+        return two - math.log(2 * 0.3) - 0.5 * math.log(2 * math.pi)
+
     torch.manual_seed(0)
     q = Flow(Chain(ContinuouslyIndexed(Affine(1)), ContinuouslyIndexed(Affine(1))))
     before = elbo(modes, q(), samples=2000)
-    result = fit(
-        q, log_density=modes, steps=600, learning_rate=1e-2, draws=100, restarts=3
-    )  # a start alone may end in one mode
-    assert before.value < -0.7 and -0.5 < result.elbo.value <= 3 * result.elbo.std_error, (
-        before,
-        result.elbo,
-    )
+    # A start alone may end in one mode.
+    result = fit(q, log_density=modes, steps=600, learning_rate=1e-2, draws=100, restarts=3)
+    assert before.value < -0.7, before
+    assert -0.5 < result.elbo.value, result.elbo
+    assert result.elbo.value <= 3 * result.elbo.std_error, result.elbo
 
 
 def test_fit_to_samples_uses_the_bound():
@@ -540,28 +588,22 @@ def test_fit_to_samples_uses_the_bound():
 
 def test_options_show():
     layer = ContinuouslyIndexed(Planar(3, 2), index_dim=2, hidden=(7,), form="before", max_log_scale=3.0)
-    assert all(
-        word in repr(layer)
-        for word in (
-            "dim=3",
-            "index_dim=2",
-            "hidden=(7,)",
-            "activation='tanh'",
-            "form='before'",
-            "max_log_scale=3.0",
-            "Planar",
-        )
-    )
-    assert (layer.forward_kind, layer.inverse_kind, layer.length, layer.dim) == (
-        "closed form",
-        "iterative",
-        1,
-        3,
-    )
-    assert (
-        layer.given(torch.zeros(2)).inverse_kind == "iterative"
-        and len({repr(ContinuouslyIndexed(Affine(2), form=form)) for form in FORMS}) == 2
-    )
+    for word in (
+        "dim=3",
+        "index_dim=2",
+        "hidden=(7,)",
+        "activation='tanh'",
+        "form='before'",
+        "max_log_scale=3.0",
+        "Planar",
+    ):
+        assert word in repr(layer)
+    assert layer.forward_kind == "closed form"
+    assert layer.inverse_kind == "iterative"
+    assert layer.length == 1
+    assert layer.dim == 3
+    assert layer.given(torch.zeros(2)).inverse_kind == "iterative"
+    assert len({repr(ContinuouslyIndexed(Affine(2), form=form)) for form in FORMS}) == 2
 
 
 @pytest.mark.parametrize(
@@ -595,7 +637,8 @@ def test_options_show():
 def test_wrong_arguments_are_named(error, words, call):
     with pytest.raises(error) as raised:
         call()
-    assert all(word in str(raised.value) for word in words), raised.value
+    for word in words:
+        assert word in str(raised.value), raised.value
 
 
 # Planted bugs of which the kit knows nothing; those which it catches are in tests/test_planted_bugs.py.
@@ -604,7 +647,8 @@ def test_wrong_arguments_are_named(error, words, call):
 def check_integrals():
     for form in FORMS:
         found = masses(drawn_layer(Frozen, "affine", form, 1, None), 1, 200, 12.0)
-        assert all(abs(mass - 1) < 1e-3 for mass in found.values()), found
+        for mass in found.values():
+            assert abs(mass - 1) < 1e-3, found
 
 
 FORWARD, INVERSE = "ContinuouslyIndexed.forward", "ContinuouslyIndexed.inverse"

@@ -1,4 +1,8 @@
-"""Convolutions beyond the walked contract: explicit matrices in extended precision, ends, gates, many draws."""
+"""Convolutions beyond the walked contract: explicit matrices in extended precision, ends, gates,
+many draws.
+"""
+
+from functools import partial
 
 import mpmath
 import numpy as np
@@ -6,7 +10,7 @@ import pytest
 import torch
 from torch.func import jacrev, vmap
 
-from helpers import dtypes, emitting, exact, many_draws, moved, near, over_draws, scales, tensors_of
+from helpers import dtypes, emitting, exact, many_draws, moved, near, normals, over_draws, scales, tensors_of
 from normflow_vi.transforms import Affine, Chain
 from normflow_vi.transforms.conf import ConvolutionCoupling, Convolve
 from normflow_vi.transforms.convolution import (
@@ -36,37 +40,46 @@ def filter_with_numpy(log_gain, phase, n):
     spectrum[: n // 2 + 1] = np.exp(log_gain + 1j * np.pad(phase, (1, n // 2 - len(phase))))
     for k in range(n // 2 + 1, n):
         spectrum[k] = spectrum[n - k].conj()
-    w = [sum(spectrum[k] * np.exp(2j * np.pi * k * i / n) for k in range(n)) / n for i in range(n)]
+    w = spectrum @ np.exp(2j * np.pi * np.outer(range(n), range(n)) / n) / n
     assert np.abs(np.imag(w)).max() < 1e-12 * np.abs(w).max()
     return np.real(w)
+
+
+def circulant(w):
+    "The matrix of a filter on a ring."
+    n = len(w)
+    return [[w[(i - m) % n] for m in range(n)] for i in range(n)]
 
 
 @sizes
 def test_circular_layer_is_its_matrix(n):
     "`y_i = sum_n x_n w_{(i-n) mod N}`, inverse and determinant included."
-    layer, x = randomised(CircularConvolution(n)), torch.randn(20, n, dtype=torch.float64)
-    w = filter_with_numpy(
-        layer.source.log_gain[0].detach().numpy(), layer.source.phase[0].detach().numpy(), n
-    )
-    matrix = np.array([[w[(i - m) % n] for m in range(n)] for i in range(n)])
+    layer = randomised(CircularConvolution(n))
+    x = normals(20, n)
+    log_gain = layer.source.log_gain[0].detach().numpy()
+    phase = layer.source.phase[0].detach().numpy()
+    matrix = np.array(circulant(filter_with_numpy(log_gain, phase, n)))
     y, log_det = layer.forward(x)
     assert np.allclose(y.detach(), x.numpy() @ matrix.T, atol=1e-12 * n)
     sign, expected = np.linalg.slogdet(matrix)
-    assert sign == 1 and np.allclose(log_det.detach(), expected, rtol=0, atol=1e-10)
+    assert sign == 1
+    assert np.allclose(log_det.detach(), expected, rtol=0, atol=1e-10)
     back, minus = layer.inverse(y)
-    assert torch.allclose(back, x, atol=1e-9) and torch.equal(minus, -log_det)
+    assert torch.allclose(back, x, atol=1e-9)
+    assert torch.equal(minus, -log_det)
 
 
 @sizes
 def test_symmetric_layer_is_its_matrix(n):
-    layer, x = randomised(SymmetricConvolution(n)), torch.randn(20, n, dtype=torch.float64)
+    layer = randomised(SymmetricConvolution(n))
+    x = normals(20, n)
     k, i = np.mgrid[:n, :n]
-    basis = np.cos(np.pi * k * (2 * i + 1) / (2 * n)) * np.where(k == 0, np.sqrt(1 / n), np.sqrt(2 / n))
+    length = np.where(k == 0, np.sqrt(1 / n), np.sqrt(2 / n))
+    basis = length * np.cos(np.pi * k * (2 * i + 1) / (2 * n))
     matrix = basis.T @ np.diag(layer.source.log_gain[0].exp().detach()) @ basis
     y, log_det = layer.forward(x)
-    assert np.allclose(basis @ basis.T, np.eye(n), atol=1e-12) and np.allclose(
-        y.detach(), x.numpy() @ matrix.T, atol=1e-11
-    )
+    assert np.allclose(basis @ basis.T, np.eye(n), atol=1e-12)
+    assert np.allclose(y.detach(), x.numpy() @ matrix.T, atol=1e-11)
     assert np.allclose(log_det.detach(), np.linalg.slogdet(matrix)[1], rtol=0, atol=1e-10)
     assert np.linalg.eigvalsh(matrix).min() > 0
     assert torch.allclose(layer.inverse(y)[0], x, atol=1e-9)
@@ -79,49 +92,45 @@ def determinant(rows):
 
 def ring(a, phi, n):
     "The circulant matrix of the filter with the log-gains `a` and the phases `phi`."
-    half = [mpmath.exp(a[k] + mpmath.j * (phi[k - 1] if 0 < k <= len(phi) else 0)) for k in range(n // 2 + 1)]
-    spectrum = [half[k] if k <= n // 2 else mpmath.conj(half[n - k]) for k in range(n)]
-    w = [
-        mpmath.re(mpmath.fsum(spectrum[k] * mpmath.expjpi(mpmath.mpf(2 * k * i) / n) for k in range(n))) / n
-        for i in range(n)
-    ]
-    return [[w[(i - m) % n] for m in range(n)] for i in range(n)]
+    spectrum = [mpmath.mpf(0)] * n
+    for k in range(n // 2 + 1):
+        angle = phi[k - 1] if 0 < k <= len(phi) else 0
+        spectrum[k] = mpmath.exp(a[k] + mpmath.j * angle)
+    for k in range(n // 2 + 1, n):
+        spectrum[k] = mpmath.conj(spectrum[n - k])
+    w = []
+    for i in range(n):
+        waves = [mpmath.expjpi(mpmath.mpf(2 * k * i) / n) for k in range(n)]
+        w.append(mpmath.re(mpmath.fdot(spectrum, waves)) / n)
+    return circulant(w)
+
+
+def mirrored(a, n):
+    "The matrix of the symmetric convolution with the log-gains `a`."
+    gains = mpmath.diag([mpmath.exp(v) for v in a])
+    basis = mpmath.matrix(n, n)
+    for k in range(n):
+        length = mpmath.sqrt(mpmath.mpf(1 if k == 0 else 2) / n)
+        for i in range(n):
+            basis[k, i] = length * mpmath.cospi(mpmath.mpf(k * (2 * i + 1)) / (2 * n))
+    return basis.T * gains * basis
 
 
 @pytest.mark.parametrize("scale, digits", [(1.0, 50), (10.0, 150), (100.0, 1500)])
 @pytest.mark.parametrize("n", [1, 2, 5, 6])
 def test_determinants_in_extended_precision(n, scale, digits):
     for _ in range(3):
-        circular, symmetric = (
-            randomised(CircularConvolution(n), scale),
-            randomised(SymmetricConvolution(n), scale),
-        )
-        x = torch.randn(n, dtype=torch.float64)
+        circular = randomised(CircularConvolution(n), scale)
+        symmetric = randomised(SymmetricConvolution(n), scale)
+        x = normals(n)
         with mpmath.workdps(digits):
-            assert near(
-                circular.forward(x)[1],
-                determinant(
-                    ring(*(exact(getattr(circular.source, name)[0]) for name in ("log_gain", "phase")), n)
-                ),
-            )
-            s = [mpmath.exp(v) for v in exact(symmetric.source.log_gain[0])]
-            basis = [
-                [
-                    mpmath.sqrt(mpmath.mpf(1 if k == 0 else 2) / n)
-                    * mpmath.cospi(mpmath.mpf(k * (2 * i + 1)) / (2 * n))
-                    for i in range(n)
-                ]
-                for k in range(n)
-            ]
-            assert near(
-                symmetric.forward(x)[1],
-                determinant(
-                    [
-                        [mpmath.fsum(basis[k][i] * s[k] * basis[k][m] for k in range(n)) for m in range(n)]
-                        for i in range(n)
-                    ]
-                ),
-            )
+            log_gain = exact(circular.source.log_gain[0])
+            phase = exact(circular.source.phase[0])
+            expected = determinant(ring(log_gain, phase, n))
+            assert near(circular.forward(x)[1], expected)
+            log_gain = exact(symmetric.source.log_gain[0])
+            expected = determinant(mirrored(log_gain, n))
+            assert near(symmetric.forward(x)[1], expected)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 5e-7), (torch.float64, 1e-13)])
@@ -134,7 +143,8 @@ def test_cosine_basis_is_orthogonal_to_working_precision(dtype, atol):
         assert (product - torch.eye(n)).abs().max() <= atol
     layer = SymmetricConvolution(40)
     matrix = jacrev(lambda z: layer.forward(z)[0])(torch.randn(40, dtype=dtype)).detach()
-    assert matrix.dtype == dtype and (matrix - torch.eye(40)).abs().max() <= atol
+    assert matrix.dtype == dtype
+    assert (matrix - torch.eye(40)).abs().max() <= atol
 
 
 # What the layers are for
@@ -142,47 +152,58 @@ def test_cosine_basis_is_orthogonal_to_working_precision(dtype, atol):
 
 @pytest.mark.parametrize("n", [2, 5, 6])
 def test_every_filter_with_positive_sums_is_reached(n):
-    "Positive at frequency zero and, for even `n`, at the highest one; the map back is the logarithm of the spectrum."
+    """Positive at frequency zero and, for even `n`, at the highest one; the map back is the
+    logarithm of the spectrum.
+    """
     for _ in range(20):
-        w = torch.randn(n, dtype=torch.float64)
-        w = w + 1e-3 + (-w.sum()).clamp(min=0) / n * 1.1
+        w = normals(n)
+        lacking = (-w.sum()).clamp(min=0)
+        w = w + 1e-3 + lacking / n * 1.1
         if n % 2 == 0:
             wave = 1 - 2 * (torch.arange(n) % 2).double()
-            w = w + wave * (1e-3 + (-(w * wave).sum()).clamp(min=0) / n * 1.1)
+            lacking = (-(w * wave).sum()).clamp(min=0)
+            w = w + wave * (1e-3 + lacking / n * 1.1)
         spectrum = torch.fft.rfft(w)
-        found = convolve(
-            torch.eye(n, dtype=torch.float64)[0], spectrum.abs().log(), spectrum.angle()[1 : (n + 1) // 2]
-        )
+        log_gain = spectrum.abs().log()
+        phase = spectrum.angle()[1 : (n + 1) // 2]
+        impulse = torch.eye(n, dtype=torch.float64)[0]
+        found = convolve(impulse, log_gain, phase)
         assert torch.allclose(found, w, atol=1e-10)
 
 
 def test_a_ring_has_no_beginning():
-    layer, x = randomised(CircularConvolution(9, 2)), torch.randn(5, 9, dtype=torch.float64)
+    layer = randomised(CircularConvolution(9, 2))
+    x = normals(5, 9)
     y, log_det = layer.forward(x)
     turned, same = layer.forward(x.roll(4, -1))
-    assert torch.allclose(turned, y.roll(4, -1)) and torch.equal(same, log_det)
+    assert torch.allclose(turned, y.roll(4, -1))
+    assert torch.equal(same, log_det)
 
 
 @pytest.mark.parametrize("n", [2, 3, 8, 9])
 def test_mirrors(n):
-    "A symmetric convolution is an even filter along the reflected signal, and commutes with reading backwards."
-    layer, x = randomised(SymmetricConvolution(n)), torch.randn(5, n, dtype=torch.float64)
+    """A symmetric convolution is an even filter along the reflected signal, and commutes with
+    reading backwards.
+    """
+    layer = randomised(SymmetricConvolution(n))
+    x = normals(5, n)
     s = layer.source.log_gain[0].exp().detach()
-    even = [
-        (s[0] + 2 * sum(s[k] * np.cos(np.pi * k * m / n) for k in range(1, n))) / (2 * n)
-        for m in range(2 * n)
-    ]
-    ring = torch.cat([x, x.flip(-1)], -1)
-    expected = torch.stack(
-        [sum(ring[:, (i - m) % (2 * n)] * even[m] for m in range(2 * n)) for i in range(n)], -1
-    )
+    even = []
+    for m in range(2 * n):
+        waves = torch.cos(torch.pi * torch.arange(1, n).double() * m / n)
+        even.append((s[0] + 2 * (s[1:] * waves).sum()) / (2 * n))
+    reflected = torch.cat([x, x.flip(-1)], -1)
+    matrix = torch.tensor(circulant(even), dtype=torch.float64)
+    expected = (reflected @ matrix.T)[:, :n]
     y = layer.forward(x)[0]
-    assert torch.allclose(y, expected) and torch.allclose(layer.forward(x.flip(-1))[0], y.flip(-1))
+    assert torch.allclose(y, expected)
+    assert torch.allclose(layer.forward(x.flip(-1))[0], y.flip(-1))
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_a_stack_is_the_composition_of_its_layers(kind):
-    stack, x = randomised(kind(7, 3, max_log_scale=2.0)), torch.randn(5, 7, dtype=torch.float64)
+    stack = randomised(kind(7, 3, max_log_scale=2.0))
+    x = normals(5, 7)
     y, total = x, 0
     for k in range(3):
         one = kind(7, max_log_scale=2.0).double()
@@ -191,26 +212,29 @@ def test_a_stack_is_the_composition_of_its_layers(kind):
                 one.source()[name].copy_(tensor[k : k + 1])
         y, log_det = one.forward(y)
         total = total + log_det
-    assert torch.allclose(stack.forward(x)[0], y) and torch.allclose(stack.forward(x)[1], total)
+    assert torch.allclose(stack.forward(x)[0], y)
+    assert torch.allclose(stack.forward(x)[1], total)
 
 
 def test_multiplication_and_convolution():
     "`y = w (*) (d . x) + t`: log-dets of both add."
-    layers, x = randomised(Chain(Affine(6), CircularConvolution(6))), torch.randn(5, 6, dtype=torch.float64)
-    d, log_gain, phase = (
-        layers.transforms[0].source.log_scale[0].exp(),
-        *(p[0] for p in layers.transforms[1].parameters()),
-    )
+    layers = randomised(Chain(Affine(6), CircularConvolution(6)))
+    x = normals(5, 6)
+    d = layers.transforms[0].source.log_scale[0].exp()
+    log_gain, phase = (p[0] for p in layers.transforms[1].parameters())
     y, log_det = layers.forward(x)
-    assert torch.allclose(y - layers.forward(0 * x)[0], convolve(d * x, log_gain, phase))
+    shift, _ = layers.forward(0 * x)
+    assert torch.allclose(y - shift, convolve(d * x, log_gain, phase))
     assert torch.allclose(log_det, all_gains(log_gain, 6).sum() + d.log().sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_identity_at_the_start(kind):
     x = torch.randn(50, 6)
-    y, log_det = kind(6, 2).forward(x) if kind is not SLog else kind(6, 2, alpha=1e-12).forward(x)
-    assert torch.allclose(y, x, atol=1e-6) and torch.allclose(log_det, torch.zeros(50), atol=1e-6)
+    options = {"alpha": 1e-12} if kind is SLog else {}
+    y, log_det = kind(6, 2, **options).forward(x)
+    assert torch.allclose(y, x, atol=1e-6)
+    assert torch.allclose(log_det, torch.zeros(50), atol=1e-6)
 
 
 def test_what_is_refused():
@@ -230,24 +254,24 @@ def test_what_is_refused():
 def test_gate_in_extended_precision(scale):
     "Values, slopes and inverse from 1e-300 to 1e6; for `alpha` down to e^-250 and up to e^250."
     gate = randomised(SLog(40, alpha=1.0), scale)
-    x = torch.randn(40, dtype=torch.float64).sign() * 10 ** torch.linspace(-300, 6, 40, dtype=torch.float64)
+    sizes = 10 ** torch.linspace(-300, 6, 40, dtype=torch.float64)
+    x = normals(40).sign() * sizes
     x[0] = 0
     y, log_det = gate.forward(x)
     with mpmath.workdps(400):
         terms = []
-        for xi, yi, r in zip(*map(exact, (x, y, gate.source.log_ratio[0]))):
+        log_ratio = gate.source.log_ratio[0]
+        for xi, yi, r in zip(exact(x), exact(y), exact(log_ratio), strict=True):
             alpha = mpmath.exp(r)
             terms.append(mpmath.log(1 + alpha * abs(xi)))
             expected = mpmath.sign(xi) * terms[-1] / alpha
             if abs(expected) * min(alpha, 1) > 1e-300:
-                assert abs(yi - expected) <= 1e-12 * abs(expected) * (
-                    1 + abs(r)
-                )  # beyond, numbers lose digits
+                allowed = 1e-12 * abs(expected) * (1 + abs(r))
+                assert abs(yi - expected) <= allowed  # beyond, numbers lose digits
         assert near(log_det, -mpmath.fsum(terms))
     back, minus = gate.inverse(y)
-    assert torch.allclose(gate.forward(back)[0], y, rtol=1e-10, atol=0) and torch.allclose(
-        minus, -log_det, rtol=1e-10
-    )
+    assert torch.allclose(gate.forward(back)[0], y, rtol=1e-10, atol=0)
+    assert torch.allclose(minus, -log_det, rtol=1e-10)
 
 
 def test_gate_at_zero_and_far_out():
@@ -255,12 +279,12 @@ def test_gate_at_zero_and_far_out():
     for value in (0.0, -0.0, 1e-300, 1e6, -1e6, 1e300):
         x = torch.tensor([value], dtype=torch.float64)
         (slope,) = jacrev(lambda x: gate.forward(x)[0])(x)
-        assert slope.isfinite() and torch.allclose(slope.log(), gate.forward(x)[1].detach(), atol=1e-12)
+        assert slope.isfinite()
+        assert torch.allclose(slope.log(), gate.forward(x)[1].detach(), atol=1e-12)
         assert jacrev(lambda x: gate.inverse(x)[0])(x / (1 + x.abs())).isfinite().all()
     x = torch.linspace(-50, 50, 1001)[:, None].double()
-    assert (gate.forward(x)[0].diff(dim=0) > 0).all() and torch.equal(
-        gate.forward(-x)[0], -gate.forward(x)[0]
-    )
+    assert (gate.forward(x)[0].diff(dim=0) > 0).all()
+    assert torch.equal(gate.forward(-x)[0], -gate.forward(x)[0])
 
 
 # The data-adaptive coupling
@@ -270,33 +294,32 @@ def test_gate_at_zero_and_far_out():
 @pytest.mark.parametrize("scale, digits", [(1.0, 50), (10.0, 150), (100.0, 1500)])
 def test_adaptive_filter_in_extended_precision(n, scale, digits):
     "The determinant of `circulant(w) diag(d)` for `w`, `d` from the law's parameters."
-    theta = scale * torch.randn(n, 3, dtype=torch.float64)
-    _, log_slopes = Convolve().push(torch.randn(n, dtype=torch.float64), theta)
+    theta = scale * normals(n, 3)
+    _, log_slopes = Convolve().push(normals(n), theta)
     with mpmath.workdps(digits):
-        log_d, packed = exact(theta[:, 1]), exact(theta[:, 2])
-        expected = determinant(
-            [
-                [v * mpmath.exp(d) for v, d in zip(row, log_d)]
-                for row in ring(packed[: n // 2 + 1], packed[n // 2 + 1 :], n)
-            ]
-        )
+        log_d = exact(theta[:, 1])
+        packed = exact(theta[:, 2])
+        filter_ = mpmath.matrix(ring(packed[: n // 2 + 1], packed[n // 2 + 1 :], n))
+        d = mpmath.diag([mpmath.exp(v) for v in log_d])
+        expected = determinant(filter_ * d)
         assert near(log_slopes.sum(), expected)
 
 
 def test_adaptive_coupling_keeps_convolves_and_adapts():
     conf = randomised(ConvolutionCoupling(10, hidden=(6,), activation="tanh", mask="checkerboard"), 0.5)
-    z = torch.randn(10, dtype=torch.float64)
-    at, elsewhere = (
-        jacrev(lambda z: conf.forward(z)[0])(z + shift).detach() for shift in (0.0, torch.arange(10) % 2)
-    )
-    kept, moved = torch.arange(1, 10, 2), torch.arange(0, 10, 2)
+    z = normals(10)
+    jacobian = jacrev(lambda z: conf.forward(z)[0])
+    at = jacobian(z).detach()
+    elsewhere = jacobian(z + torch.arange(10) % 2).detach()
+    kept = torch.arange(1, 10, 2)
+    moved = torch.arange(0, 10, 2)
     assert torch.equal(at[kept], torch.eye(10, dtype=torch.float64)[kept])
     for matrix in (at, elsewhere):
         block = matrix[moved][:, moved]
         block = block / block.sum(0)  # the sum of a filter is the same in every column
-        assert (block.diagonal() != block[0, 1]).all() and all(
-            torch.allclose(block[:, k].roll(-k), block[:, 0]) for k in range(5)
-        )
+        assert (block.diagonal() != block[0, 1]).all()
+        for k in range(5):
+            assert torch.allclose(block[:, k].roll(-k), block[:, 0])
     assert not torch.allclose(at[moved][:, moved], elsewhere[moved][:, moved], atol=1e-3)
 
 
@@ -308,30 +331,28 @@ def test_adaptive_coupling_keeps_convolves_and_adapts():
 @scales
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_draws(kind, draws, dtype, scale):
-    "Finite values and log-dets, both directions, and positive determinants: log-scales cut at +-5, and free ones within `max_log_scale`."
+    """Finite values and log-dets, both directions, and positive determinants: log-scales cut at
+    +-5, and free ones within `max_log_scale`.
+    """
     x = torch.randn(draws, 6, dtype=dtype)
-    for options, limit in (({}, 5.0), ({"max_log_scale": 5.0}, None)):
-        transform, context = emitting(lambda c: kind(6, 1, c, **options), draws, scale, dtype)
-        if limit:
-            context = context.clamp(-limit, limit)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    for limit in (None, 5.0):
+        make = partial(kind, 6, 1, max_log_scale=limit)
+        transform, context = emitting(make, draws, scale, dtype)
+        if limit is None:
+            context = context.clamp(-5, 5)
         y, log_det = transform.forward(x, context)
         back, minus = transform.inverse(y, context)
-        assert (
-            all(t.isfinite().all() for t in (y, log_det, back, minus))
-            and (log_det.abs() <= 6 * 5 * (1 + 1e-5) + (kind is SLog) * 1e3).all()
-        )
+        for t in (y, log_det, back, minus):
+            assert t.isfinite().all()
+        assert (log_det.abs() <= 6 * 5 * (1 + 1e-5) + (kind is SLog) * 1e3).all()
         if kind is SLog:
             continue  # elementwise and increasing
-        matrices = vmap(jacrev(lambda x, c: transform.forward(x, c)[0]))(
-            x[:500].double(), context[:500].double()
-        )
+        jacobian = vmap(jacrev(lambda x, c, forward=transform.forward: forward(x, c)[0]))
+        matrices = jacobian(x[:500].double(), context[:500].double())
         sign, expected = torch.linalg.slogdet(matrices)
-        assert (sign == 1).all() and torch.allclose(
-            log_det[:500].double(),
-            expected,
-            rtol=1e-4 if dtype == torch.float32 else 1e-9,
-            atol=1e-4 if dtype == torch.float32 else 1e-9,
-        )
+        assert (sign == 1).all()
+        assert torch.allclose(log_det[:500].double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @many_draws
@@ -340,10 +361,9 @@ def test_many_draws(kind, draws, dtype, scale):
 def test_many_draws_of_adaptive_couplings(draws, dtype, scale):
     "Networks of their own in every draw; the filter's and the scales' logarithms within +-5."
     conf = ConvolutionCoupling(5, 2, hidden=(6,), activation="tanh", max_log_scale=5.0).to(dtype)
-    y, log_det = over_draws(conf, tensors_of(conf, draws, scale, dtype), torch.randn(draws, 5, dtype=dtype))
-    assert (
-        y.isfinite().all()
-        and log_det.isfinite().all()
-        and (log_det.abs() <= 2 * 2 * 3 * 5 * (1 + 1e-5)).all()
-        and log_det.std() > 1
-    )
+    tensors = tensors_of(conf, draws, scale, dtype)
+    y, log_det = over_draws(conf, tensors, torch.randn(draws, 5, dtype=dtype))
+    assert y.isfinite().all()
+    assert log_det.isfinite().all()
+    assert (log_det.abs() <= 2 * 2 * 3 * 5 * (1 + 1e-5)).all()
+    assert log_det.std() > 1

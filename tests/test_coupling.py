@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.func import jacrev
 
-from helpers import caught, dtypes, exact, many_draws, moved, near, over_draws, scales, tensors_of
+from helpers import caught, dtypes, exact, many_draws, moved, near, normals, over_draws, scales, tensors_of
 from normflow_vi.testing.contract import C
 from normflow_vi.transforms.coupling import AdditiveCoupling, AffineCoupling, Coupling, _conditioning_entries
 from normflow_vi.transforms.laws import Gate, ScaleShift, Shift
@@ -38,45 +38,53 @@ def jacobian(transform, z):
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (6,), (3, 4), (1, 3, 3), (4, 2, 3)])
 def test_masks_are_what_they_say(shape):
-    entries, size = list(itertools.product(*map(range, shape))), math.prod(shape)
-    assert _conditioning_entries("half", size, shape).tolist() == [i < size // 2 for i in range(size)]
-    assert _conditioning_entries("checkerboard", size, shape).tolist() == [
-        sum(entry[-2:]) % 2 == 1 for entry in entries
-    ]
+    entries = list(itertools.product(*map(range, shape)))
+    size = math.prod(shape)
+    first = [i < size // 2 for i in range(size)]
+    odd = [sum(entry[-2:]) % 2 == 1 for entry in entries]
+    assert _conditioning_entries("half", size, shape).tolist() == first
+    assert _conditioning_entries("checkerboard", size, shape).tolist() == odd
     if len(shape) == 1 or shape[0] > 1:
-        assert _conditioning_entries("channel", size, shape).tolist() == [
-            entry[0] < shape[0] // 2 for entry in entries
-        ]
+        channels = [entry[0] < shape[0] // 2 for entry in entries]
+        assert _conditioning_entries("channel", size, shape).tolist() == channels
     for name in ("half", "checkerboard"):
         assert _conditioning_entries(name, size, shape, length=2).sum() <= size // 2
+
+
+def entries_of(mask):
+    "The numbers of the entries that are true."
+    return set(mask.nonzero().flatten().tolist())
 
 
 @each_mask
 def test_layers_alternate(mask, dim, shape):
     transform = AdditiveCoupling(dim, 5, mask=mask, shape=shape, hidden=())
-    order, back = transform.order, transform.back
+    order = transform.order
+    back = transform.back
     chosen = _conditioning_entries(mask, dim, shape)
     kept = int(chosen.sum())
-    assert torch.equal(order.gather(1, back), torch.arange(dim).expand(5, -1)) and torch.equal(
-        back.gather(1, order), torch.arange(dim).expand(5, -1)
-    )
+    count = torch.arange(dim).expand(5, -1)
+    assert torch.equal(order.gather(1, back), count)
+    assert torch.equal(back.gather(1, order), count)
     for k in range(5):
-        assert torch.equal(order[k], order[k % 2]) and torch.equal(order[k].flip(0), order[1 - k % 2])
-    assert set(order[0, :kept].tolist()) == set(chosen.nonzero().flatten().tolist())
+        assert torch.equal(order[k], order[k % 2])
+        assert torch.equal(order[k].flip(0), order[1 - k % 2])
+    assert set(order[0, :kept].tolist()) == entries_of(chosen)
     if 2 * kept == dim:
-        assert set(order[1, :kept].tolist()) == set((~chosen).nonzero().flatten().tolist())
+        assert set(order[1, :kept].tolist()) == entries_of(~chosen)
 
 
 @each_mask
 @pytest.mark.parametrize("law", [Shift(), ScaleShift(), Gate()], ids=lambda law: type(law).__name__)
 def test_jacobian_has_exact_zeros_where_the_mask_says_so(mask, dim, shape, law):
-    z, chosen = torch.randn(dim, dtype=torch.float64), _conditioning_entries(mask, dim, shape)
-    matrix = jacobian(moved(Coupling(dim, law, mask=mask, shape=shape, hidden=(7,), activation="tanh")), z)
+    z = normals(dim)
+    chosen = _conditioning_entries(mask, dim, shape)
+    layer = moved(Coupling(dim, law, mask=mask, shape=shape, hidden=(7,), activation="tanh"))
+    matrix = jacobian(layer, z)
     assert torch.equal(matrix[chosen], EYE[dim][chosen])  # kept entries
     others = matrix[~chosen]
-    assert torch.equal(
-        others[:, ~chosen], others[:, ~chosen].diagonal().diag()
-    )  # others entries do not see each other
+    among = others[:, ~chosen]
+    assert torch.equal(among, among.diagonal().diag())  # others entries do not see each other
     assert (others[:, chosen] != 0).all()  # and all see all kept ones
     if isinstance(law, Shift):
         assert (matrix.diagonal() == 1).all()
@@ -84,15 +92,19 @@ def test_jacobian_has_exact_zeros_where_the_mask_says_so(mask, dim, shape, law):
 
 @each_mask
 def test_second_layer_keeps_the_other_end(mask, dim, shape):
-    "In a stack of two, an entry neither layer keeps conditions nothing: its column has only its diagonal entry."
+    """In a stack of two, an entry neither layer keeps conditions nothing: its column has only its
+    diagonal entry.
+    """
     transform = moved(AffineCoupling(dim, 2, mask=mask, shape=shape, hidden=(7,), activation="tanh"))
-    matrix, kept = jacobian(transform, torch.randn(dim, dtype=torch.float64)), transform.kept
+    matrix = jacobian(transform, normals(dim))
+    kept = transform.kept
     conditions = set(transform.order[:, :kept].flatten().tolist())
     for i in range(dim):
         others = torch.cat([matrix[:i, i], matrix[i + 1 :, i]])
         assert (others != 0).any() if i in conditions else (others == 0).all()
     if kept:
-        assert len(conditions) == 2 * kept and (matrix.diagonal() != 1).any()
+        assert len(conditions) == 2 * kept
+        assert (matrix.diagonal() != 1).any()
 
 
 @pytest.mark.parametrize("hidden", [(), (3,), (4, 6)])
@@ -100,11 +112,11 @@ def test_no_weight_is_dead(hidden):
     "As many weights as `kept -> moved` networks have, and a gradient in every one of them."
     transform = moved(AffineCoupling(5, 3, C, hidden=hidden, activation="tanh"))
     widths = [2, *hidden, 6]
-    expected = sum((m + 1) * n for m, n in zip(widths, widths[1:])) + sum(C * n for n in hidden or (6,))
+    of_layers = sum((m + 1) * n for m, n in itertools.pairwise(widths))
+    of_context = sum(C * n for n in hidden or (6,))
+    expected = of_layers + of_context
     assert sum(p.numel() for p in transform.parameters()) == 3 * expected
-    y, log_det = transform.forward(
-        torch.randn(50, 5, dtype=torch.float64), torch.randn(50, C, dtype=torch.float64)
-    )
+    y, log_det = transform.forward(normals(50, 5), normals(50, C))
     (y.square().sum() + log_det.sum()).backward()
     assert all((p.grad != 0).all() for p in transform.parameters())
 
@@ -113,7 +125,8 @@ def test_what_is_refused():
     def message(*words, **options):
         with pytest.raises(ValueError) as raised:
             AffineCoupling(**options)
-        assert all(word in str(raised.value) for word in words), raised.value
+        for word in words:
+            assert word in str(raised.value), raised.value
 
     message("mask", "half, checkerboard, channel", dim=4, mask="halves")
     message("shape=(2, 3)", "dim=4", dim=4, shape=(2, 3))
@@ -135,32 +148,32 @@ def test_what_is_refused():
 
 def test_laws_start_where_they_say():
     bias = Coupling(6, Gate(), 2, hidden=(32,)).source.bias_1.view(2, 3, 2)
-    assert (bias[..., 1] - 1.5).abs().max() < 0.1 > bias[..., 0].abs().max() and bias[..., 0].any()
+    assert (bias[..., 1] - 1.5).abs().max() < 0.1 > bias[..., 0].abs().max()
+    assert bias[..., 0].any()
 
 
 def test_additive_coupling_preserves_volume():
-    transform, z = moved(AdditiveCoupling(5, 4), 10.0), torch.randn(20, 5, dtype=torch.float64)
-    assert transform.forward(z)[1].count_nonzero() == 0 == transform.inverse(z)[1].count_nonzero()
+    transform = moved(AdditiveCoupling(5, 4), 10.0)
+    z = normals(20, 5)
+    assert transform.forward(z)[1].count_nonzero() == 0
+    assert transform.inverse(z)[1].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dim, context_dim", [(1, None), (1, C), (2, C), (5, C)])
 def test_conditioned_on_what_is_kept_and_on_the_context(dim, context_dim):
     "Values may lack the batch axis that a context has."
     transform = moved(AffineCoupling(dim, 3, context_dim, hidden=(8,)))
-    z, context = (
-        torch.randn(dim, dtype=torch.float64),
-        None if context_dim is None else torch.randn(6, C, dtype=torch.float64),
-    )
+    z = normals(dim)
+    context = None if context_dim is None else normals(6, C)
     y, log_det = transform.forward(z, context)
-    assert y.shape == ((dim,) if context_dim is None else (6, dim)) and log_det.shape == y.shape[:-1]
+    assert y.shape == ((dim,) if context_dim is None else (6, dim))
+    assert log_det.shape == y.shape[:-1]
     if context_dim is not None:
-        assert (
-            torch.allclose(y, transform.forward(z.expand(6, -1), context)[0])
-            and len(set(log_det.tolist())) == 6
-        )
-        assert torch.allclose(
-            transform.inverse(z, context)[0], transform.inverse(z.expand(6, -1), context)[0]
-        )
+        rows = z.expand(6, -1)
+        assert torch.allclose(y, transform.forward(rows, context)[0])
+        assert len(set(log_det.tolist())) == 6
+        back, _ = transform.inverse(z, context)
+        assert torch.allclose(back, transform.inverse(rows, context)[0])
 
 
 def in_extended_precision(transform, z, context):
@@ -170,22 +183,29 @@ def in_extended_precision(transform, z, context):
         def read(name, i):
             return mpmath.matrix(exact(getattr(transform.source, f"{name}_{i}")[0]))
 
-        order, kept, last = transform.order[0].tolist(), transform.kept, len(transform.hidden)
+        order = transform.order[0].tolist()
+        kept = transform.kept
+        last = len(transform.hidden)
         z = exact(z[order])
         act = {"relu": lambda v: max(v, mpmath.mpf(0)), "tanh": mpmath.tanh}[transform.activation]
-        h = mpmath.matrix(z[:kept])
+        context = mpmath.matrix(exact(context)).T
+        h = mpmath.matrix(z[:kept]).T
         for i in range(last + 1):
-            h = (h if i == 0 else h.apply(act)).T * read("weight", i) + read("bias", i).T
+            if i > 0:
+                h = h.apply(act)
+            h = h * read("weight", i) + read("bias", i).T
             if i < last:
-                h += mpmath.matrix(exact(context)).T * read("context", i)
-            h = h.T
+                h += context * read("context", i)
+        shifts = list(h)[::2]
+        log_scales = list(h)[1::2]
         limit = transform.law.max_log_scale
-        scales = [
-            s if limit is None else limit * mpmath.tanh(s / limit)
-            for s in (h[i] for i in range(1, len(h), 2))
-        ]
-        values = z[:kept] + [h[2 * i] + mpmath.exp(s) * z[kept + i] for i, s in enumerate(scales)]
-        return [values[order.index(i)] for i in range(len(order))], mpmath.fsum(scales)
+        if limit is not None:
+            log_scales = [limit * mpmath.tanh(s / limit) for s in log_scales]
+        values = z[:kept]
+        for zi, shift, log_scale in zip(z[kept:], shifts, log_scales, strict=True):
+            values.append(shift + mpmath.exp(log_scale) * zi)
+        in_place = [values[order.index(i)] for i in range(len(order))]
+        return in_place, mpmath.fsum(log_scales)
 
 
 @scales
@@ -194,10 +214,10 @@ def in_extended_precision(transform, z, context):
 )
 def test_against_extended_precision(scale, options):
     for draw in range(15):
-        transform = moved(
-            AffineCoupling(5, 1, C, hidden=(6, 6), mask=("half", "checkerboard")[draw % 2], **options), scale
-        )
-        z, context = torch.randn(5, dtype=torch.float64) / scale, torch.randn(C, dtype=torch.float64) / scale
+        mask = ("half", "checkerboard")[draw % 2]
+        transform = moved(AffineCoupling(5, 1, C, hidden=(6, 6), mask=mask, **options), scale)
+        z = normals(5) / scale
+        context = normals(C) / scale
         y, log_det = transform.forward(z, context)
         values, expected = in_extended_precision(transform, z, context)
         assert near(log_det, expected)
@@ -209,27 +229,34 @@ def test_against_extended_precision(scale, options):
 @dtypes
 @scales
 def test_many_draws(draws, dtype, scale):
-    "Every draw is a stack of layers of its own: finite values, and a log-det within what `max_log_scale` allows; for free log-scales within +-5 as well."
+    """Every draw is a stack of layers of its own: finite values, and a log-det within what
+    `max_log_scale` allows; for free log-scales within +-5 as well.
+    """
     bounded = AffineCoupling(5, 3, hidden=(8, 8), max_log_scale=5.0).to(dtype)
     free = AffineCoupling(5, 3, hidden=(8, 8), activation="tanh").to(dtype)
     z = torch.randn(draws, 5, dtype=dtype)
     drawn = tensors_of(bounded, draws, scale, dtype)
     for transform, parameters in ((bounded, drawn), (free, within_five(drawn))):
         y, log_det = over_draws(transform, parameters, z)
-        assert (
-            y.isfinite().all()
-            and log_det.isfinite().all()
-            and (log_det.abs() <= 3 * 3 * 5 * (1 + 1e-5)).all()
-        )
+        assert y.isfinite().all()
+        assert log_det.isfinite().all()
+        assert (log_det.abs() <= 3 * 3 * 5 * (1 + 1e-5)).all()
         assert log_det.std() > 1  # and the draws are spread over it
 
 
 def within_five(drawn):
-    "The same draws, the weights and biases that make log-scales divided so that `|s| <= 5` for hidden units within +-1."
-    weight, bias = drawn["source.weight_2"], drawn["source.bias_2"]
+    """The same draws, the weights and biases that make log-scales divided so that `|s| <= 5` for
+    hidden units within +-1.
+    """
+    weight = drawn["source.weight_2"]
+    bias = drawn["source.bias_2"]
     size = weight.abs().sum(-2) + bias.abs()
-    factor = torch.where(torch.arange(6) % 2 == 1, 5 / size, torch.ones_like(size))
-    return drawn | {"source.weight_2": weight * factor[..., None, :], "source.bias_2": bias * factor}
+    is_log_scale = torch.arange(6) % 2 == 1
+    factor = torch.where(is_log_scale, 5 / size, torch.ones_like(size))
+    return drawn | {
+        "source.weight_2": weight * factor[..., None, :],
+        "source.bias_2": bias * factor,
+    }
 
 
 def test_layers_that_never_alternate_are_caught(monkeypatch):
@@ -251,10 +278,8 @@ def test_a_mixed_stack_is_the_chain_of_mixes_and_couplings(mix, dim):
     stack = AdditiveCoupling(dim, 4, mix=mix, hidden=(8,)).double()
     parts = []
     for k in range(4):
-        fixed, layer = (
-            {"perm": Permutation, "ortho": Orthogonal}[mix](dim).double(),
-            AdditiveCoupling(dim, hidden=(8,)).double(),
-        )
+        fixed = {"perm": Permutation, "ortho": Orthogonal}[mix](dim).double()
+        layer = AdditiveCoupling(dim, hidden=(8,)).double()
         with torch.no_grad():
             if mix == "ortho":
                 fixed.q.copy_(stack.matrix[k : k + 1])
@@ -263,13 +288,11 @@ def test_a_mixed_stack_is_the_chain_of_mixes_and_couplings(mix, dim):
             for name, tensor in stack.source().items():
                 layer.source()[name].copy_(tensor[k : k + 1])
         parts += [fixed, layer]
-    z = torch.randn(50, dim, dtype=torch.float64)
+    z = normals(50, dim)
     y, log_det = stack.forward(z)
-    assert (
-        torch.allclose(y, Chain(*parts).forward(z)[0])
-        and not log_det.any()
-        and torch.allclose(stack.inverse(y)[0], z)
-    )
+    assert torch.allclose(y, Chain(*parts).forward(z)[0])
+    assert not log_det.any()
+    assert torch.allclose(stack.inverse(y)[0], z)
 
 
 def test_what_is_no_mix():

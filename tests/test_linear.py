@@ -1,13 +1,16 @@
-"""Elementwise and linear layers: PReLU, BatchNorm in training mode, permutations and rotations, PLU and Householder."""
+"""Elementwise and linear layers: PReLU, BatchNorm in training mode, permutations and rotations, PLU
+and Householder.
+"""
 
 import math
+from functools import partial
 
 import mpmath
 import pytest
 import torch
 from torch.func import functional_call, stack_module_state, vmap
 
-from helpers import CASE, caught, dtypes, emitting, exact, many_draws, moved, near, scales
+from helpers import CASE, caught, dtypes, emitting, exact, many_draws, moved, near, normals, scales
 from normflow_vi.engine.optimizer import Optimizer
 from normflow_vi.engine.trainer import Trainer
 from normflow_vi.flows import Flow
@@ -31,69 +34,74 @@ def layer(transform, *names):
 @scales
 def test_prelu_against_extended_precision(scale):
     for _ in range(20):
-        transform, z = CASE["prelu"].draw(4, length=1, scale=scale), 3 * torch.randn(4, dtype=torch.float64)
+        transform = CASE["prelu"].draw(4, length=1, scale=scale)
+        z = 3 * normals(4)
         y, log_det = transform.forward(z)
         with mpmath.workdps(50):
             (log_alpha,) = layer(transform, "log_alpha")
-            expected = [mpmath.exp(a) * v if v < 0 else v for a, v in zip(log_alpha, exact(z))]
-            assert near(
-                log_det, mpmath.log(mpmath.fprod(mpmath.exp(a) for a, v in zip(log_alpha, z) if v < 0))
-            ) and near(y, expected, 1e-12 * scale)
+            slopes = []
+            for a, v in zip(log_alpha, exact(z), strict=True):
+                slopes.append(mpmath.exp(a) if v < 0 else mpmath.mpf(1))
+            expected = [s * v for s, v in zip(slopes, exact(z), strict=True)]
+            assert near(log_det, mpmath.log(mpmath.fprod(slopes)))
+            assert near(y, expected, 1e-12 * scale)
 
 
 @scales
 def test_batchnorm_against_extended_precision(scale):
     for _ in range(20):
-        transform, z = (
-            CASE["batchnorm"].draw(4, length=1, scale=scale),
-            3 * torch.randn(4, dtype=torch.float64),
-        )
+        transform = CASE["batchnorm"].draw(4, length=1, scale=scale)
+        z = 3 * normals(4)
         y, log_det = transform.forward(z)
         with mpmath.workdps(50):
             log_gamma, beta = layer(transform, "log_gamma", "beta")
-            mean, var = exact(transform.running_mean[0]), exact(transform.running_var[0])
-            slopes = [
-                mpmath.exp(g) / mpmath.sqrt(v + mpmath.mpf(transform.eps)) for g, v in zip(log_gamma, var)
-            ]
-            expected = [b + s * (v - m) for b, s, v, m in zip(beta, slopes, exact(z), mean)]
-            assert near(log_det, mpmath.log(mpmath.fprod(slopes))) and near(y, expected, 1e-12 * scale)
+            mean = exact(transform.running_mean[0])
+            var = exact(transform.running_var[0])
+            eps = mpmath.mpf(transform.eps)
+            slopes = [mpmath.exp(g) / mpmath.sqrt(v + eps) for g, v in zip(log_gamma, var, strict=True)]
+            expected = [b + s * (v - m) for b, s, v, m in zip(beta, slopes, exact(z), mean, strict=True)]
+            assert near(log_det, mpmath.log(mpmath.fprod(slopes)))
+            assert near(y, expected, 1e-12 * scale)
 
 
 @scales
 def test_plu_against_the_determinant_in_extended_precision(scale):
     "Entries from exp(-300) to exp(300): elimination needs many more digits than 50."
     for _ in range(5):
-        transform, z = CASE["plu"].draw(4, length=1, scale=scale), torch.randn(4, dtype=torch.float64)
+        transform = CASE["plu"].draw(4, length=1, scale=scale)
+        z = normals(4)
         y, log_det = transform.forward(z)
         with mpmath.workdps(1000):
             lu, bias = layer(transform, "lu", "bias")
-            lower, upper = mpmath.matrix(4, 4), mpmath.matrix(4, 4)
+            lower = mpmath.eye(4)
+            upper = mpmath.matrix(4, 4)
             for i in range(4):
-                for j in range(4):
-                    lower[i, j], upper[i, j] = (
-                        (lu[i][j], 0)
-                        if i > j
-                        else (int(i == j), mpmath.exp(lu[i][j]) if i == j else lu[i][j])
-                    )
+                upper[i, i] = mpmath.exp(lu[i][i])
+                for j in range(i):
+                    lower[i, j] = lu[i][j]
+                    upper[j, i] = lu[j][i]
             product = lower * upper
-            w = mpmath.matrix([[product[i, j] for j in range(4)] for i in transform.order[0].tolist()])
+            w = mpmath.matrix(4, 4)
+            for i, row in enumerate(transform.order[0].tolist()):
+                w[i, :] = product[row, :]
             assert near(log_det, mpmath.log(abs(mpmath.det(w))))
-            expected, size = w * mpmath.matrix(exact(z)), w.apply(abs) * mpmath.matrix(exact(z.abs()))
-            assert all(
-                abs(found - expected[i] - bias[i]) <= 1e-12 * scale * (1 + size[i])
-                for i, found in enumerate(y.tolist())
-            )
+            expected = w * mpmath.matrix(exact(z))
+            size = w.apply(abs) * mpmath.matrix(exact(z.abs()))
+            for i, found in enumerate(y.tolist()):
+                allowed = 1e-12 * scale * (1 + size[i])
+                assert abs(found - expected[i] - bias[i]) <= allowed
 
 
 @scales
 def test_householder_against_extended_precision(scale):
     for M in (1, 3, 6):
-        transform, z = moved(Householder(4, reflections=M), scale), torch.randn(4, dtype=torch.float64)
+        transform = moved(Householder(4, reflections=M), scale)
+        z = normals(4)
         with mpmath.workdps(50):
             found = exact(z)
             for v in layer(transform, "v")[0]:
                 factor = 2 * mpmath.fdot(v, found) / mpmath.fdot(v, v)
-                found = [f - factor * x for f, x in zip(found, v)]
+                found = [f - factor * x for f, x in zip(found, v, strict=True)]
         assert near(transform.forward(z)[0], found, 1e-12)
 
 
@@ -115,19 +123,20 @@ def test_is_orthogonal_in_double_precision_however_it_was_stored(make, dim):
 
 
 def test_haar_prefers_no_direction():
-    "E Q_ij = 0, E Q_ij^2 = 1 / D, E Q_ij^4 = 3 / (D (D + 2)), for every entry; both determinants are equally likely."
+    """E Q_ij = 0, E Q_ij^2 = 1 / D, E Q_ij^4 = 3 / (D (D + 2)), for every entry; both determinants
+    are equally likely.
+    """
     torch.manual_seed(0)
     q = draw_rotations(20_000, 4)
-    assert (
-        q.mean(0).abs().max() < 0.02
-        and (q.square().mean(0) - 1 / 4).abs().max() < 0.01
-        and (q.pow(4).mean(0) - 3 / 24).abs().max() < 0.01
-    )
+    assert q.mean(0).abs().max() < 0.02
+    assert (q.square().mean(0) - 1 / 4).abs().max() < 0.01
+    assert (q.pow(4).mean(0) - 3 / 24).abs().max() < 0.01
     assert abs(torch.linalg.det(q).mean()) < 0.03
 
 
 def test_householder_survives_vectors_that_are_parallel_short_or_zero():
-    v, eye = torch.randn(4, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    v = normals(4, 4)
+    eye = torch.eye(4, dtype=torch.float64)
     for changed in (
         v[:1] + 1e-8 * v,
         v[:1].expand(4, 4),
@@ -139,21 +148,21 @@ def test_householder_survives_vectors_that_are_parallel_short_or_zero():
         changed = changed.clone().requires_grad_()
         kept, r = compact_reflections(changed)
         q = eye - kept.mT @ r
-        assert (q @ q.T - eye).abs().max() < 1e-12 and torch.allclose(
-            torch.linalg.det(q), torch.ones((), dtype=torch.float64)
-        )
+        assert (q @ q.T - eye).abs().max() < 1e-12
+        assert torch.allclose(torch.linalg.det(q), torch.ones((), dtype=torch.float64))
         matvec(q, torch.ones(4).double()).sin().sum().backward()
         assert changed.grad.isfinite().all()
-    (same, small), (v, r) = compact_reflections(1e-14 * v), compact_reflections(v)  # of any length but 0
+    same, small = compact_reflections(1e-14 * v)
+    v, r = compact_reflections(v)  # of any length but 0
     assert torch.allclose(same.mT @ small, v.mT @ r)
 
 
 def test_reversal_twice_is_the_identity_and_orders_differ_between_layers():
     z = torch.randn(10, 30)
-    assert torch.equal(Permutation(30, 2, kind="reverse").forward(z)[0], z) and torch.equal(
-        Permutation(30, kind="reverse").forward(z)[0], z.flip(-1)
-    )
-    assert len(Permutation(30, 4).order.unique(dim=0)) == 4 and len(Orthogonal(3, 4).q.unique(dim=0)) == 4
+    assert torch.equal(Permutation(30, 2, kind="reverse").forward(z)[0], z)
+    assert torch.equal(Permutation(30, kind="reverse").forward(z)[0], z.flip(-1))
+    assert len(Permutation(30, 4).order.unique(dim=0)) == 4
+    assert len(Orthogonal(3, 4).q.unique(dim=0)) == 4
 
 
 @pytest.mark.parametrize("make", [Permutation, Orthogonal, PLU])
@@ -167,21 +176,19 @@ def test_constants_are_not_trained(make):
 @pytest.mark.parametrize("context_dim", [None, 4])
 @pytest.mark.parametrize("dim, n", [(1, 2000), (2, 300)])
 def test_prelu_density_integrates_to_one_orthant_by_orthant(dim, n, context_dim):
-    transform, context = CASE["prelu"].draw(dim, 2, context_dim), draw_context(1, context_dim)
+    transform = CASE["prelu"].draw(dim, 2, context_dim)
+    context = draw_context(1, context_dim)
     mass = 0.0
-    for signs in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * dim).reshape(
-        -1, dim
-    ):
+    sides = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    middles = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    for signs in torch.cartesian_prod(*[sides] * dim).reshape(-1, dim):
         far = transform.forward(9 * signs[None], context)[0][0].detach()  # nine standard deviations out
-        grid = torch.cartesian_prod(
-            *((torch.arange(n, dtype=torch.float64) + 0.5) / n * edge for edge in far)
-        ).reshape(-1, dim)
+        grid = torch.cartesian_prod(*(middles * edge for edge in far)).reshape(-1, dim)
         with torch.no_grad():
             z, log_det = transform.inverse(grid, context)
-        mass += (
-            (log_det - 0.5 * (z * z).sum(-1) - 0.5 * dim * math.log(2 * math.pi)).exp().sum()
-            * (far / n).prod().abs()
-        ).item()
+        log_q = log_det - 0.5 * (z * z).sum(-1) - 0.5 * dim * math.log(2 * math.pi)
+        cell = (far / n).prod().abs()
+        mass += (log_q.exp().sum() * cell).item()
     assert abs(mass - 1) < 1e-3
 
 
@@ -192,9 +199,13 @@ def test_prelu_is_the_identity_on_the_positive_side_for_every_slope():
         with torch.no_grad():
             transform.source.log_alpha.fill_(log_alpha)
         y, log_det = transform.forward(z)
+        back, minus = transform.inverse(z)
         (slope,) = torch.autograd.grad(y.sum() + log_det.sum(), z)
-        assert torch.equal(y, z) and log_det.item() == 0 and torch.equal(slope, torch.ones(1, 3))
-        assert torch.equal(transform.inverse(z)[0], z) and transform.inverse(z)[1].item() == 0
+        assert torch.equal(y, z)
+        assert log_det.item() == 0
+        assert torch.equal(slope, torch.ones(1, 3))
+        assert torch.equal(back, z)
+        assert minus.item() == 0
 
 
 # Many draws, as one amortised batch.
@@ -207,23 +218,27 @@ def test_prelu_is_the_identity_on_the_positive_side_for_every_slope():
 @pytest.mark.parametrize("kind", [PReLU, BatchNorm, PLU])
 def test_many_draws_are_finite(kind, limit, scale, dtype, draws):
     "Log-scales within +-5 for the papers' formulas, at every size with `max_log_scale`."
-    log_scale, z = scale * torch.randn(draws, 1, 5, dtype=dtype), torch.randn(draws, 5, dtype=dtype)
+    log_scale = scale * torch.randn(draws, 1, 5, dtype=dtype)
+    z = torch.randn(draws, 5, dtype=dtype)
     if limit is None:
         log_scale = log_scale.clamp(-5, 5)
     lu = scale * torch.randn(draws, 1, 5, 5, dtype=dtype)
+    diagonal = torch.diag_embed(lu.diagonal(dim1=-2, dim2=-1))
     given = {
         "log_alpha": log_scale,
         "log_gamma": log_scale,
-        "lu": lu - torch.diag_embed(lu.diagonal(dim1=-2, dim2=-1)) + torch.diag_embed(log_scale),
+        "lu": lu - diagonal + torch.diag_embed(log_scale),
     }
-    transform, context = emitting(lambda c: kind(5, 1, c, max_log_scale=limit), draws, scale, dtype, **given)
+    make = partial(kind, 5, 1, max_log_scale=limit)
+    transform, context = emitting(make, draws, scale, dtype, **given)
     if kind is PLU:
         layers = transform.prepare(**transform.source(context, dtype))
-        assert (layers["upper"].diagonal(dim1=-2, dim2=-1) > 0).all() and layers[
-            "upper"
-        ].isfinite().all()  # det W > 0 up to the sign of P
+        assert (layers["upper"].diagonal(dim1=-2, dim2=-1) > 0).all()
+        assert layers["upper"].isfinite().all()  # det W > 0 up to the sign of P
     for value, log_det in (transform.forward(z, context), transform.inverse(z, context)):
-        assert value.isfinite().all() and log_det.isfinite().all() and (log_det.abs() <= 25.01).all()
+        assert value.isfinite().all()
+        assert log_det.isfinite().all()
+        assert (log_det.abs() <= 25.01).all()
 
 
 @many_draws
@@ -233,13 +248,12 @@ def test_many_reflections_keep_lengths(scale, dtype, draws):
     transform, context = emitting(lambda c: Householder(5, 1, c, reflections=3), draws, scale, dtype)
     z = torch.randn(draws, 5, dtype=dtype)
     y, log_det = transform.forward(z, context)
-    q = transform.forward(torch.eye(5, dtype=dtype)[:, None].expand(5, draws, 5), context)[0].movedim(0, -1)
+    axes = torch.eye(5, dtype=dtype)[:, None].expand(5, draws, 5)
+    q = transform.forward(axes, context)[0].movedim(0, -1)
     eps = torch.finfo(dtype).eps
-    assert (
-        torch.allclose(y.norm(dim=-1), z.norm(dim=-1), rtol=200 * eps)
-        and (torch.linalg.det(q) < 0).all()
-        and not log_det.any()
-    )
+    assert torch.allclose(y.norm(dim=-1), z.norm(dim=-1), rtol=200 * eps)
+    assert (torch.linalg.det(q) < 0).all()
+    assert not log_det.any()
     assert torch.allclose(transform.inverse(y, context)[0], z, atol=1000 * eps)
 
 
@@ -247,22 +261,33 @@ def test_many_reflections_keep_lengths(scale, dtype, draws):
 
 
 def test_batchnorm_moves_its_running_statistics_towards_those_of_the_batch():
-    norm, batches = BatchNorm(3, 2, momentum=0.3).double(), 2 + 3 * torch.randn(4, 50, 3, dtype=torch.float64)
+    norm = BatchNorm(3, 2, momentum=0.3).double()
+    batches = 2 + 3 * normals(4, 50, 3)
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.normal_()
-    mean, var = torch.zeros(2, 3).double(), torch.ones(2, 3).double()
+    mean = torch.zeros(2, 3).double()
+    var = torch.ones(2, 3).double()
     for batch in batches:
-        value, total, moments = batch, 0.0, []
-        for gamma, beta in zip(norm.source.log_gamma, norm.source.beta):
-            moments.append((value.mean(0), value.var(0, correction=0)))
-            total = total + (gamma - 0.5 * (moments[-1][1] + 1e-5).log()).sum()
-            value = beta + gamma.exp() * (value - moments[-1][0]) / (moments[-1][1] + 1e-5).sqrt()
-        mean, var = (0.7 * old + 0.3 * torch.stack(new) for old, new in zip((mean, var), zip(*moments)))
+        value = batch
+        total = 0.0
+        means = []
+        variances = []
+        for gamma, beta in zip(norm.source.log_gamma, norm.source.beta, strict=True):
+            means.append(value.mean(0))
+            variances.append(value.var(0, correction=0))
+            spread = variances[-1] + 1e-5
+            total = total + (gamma - 0.5 * spread.log()).sum()
+            value = beta + gamma.exp() * (value - means[-1]) / spread.sqrt()
+        mean = 0.7 * mean + 0.3 * torch.stack(means)
+        var = 0.7 * var + 0.3 * torch.stack(variances)
         y, log_det = norm.forward(batch)
-        assert torch.allclose(y, value) and torch.allclose(log_det, total.expand(50))
-        assert torch.allclose(norm.running_mean, mean) and torch.allclose(norm.running_var, var)
-        assert not norm.running_mean.requires_grad and "running_mean" not in dict(norm.named_parameters())
+        assert torch.allclose(y, value)
+        assert torch.allclose(log_det, total.expand(50))
+        assert torch.allclose(norm.running_mean, mean)
+        assert torch.allclose(norm.running_var, var)
+        assert not norm.running_mean.requires_grad
+        assert "running_mean" not in dict(norm.named_parameters())
 
 
 def test_batchnorm_in_training_has_the_gradients_of_its_statistics():
@@ -273,10 +298,11 @@ def test_batchnorm_in_training_has_the_gradients_of_its_statistics():
 
 
 def test_batchnorm_only_training_forward_moves_anything():
-    norm, z = feed_batch(BatchNorm(3)), torch.randn(20, 3)
+    norm = feed_batch(BatchNorm(3))
+    z = torch.randn(20, 3)
     before = {name: t.clone() for name, t in norm.state_dict().items()}
     inverse = norm.inverse(z)  # in training mode
-    for found, expected in zip(norm.eval().inverse(z), inverse):
+    for found, expected in zip(norm.eval().inverse(z), inverse, strict=True):
         assert torch.equal(found, expected)
     norm.forward(z)
     assert all(torch.equal(t, before[name]) for name, t in norm.state_dict().items())
@@ -285,22 +311,25 @@ def test_batchnorm_only_training_forward_moves_anything():
 
 
 def test_batchnorm_replaces_its_statistics_so_earlier_graphs_stay_whole():
-    norm, z = feed_batch(BatchNorm(3)), torch.randn(20, 3, requires_grad=True)
-    held, version = norm.running_var, norm.running_var._version
+    norm = feed_batch(BatchNorm(3))
+    z = torch.randn(20, 3, requires_grad=True)
+    held = norm.running_var
+    version = norm.running_var._version
     loss = norm.inverse(z)[0].square().sum()  # its graph holds the running statistics,
     loss = loss + norm.forward(z)[0].sin().sum()  # which this moves
     loss.backward()
-    assert held._version == version and norm.running_var is not held and z.grad.isfinite().all()
+    assert held._version == version
+    assert norm.running_var is not held
+    assert z.grad.isfinite().all()
 
 
 def test_batchnorm_buffers_keep_their_type():
     norm = BatchNorm(3)
-    y, log_det = norm.forward(torch.randn(20, 3, dtype=torch.float64))
-    assert (
-        y.dtype == log_det.dtype == torch.float64
-        and norm.running_mean.dtype == norm.running_var.dtype == torch.float32
-    )
-    assert "running_var" in norm.state_dict() and norm.running_var.shape == (1, 3)
+    y, log_det = norm.forward(normals(20, 3))
+    assert y.dtype == log_det.dtype == torch.float64
+    assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+    assert "running_var" in norm.state_dict()
+    assert norm.running_var.shape == (1, 3)
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (3,), (1, 1, 3)])
@@ -312,11 +341,9 @@ def test_batchnorm_refuses_one_value(shape):
 
 @pytest.mark.parametrize("context_dim", [None, 4])
 def test_batchnorm_in_training_traces_and_maps_over_runs(context_dim):
-    norms, z, context = (
-        [BatchNorm(3, 2, context_dim).double() for _ in range(3)],
-        torch.randn(3, 5, 20, 3, dtype=torch.float64),
-        draw_context(20, context_dim),
-    )
+    norms = [BatchNorm(3, 2, context_dim).double() for _ in range(3)]
+    z = normals(3, 5, 20, 3)
+    context = draw_context(20, context_dim)
     parameters, buffers = stack_module_state(norms)
 
     def one(p, b, z):
@@ -332,8 +359,9 @@ def test_batchnorm_in_training_traces_and_maps_over_runs(context_dim):
     assert torch.equal(norms[0].running_var, untouched)  # functional_call leaves the module alone
     for r, norm in enumerate(norms):
         torch._dynamo.reset()
-        traced = torch.compile(lambda z: norm.forward(z, context), fullgraph=True, backend="eager")(z[r])
-        for found, expected in zip(together, (*traced, norm.running_mean, norm.running_var)):
+        call = partial(norm.forward, context=context)
+        traced = torch.compile(call, fullgraph=True, backend="eager")(z[r])
+        for found, expected in zip(together, (*traced, norm.running_mean, norm.running_var), strict=True):
             assert torch.allclose(found[r], expected, atol=1e-12)
 
 
@@ -341,11 +369,11 @@ class Batches:
     "A fixed stream of training batches."
 
     def __init__(self, seed):
-        self.data, self.step = (
+        self.data = (
             3 * torch.randn(30, 40, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            + seed,
-            0,
+            + seed
         )
+        self.step = 0
 
     def next(self):
         self.step += 1
@@ -386,8 +414,9 @@ def test_batchnorm_under_the_training_engine():
     "Three seeds as one program and one alone give the statistics of a plain loop."
     seeds = [1, 2, 3]
     together = trained(seeds)
-    for seed, flow in zip(seeds, together):
-        by_hand, stream = density_flow(seed).train(), Batches(seed)
+    for seed, flow in zip(seeds, together, strict=True):
+        by_hand = density_flow(seed).train()
+        stream = Batches(seed)
         adam = torch.optim.Adam(by_hand.parameters(), lr=1e-2)
         for step in range(30):
             adam.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / 30))
@@ -396,9 +425,8 @@ def test_batchnorm_under_the_training_engine():
             loss.backward()
             adam.step()
         norm, expected = (q.transform.transform.transforms[1] for q in (flow, by_hand))
-        assert torch.allclose(norm.running_mean, expected.running_mean, rtol=1e-6) and torch.allclose(
-            norm.running_var, expected.running_var, rtol=1e-6
-        )
+        assert torch.allclose(norm.running_mean, expected.running_mean, rtol=1e-6)
+        assert torch.allclose(norm.running_var, expected.running_var, rtol=1e-6)
         assert norm.running_mean[0].abs().max() > 0.1  # they did move
         (alone,) = trained([seed]) if seed == 2 else (flow,)
         for name, t in alone.state_dict().items():

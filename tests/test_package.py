@@ -33,7 +33,10 @@ def test_import_is_light():
             "print(json.dumps([sorted(before), sorted(set(sys.modules) - before)]))"
         )
     )
-    names = lambda modules: {module.split(".")[0] for module in modules}
+
+    def names(modules):
+        return {module.split(".")[0] for module in modules}
+
     allowed = names(loaded[0]) | sys.stdlib_module_names | {"normflow_vi"}
     assert names(loaded[1]) <= allowed, names(loaded[1]) - allowed
     assert not names(loaded[1]) & set(
@@ -42,16 +45,23 @@ def test_import_is_light():
 
 
 def test_import_is_cheap():
-    "At most half a second more than torch alone: processor time, median of three, so that a busy machine does not decide."
-    code = "import time, torch; start = time.process_time(); import normflow_vi; print(time.process_time() - start)"
+    """At most half a second more than torch alone: processor time, median of three, so that a busy
+    machine does not decide.
+    """
+    code = (
+        "import time, torch; start = time.process_time(); import normflow_vi; "
+        "print(time.process_time() - start)"
+    )
     assert statistics.median(float(python(code)) for _ in range(3)) < 0.5
 
 
 def test_import_has_no_side_effects():
     state = (
-        "torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark, "
-        "torch.random.get_rng_state().sum().item(), random.getstate(), signal.getsignal(2), logging.root.handlers, os.getcwd(), "
-        "dict(os.environ), warnings.filters, sorted(vars(torch.distributions.Distribution)), sorted(vars(torch.nn.Module))"
+        "torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), "
+        "torch.backends.cudnn.benchmark, torch.random.get_rng_state().sum().item(), random.getstate(), "
+        "signal.getsignal(2), logging.root.handlers, os.getcwd(), "
+        "dict(os.environ), warnings.filters, sorted(vars(torch.distributions.Distribution)), "
+        "sorted(vars(torch.nn.Module))"
     )
     before, after = python(
         "import os, sys, random, signal, logging, warnings, torch\n"
@@ -75,10 +85,8 @@ def test_front_door(name):
 def test_version():
     assert normflow_vi.__version__ in (ROOT / "CHANGELOG.md").read_text()
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert (
-        settings["project"]["dynamic"] == ["version"]
-        and settings["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "normflow_vi.__version__"
-    )
+    assert settings["project"]["dynamic"] == ["version"]
+    assert settings["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "normflow_vi.__version__"
 
 
 def test_lock():
@@ -87,12 +95,12 @@ def test_lock():
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line and not line.startswith("#")
     ]
-    assert "torch==2.13.0" in lines and all(
-        "==" in line and "://" not in line and "+" not in line for line in lines
-    )
+    assert "torch==2.13.0" in lines
+    assert all("==" in line and "://" not in line and "+" not in line for line in lines)
 
 
-# The folders of the package are its floors, the lowest first; a module outside a folder stands on a floor of its own.
+# The folders of the package are its floors, the lowest first; a module outside a folder stands on a
+# floor of its own.
 FLOORS = (
     {"utils"},
     {"numerics", "engine", "results", "plots"},

@@ -1,4 +1,6 @@
-"""A kit that cannot fail proves nothing: each of these bugs is planted, alone, and the contract's checks must notice it."""
+"""A kit that cannot fail proves nothing: each of these bugs is planted, alone, and the contract's
+checks must notice it.
+"""
 
 import pytest
 import torch

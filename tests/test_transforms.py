@@ -6,11 +6,35 @@ import pytest
 import torch
 from torch.func import functional_call, stack_module_state, vmap
 
-from helpers import CASE
+from helpers import CASE, normals
 from normflow_vi import Flow, transforms
 from normflow_vi.testing.cases import CASES
 from normflow_vi.testing.contract import CHECKS, C, Case, Direction, stack_calls
-from normflow_vi.transforms import *
+from normflow_vi.transforms import (
+    PLU,
+    AdditiveCoupling,
+    Affine,
+    AffineCoupling,
+    BatchNorm,
+    Chain,
+    CircularConvolution,
+    ContinuouslyIndexed,
+    ConvolutionCoupling,
+    Householder,
+    Inverse,
+    InverseAutoregressive,
+    MaskedAutoregressive,
+    Orthogonal,
+    Permutation,
+    Planar,
+    PReLU,
+    Radial,
+    SLog,
+    SplineAutoregressive,
+    SplineCoupling,
+    Sylvester,
+    SymmetricConvolution,
+)
 from normflow_vi.transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
 WALKS = [
@@ -46,36 +70,36 @@ def test_names_are_rows_of_their_own():
 def test_every_exception_has_a_reason():
     for case in CASES:
         for check, (tolerance, reason) in case.exceptions.items():
-            assert len(reason) > 10 and (tolerance is None or tolerance >= 0), (case.name, check)
+            assert len(reason) > 10, (case.name, check)
+            assert tolerance is None or tolerance >= 0, (case.name, check)
 
 
 def test_flows_are_batched_over_runs_too():
     "Density and draws, the latter with one generator for all runs."
     case = Case("chain", lambda dim, length, context_dim: Chain(Affine(dim), Planar(dim, length)))
     runs = [Flow(case.draw(3)).double() for _ in range(3)]
-    x = torch.randn(7, 3, dtype=torch.float64)
+    x = normals(7, 3)
     log_q = stack_calls(runs, "log_prob")(x.expand(3, 7, 3))
-    assert all(torch.allclose(log_q[r], run.log_prob(x), atol=1e-10) for r, run in enumerate(runs))
+    for run, found in zip(runs, log_q, strict=True):
+        assert torch.allclose(found, run.log_prob(x), atol=1e-10)
     drawing = [Direction(run, "rsample_and_log_prob") for run in runs]
 
     def draw(p, b):
-        return functional_call(drawing[0], (p, b), ((5,),), {"generator": torch.Generator().manual_seed(0)})
+        generator = torch.Generator().manual_seed(0)
+        return functional_call(drawing[0], (p, b), ((5,),), {"generator": generator})
 
     z, log_q = vmap(draw, randomness="different")(*stack_module_state(drawing))
-    assert all(
-        torch.allclose(run.log_prob(z[r]), log_q[r], atol=1e-6) for r, run in enumerate(runs)
-    ) and not torch.allclose(z[0], z[1])
+    for run, draws, found in zip(runs, z, log_q, strict=True):
+        assert torch.allclose(run.log_prob(draws), found, atol=1e-6)
+    assert not torch.allclose(z[0], z[1])
 
 
 def test_chains_cost_what_their_worst_part_costs_and_join_what_fits():
     maf = MaskedAutoregressive(2, hidden=(4,))
-    chain, turned = Chain(Affine(2), maf, Planar(2)), Inverse(maf)
-    assert (chain.forward_kind, chain.inverse_kind, turned.forward_kind, turned.inverse_kind) == (
-        "sequential",
-        "iterative",
-        "closed form",
-        "sequential",
-    )
+    chain = Chain(Affine(2), maf, Planar(2))
+    turned = Inverse(maf)
+    assert (chain.forward_kind, chain.inverse_kind) == ("sequential", "iterative")
+    assert (turned.forward_kind, turned.inverse_kind) == ("closed form", "sequential")
     for parts, words in (
         ((Affine(2), Affine(3)), "dim must agree"),
         ((Affine(2, context_dim=3), Affine(2, context_dim=4)), "context_dim must agree"),
@@ -127,15 +151,17 @@ def test_a_context_of_zeros_gives_the_layer_that_owns_its_tensors(name):
 @HEADS
 def test_heads_start_with_the_variance_that_they_are_scaled_to(name):
     _, emitted = pair(name, 20, 50)
-    tensors, at_zero = (
-        emitted.source(context, torch.float64) for context in (torch.randn(2000, 50), torch.zeros(1, 50))
-    )
+    tensors = emitted.source(torch.randn(2000, 50), torch.float64)
+    at_zero = emitted.source(torch.zeros(1, 50), torch.float64)
     for key in tensors:
-        assert abs((tensors[key] - at_zero[key]).std() / emitted.head_scale - 1) < 0.1
+        spread = (tensors[key] - at_zero[key]).std()
+        assert abs(spread / emitted.head_scale - 1) < 0.1
 
 
 def test_what_weight_decay_shrinks():
-    "Matrices of networks, and the heads of layers that are an encoder's: neither biases nor the tensors of a flow."
+    """Matrices of networks, and the heads of layers that are an encoder's: neither biases nor the
+    tensors of a flow.
+    """
     assert AffineCoupling(4, 2, 3, hidden=(5,)).source.weight_decayed == ("weight_0", "context_0", "weight_1")
     assert Affine(4, context_dim=3).source.linear.weight_decayed == ("weight",)
     for layer in (Planar(4, 2), Affine(4, 2), PLU(4), Sylvester(4)):

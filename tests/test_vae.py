@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributions import MultivariateNormal
 
+from helpers import normals
 from normflow_vi import Chain, Flow
 from normflow_vi.data import load_data
 from normflow_vi.flows import RealNVP
@@ -38,7 +39,7 @@ each = pytest.mark.parametrize("likelihood", [make(5) for make in LIKELIHOODS.va
 
 @each
 def test_draws_have_the_mean_that_is_claimed(likelihood):
-    output = torch.randn(1, likelihood.outputs(5), dtype=torch.float64)
+    output = normals(1, likelihood.outputs(5))
     draws = likelihood.double().sample(output.expand(20_000, -1))
     likelihood.check(draws)
     z = (draws.mean(0) - likelihood.mean(output)[0]) / (draws.std(0) / 20_000**0.5)
@@ -59,10 +60,10 @@ def test_a_likelihood_is_normalised(make):
     else:
         x = likelihood.unsqueeze(torch.linspace(-9.2, 9.2, 20_001, dtype=torch.float64))
     for _ in range(3):
-        mass = likelihood.log_prob(
-            x[:, None], 0.5 * torch.randn(1, likelihood.outputs(1), dtype=torch.float64)
-        ).exp()
-        assert abs((mass.sum() if discrete else torch.trapezoid(mass, x)) - 1) < 1e-4
+        output = 0.5 * normals(1, likelihood.outputs(1))
+        mass = likelihood.log_prob(x[:, None], output).exp()
+        total = mass.sum() if discrete else torch.trapezoid(mass, x)
+        assert abs(total - 1) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_likelihood_is_normalised(make):
 def test_pixels_are_independent(name):
     "The log-probability of an image is the sum over its pixels, each with its own outputs."
     likelihood = LIKELIHOODS[name](5)
-    output = torch.randn(1, likelihood.outputs(5), dtype=torch.float64)
+    output = normals(1, likelihood.outputs(5))
     x = likelihood.sample(output)
     alone = [likelihood.log_prob(x[:, i : i + 1], output[:, i::5]) for i in range(5)]
     assert torch.allclose(likelihood.log_prob(x, output), sum(alone))
@@ -80,14 +81,12 @@ def test_pixels_are_independent(name):
 @each
 def test_shapes_broadcast_over_draws(likelihood):
     likelihood.double()
-    output = torch.randn(3, 7, likelihood.outputs(5), dtype=torch.float64)
+    output = normals(3, 7, likelihood.outputs(5))
     x = likelihood.sample(output[0])
     value = likelihood.log_prob(x, output)
-    assert (
-        value.shape == (3, 7)
-        and torch.allclose(value[2, 4], likelihood.log_prob(x[4], output[2, 4]))
-        and likelihood.mean(output).shape == (3, 7, 5)
-    )
+    assert value.shape == (3, 7)
+    assert torch.allclose(value[2, 4], likelihood.log_prob(x[4], output[2, 4]))
+    assert likelihood.mean(output).shape == (3, 7, 5)
     with pytest.raises(ValueError, match="outputs"):
         likelihood.log_prob(x, output[..., :-1])
 
@@ -99,7 +98,9 @@ def test_extremes_in_single_precision(likelihood, size):
     output = torch.full((1, likelihood.float().outputs(5)), size, requires_grad=True)
     value = likelihood.log_prob(x, output).sum()
     (gradient,) = torch.autograd.grad(value, output)
-    assert value.dtype == torch.float32 and value.isfinite() and gradient.isfinite().all()
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+    assert gradient.isfinite().all()
 
 
 @each
@@ -119,9 +120,13 @@ def test_logistic_mass_in_the_tails():
     """
     likelihood = DiscretisedLogistic().double()
     output = torch.tensor([0.3, -1e9], dtype=torch.float64)  # scale e^-7
-    x, s = torch.tensor([25 / 255], dtype=torch.float64), math.exp(-7)
-    a, w = (x + 1 / 510 - 0.8) / s, 1 / 255 / s
-    assert abs(likelihood.log_prob(x, output) - (a + math.log1p(-math.exp(-w))).sum()) < 1e-9 and a < -700
+    x = torch.tensor([25 / 255], dtype=torch.float64)
+    s = math.exp(-7)
+    a = (x + 1 / 510 - 0.8) / s
+    w = 1 / 255 / s
+    expected = (a + math.log1p(-math.exp(-w))).sum()
+    assert abs(likelihood.log_prob(x, output) - expected) < 1e-9
+    assert a < -700
 
 
 # Networks.
@@ -130,10 +135,13 @@ def test_logistic_mass_in_the_tails():
 @pytest.mark.parametrize("hidden, functions", [((400,), 1600), ((100,), 400)])
 def test_maxout_in_both_readings(hidden, functions):
     network = MLP(20, hidden, 3, activation="maxout", window=4)
-    assert network[0].weight.shape == (functions, 20) and network[1].weight.shape == (3, hidden[0])
+    assert network[0].weight.shape == (functions, 20)
+    assert network[1].weight.shape == (3, hidden[0])
     x = torch.randn(6, 20)
-    windows = (x @ network[0].weight.T + network[0].bias).view(6, 4, hidden[0])
-    assert torch.allclose(network(x), windows.amax(1) @ network[1].weight.T + network[1].bias, atol=1e-5)
+    first, last = network
+    windows = (x @ first.weight.T + first.bias).view(6, 4, hidden[0])
+    expected = windows.amax(1) @ last.weight.T + last.bias
+    assert torch.allclose(network(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +162,16 @@ def test_a_model_of_convolutions(encoder, decoder):
     )
     model.check(x)
     z = torch.randn(2, 3, 5)
-    assert torch.allclose(model.decoder(z)[1, 2], model.decoder(z[1:, 2:])[0, 0], atol=1e-5)
+    together = model.decoder(z)
+    alone = model.decoder(z[1:, 2:])
+    assert torch.allclose(together[1, 2], alone[0, 0], atol=1e-5)
     free_energy(lambda z: model.log_joint(x, z), model.q(x)).value.backward()
-    assert all(
-        p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters()
-    )
-    wrong = VAE(
-        encoder(144, 16, 4), decoder(5, 144, 4), posterior("planar", 5, 2, 16), likelihood=LogitNormal()
-    )
+    for p in model.parameters():
+        assert p.grad is not None
+        assert p.grad.isfinite().all()
+        assert p.grad.abs().max() > 0
+    q = posterior("planar", 5, 2, 16)
+    wrong = VAE(encoder(144, 16, 4), decoder(5, 144, 4), q, likelihood=LogitNormal())
     with pytest.raises(ValueError, match="decoder"):
         wrong.check(x)
 
@@ -179,7 +189,9 @@ def principal_components(W, b, sigma, transform, encoder):
 
 @pytest.fixture
 def components():
-    W, b, sigma = torch.randn(7, 3).double(), torch.randn(7).double(), 0.6
+    W = torch.randn(7, 3).double()
+    b = torch.randn(7).double()
+    sigma = 0.6
     marginal = MultivariateNormal(b, W @ W.T + sigma**2 * torch.eye(7).double())
     M = W.T @ W + sigma**2 * torch.eye(3).double()
     return W, b, sigma, M, torch.linalg.solve(M, W.T), marginal, marginal.sample((20,))
@@ -196,13 +208,15 @@ def test_with_the_exact_posterior_every_weight_is_the_evidence(components):
     "A full covariance: a fixed triangular map of the noise, then an amortised shift."
     W, b, sigma, M, to_mean, marginal, x = components
     L = torch.linalg.cholesky(sigma**2 * M.inverse())
-    mix, shift = PLU(3), Affine(3, context_dim=7)
+    mix = PLU(3)
+    shift = Affine(3, context_dim=7)
     model = principal_components(W, b, sigma, Chain(mix, shift), nn.Identity())
     set_shift(shift.source.linear, to_mean, b, torch.zeros(3).double())
+    diagonal = L.diagonal()
     with torch.no_grad():
         mix.order.copy_(torch.arange(3)[None])
         mix.source.bias.zero_()
-        mix.source.lu.copy_((L / L.diagonal()).tril(-1) + L.diagonal().log().diag())
+        mix.source.lu.copy_((L / diagonal).tril(-1) + diagonal.log().diag())
     z, log_q = model.q(x).rsample_and_log_prob((200,))
     log_w = sum(model.log_joint(x, z).values()) - log_q
     assert (log_w - marginal.log_prob(x)).abs().max() < 1e-10
@@ -213,38 +227,49 @@ def test_gap_of_the_best_diagonal_posterior(components):
     posterior, for every image.
     """
     W, b, sigma, M, to_mean, marginal, x = components
-    affine, precision = Affine(3, context_dim=7), M / sigma**2
+    affine = Affine(3, context_dim=7)
+    precision = M / sigma**2
     model = principal_components(W, b, sigma, affine, nn.Identity())
     set_shift(affine.source.linear, to_mean, b, -0.5 * precision.diagonal().log())
     z, log_q = model.q(x).rsample_and_log_prob((5000,))
-    gaps = marginal.log_prob(x) - (sum(model.log_joint(x, z).values()) - log_q)
+    log_w = sum(model.log_joint(x, z).values()) - log_q
+    gaps = marginal.log_prob(x) - log_w
     exact = 0.5 * (precision.diagonal().log().sum() - precision.logdet())
-    assert exact > 0.02 and ((gaps.mean(0) - exact).abs() < 4.5 * gaps.std(0) / 5000**0.5).all()
+    assert exact > 0.02
+    assert ((gaps.mean(0) - exact).abs() < 4.5 * gaps.std(0) / 5000**0.5).all()
 
 
 @pytest.mark.parametrize("family, length", [("diagonal", 0), ("planar", 3)])
 def test_importance_weights_against_quadrature(family, length):
-    model = VAE(
-        MLP(8, (16,)), MLP(2, (16,), 8), posterior(family, 2, length, 16), prior=Flow(RealNVP(2, 2))
-    ).double()
-    head = model.posterior.transform
-    head = (head.transforms[0] if length else head).source.linear
+    encoder = MLP(8, (16,))
+    decoder = MLP(2, (16,), 8)
+    q = posterior(family, 2, length, 16)
+    prior = Flow(RealNVP(2, 2))
+    model = VAE(encoder, decoder, q, prior=prior).double()
+    transform = model.posterior.transform
+    gaussian = transform.transforms[0] if length else transform
+    head = gaussian.source.linear
     with torch.no_grad():
         model.decoder[-1].weight.mul_(2)
         head.weight.mul_(0.3)
         head.bias[2:] = 0.3  # images that tell something about z, a posterior with room
         for p in model.prior.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    x, line = (torch.rand(4, 8) < 0.5).double(), torch.linspace(-8, 8, 161).double()
+    x = (torch.rand(4, 8) < 0.5).double()
+    line = torch.linspace(-8, 8, 161).double()
     grid = torch.cartesian_prod(line, line)[:, None].expand(-1, 4, -1)
+    log_cell = 2 * (line[1] - line[0]).log()
     with torch.no_grad():
-        exact = sum(model.log_joint(x, grid).values()).logsumexp(0) + 2 * (line[1] - line[0]).log()
+        exact = sum(model.log_joint(x, grid).values()).logsumexp(0) + log_cell
         z, log_q = model.q(x).rsample_and_log_prob((20_000,))
-        w = (sum(model.log_joint(x, z).values()) - log_q - exact).exp()
+        log_w = sum(model.log_joint(x, z).values()) - log_q
+    w = (log_w - exact).exp()
     error = w.std(0) / 20_000**0.5
-    assert ((w.mean(0) - 1).abs() < 3.5 * error).all() and error.max() < 0.03
+    assert ((w.mean(0) - 1).abs() < 3.5 * error).all()
+    assert error.max() < 0.03
     bound = importance_weighted(lambda z: model.log_joint(x, z), model.q(x), samples=50, outer=200)
-    assert bound.value < exact.mean() + 3.5 * error.max() and bound.value > bound.terms["elbo"]
+    assert bound.value < exact.mean() + 3.5 * error.max()
+    assert bound.value > bound.terms["elbo"]
 
 
 @pytest.mark.parametrize("free, counts", [(0.5, False), (50.0, True)])
@@ -253,7 +278,8 @@ def test_free_bits(free, counts):
 
     Below, the gradient is the likelihood's and the true F is still reported.
     """
-    model, x = dlgm(torch.full((9,), 0.3), dim=2, hidden=(6,)), (torch.rand(30, 9) < 0.3).float()
+    model = dlgm(torch.full((9,), 0.3), dim=2, hidden=(6,))
+    x = (torch.rand(30, 9) < 0.3).float()
     with torch.no_grad():
         model.posterior.transform.source.linear.bias[:2] = 1.5
 
@@ -270,18 +296,15 @@ def test_free_bits(free, counts):
         F.value.backward()
         return F, [p.grad.clone() for p in model.parameters()]
 
-    (plain, without), (F, found) = gradients(), gradients(free_bits=free)
+    plain, without = gradients()
+    F, found = gradients(free_bits=free)
     _, likelihood_only = gradients(beta=0.0)
     kl = F.terms["log_q"] - F.terms["log_prior"]
-    assert (
-        (kl < free) == counts
-        and torch.allclose(F.terms["free_energy"], plain.value)
-        and torch.allclose(F.value, plain.value + (free - kl) * counts, atol=1e-4)
-    )
-    assert all(
-        torch.allclose(a, b, atol=1e-5)
-        for a, b in zip(found, likelihood_only if counts else without, strict=True)
-    )
+    assert (kl < free) == counts
+    assert torch.allclose(F.terms["free_energy"], plain.value)
+    assert torch.allclose(F.value, plain.value + (free - kl) * counts, atol=1e-4)
+    for a, b in zip(found, likelihood_only if counts else without, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 # Refused before training.
@@ -337,13 +360,15 @@ def test_refused_before_training(call, words):
 
 
 def test_check_changes_nothing():
-    model, x = small(), (torch.rand(5, 12) < 0.5).float()
-    state, before = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    model = small()
+    x = (torch.rand(5, 12) < 0.5).float()
+    state = torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     model.check(x)
-    assert torch.equal(state, torch.get_rng_state()) and all(
-        torch.equal(before[name], value) for name, value in model.state_dict().items()
-    )
-    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for p in model.parameters():
+        assert p.grad is None
 
 
 # Collapse.
@@ -351,15 +376,16 @@ def test_check_changes_nothing():
 
 def trained(x, anneal, updates=500, rate=1e-3):
     "F on the images `x` of a small model after training under Adam."
-    model, generator = dlgm(x.mean(0), "diagonal", dim=10, hidden=(64, 64)), torch.Generator().manual_seed(0)
+    model = dlgm(x.mean(0), "diagonal", dim=10, hidden=(64, 64))
+    generator = torch.Generator().manual_seed(0)
     adam = torch.optim.Adam(model.parameters(), rate)
     for t in range(updates):
         batch = x[torch.randint(len(x), (100,), generator=generator)]
         beta = annealing(t, int(0.8 * updates), 0.01 if anneal == "joint" else 0.0)
         adam.zero_grad()
-        free_energy(
-            partial(model.log_joint, batch), model.q(batch), beta=beta, anneal=anneal, generator=generator
-        ).value.backward()
+        log_joint = partial(model.log_joint, batch)
+        F = free_energy(log_joint, model.q(batch), beta=beta, anneal=anneal, generator=generator)
+        F.value.backward()
         adam.step()
     with torch.no_grad():
         return free_energy(lambda z: model.log_joint(x, z), model.q(x), generator=generator).value.item()

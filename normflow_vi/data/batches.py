@@ -6,8 +6,9 @@
 __all__ = ['Split', 'make_split', 'Batches']
 
 # %% ../../nbs/90_engine/16_batches.ipynb #a277dcd0
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ class Batches(_Order):
         self.position, self.epoch = int(state["position"]), int(state["epoch"])
 
 # %% ../../nbs/90_engine/16_batches.ipynb #964ae504
-def _check_state(state: dict[str, torch.Tensor | int], batch_size: int, images: int) -> None:
+def _check_state(state: Mapping[str, Any], batch_size: int, images: int) -> None:
     """Raise `ValueError` unless the state of a stream belongs to this batch size and this number
     of images.
     """

@@ -56,7 +56,7 @@ def _join_pieces(layout: Layout, paths: dict[str, Path]) -> dict[tuple[str, str]
     """
     for file in layout.files:
         verify(paths[file.name], file)  # all of them before the first is unpacked
-    pieces = {}
+    pieces: dict[tuple[str, str], list[np.ndarray]] = {}
     for file in layout.files:
         for part, field, array in layout.read(paths[file.name], file):
             pieces.setdefault((part, field), []).append(array)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def _decoding(path: Path | str, expected: str) -> Iterator[None]:
         raise refusal(path, expected, str(error) or type(error).__name__) from error
 
 
-def _read_bounded(stream: BinaryIO, most: int, least: int | None = None) -> bytes:
+def _read_bounded(stream: IO[bytes] | io.BufferedIOBase, most: int, least: int | None = None) -> bytes:
     """All bytes of `stream`, between `least` (default: `most`) and `most` of them.
 
     Reads at most one more.
@@ -126,7 +126,7 @@ def _unpack_bits(archive: zipfile.ZipFile, part: str, shape: tuple[int, ...]) ->
     return np.unpackbits(rows, axis=1).reshape(shape)
 
 
-def _read_npy(stream: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
+def _read_npy(stream: IO[bytes], shape: tuple[int, ...]) -> np.ndarray:
     "The uint8 array of exactly this shape in an `.npy` stream; nothing is unpickled."
     size = math.prod(shape)
     raw = io.BytesIO(_read_bounded(stream, size + 1024, size))  # a header is far shorter than 1024 bytes
@@ -157,7 +157,7 @@ def _parse_pickle(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(images, np.uint8).reshape(-1, 3072), np.array(labels, np.uint8)
 
 # %% ../../nbs/90_engine/11_decoders.ipynb #12aa6a10
-def _decode_batch(name: str, stream: BinaryIO, part: str, n: int) -> list[Piece]:
+def _decode_batch(name: str, stream: IO[bytes], part: str, n: int) -> list[Piece]:
     "The two pieces of one batch of at most `n` images."
     if name.endswith(".bin"):
         images, labels = _parse_records(_read_bounded(stream, 3073 * n, least=0))

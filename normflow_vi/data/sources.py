@@ -9,6 +9,7 @@ __all__ = ['SOURCES', 'Layout', 'Source', 'known_files']
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .decoders import File, Piece, read_amat, read_batch, read_idx, read_packed, read_tar
 
@@ -48,7 +49,9 @@ class Source:
 SOURCES: dict[str, Source] = {}  # by name; filled below
 
 # %% ../../nbs/90_engine/12_sources.ipynb #8248cedc
-_IDX_FILES = (  # of an MNIST-like set: the name and the shape of its part
+_IDX_FILES: tuple[
+    tuple[str, dict[str, tuple[int, ...]]], ...
+] = (  # of an MNIST-like set: the name and the shape of its part
     ("train-images-idx3-ubyte.gz", {"train": (60000, 28, 28)}),
     ("train-labels-idx1-ubyte.gz", {"train": (60000,)}),
     ("t10k-images-idx3-ubyte.gz", {"test": (10000, 28, 28)}),
@@ -146,7 +149,9 @@ SOURCES["binarized-mnist"] = Source(
 )
 
 # %% ../../nbs/90_engine/12_sources.ipynb #215b2d53
-_CIFAR_IMAGES = (  # the IDX files of images: beginning of the name, bytes, SHA-256
+_CIFAR_IMAGES: tuple[
+    tuple[Any, ...], ...
+] = (  # the IDX files of images: beginning of the name, bytes, SHA-256
     ("train-part0", 21380228, "4526de80e126d05127296520efae7568f0f3844f41f75ea9a6084c8596c80271"),
     ("train-part1", 21256744, "6c133168733904505aa80007c7a08c091b71e6bd3fdc9993c06008cd77658b0c"),
     ("train-part2", 21325284, "ca6143f6a8e189306e910cfa80cc7cd6b298b651e468274c5cb8e86826496876"),
@@ -154,7 +159,7 @@ _CIFAR_IMAGES = (  # the IDX files of images: beginning of the name, bytes, SHA-
     ("train-part4", 21276040, "0f065502c1e5b9b78002bc547fb20f67392615b9598e0eea0cbc5cd3ba50f484"),
     ("test", 21314356, "10d857c0d4fb6e772531a7c7145dfb6793dc6caac8d91f19cd8fce78197a2def"),
 )
-_CIFAR_LABELS = (  # and those of labels
+_CIFAR_LABELS: tuple[tuple[Any, ...], ...] = (  # and those of labels
     ("train-part0", 5107, "2bc60bf6e3f18742f756d86d8cff83935b857d52c79aca854941669a78113a63"),
     ("train-part1", 5091, "c7381329a3ebc6cffa8b40efbb9b3009d2b7ca4c303ab7db79587b6377c64b21"),
     ("train-part2", 5109, "e6a6c604d9b8759b6213c527def564abc2b14542fe3e96001e439226564b0157"),
@@ -162,7 +167,7 @@ _CIFAR_LABELS = (  # and those of labels
     ("train-part4", 5116, "a0af555f298f0a50f2e5b08ac8fcc7aa50518ec822be8550ca4ec5af1b9122d6"),
     ("test", 5111, "b00aaeac9f9ff6f2f0de397c92804bb7fcda3cacaf10f9d1d3fef88029cc6e60"),
 )
-_CIFAR_ARCHIVES = (  # binary, then pickled
+_CIFAR_ARCHIVES: tuple[tuple[Any, ...], ...] = (  # binary, then pickled
     (
         "cifar-10-binary.tar.gz",
         170052171,
@@ -195,7 +200,7 @@ def _cifar_folder(n: int, folder: str, ending: str) -> Layout:
 # %% ../../nbs/90_engine/12_sources.ipynb #72c6d7d6
 def _cifar_layouts(n: int = 10000) -> tuple[Layout, ...]:
     "The five layouts of CIFAR-10, `n` images a batch."
-    parts = {"train": (n, 32, 32, 3), "test": (n, 32, 32, 3)}
+    parts: dict[str, tuple[int, ...]] = {"train": (n, 32, 32, 3), "test": (n, 32, 32, 3)}
     binary, pickled = (File(name, parts, *known) for name, *known in _CIFAR_ARCHIVES)
     return (
         _cifar_idx(n),
@@ -222,7 +227,7 @@ SOURCES["cifar10"] = Source(
 # %% ../../nbs/90_engine/12_sources.ipynb #c408fe90
 def known_files() -> dict[str, str]:
     "`{sha256: folder/name}` of every file with a known hash."
-    known = {}
+    known: dict[str, str] = {}
     for source in SOURCES.values():
         for layout in source.layouts:
             known |= {file.sha256: f"{source.folder}/{file.name}" for file in layout.files if file.sha256}

@@ -9,7 +9,7 @@ __all__ = ['MAGIC', 'VERSION', 'Damaged', 'pack', 'unpack', 'path_of', 'save', '
 # %% ../../nbs/90_engine/20_checkpoint.ipynb #36f42c45
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def check_same_structure(saved: Any, own: Any, path: str = "checkpoint") -> None
         return
     if isinstance(own, dict):
         _check_keys(saved, own, path)
-        children = own.items()
+        children: Iterable = own.items()
     elif _shape(saved) != _shape(own):
         raise ValueError(f"{path} is {_shape(saved)}, this training needs {_shape(own)}")
     else:

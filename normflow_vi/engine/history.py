@@ -108,7 +108,7 @@ class BestParameters:
         for model, best in zip(self.models, self.entries, strict=True):
             copy_into(best["tensors"], named_tensors(model))
 
-    def points(self) -> dict[str, np.ndarray]:
+    def points(self) -> dict[str, Any]:
         "`best_step` and `best_value` of a `History`, where all runs have one."
         if not all(self.entries):
             return {}

@@ -9,6 +9,7 @@ __all__ = ['Optimizer', 'clip_gradients', 'make_torch_optimizer', 'Updater', 'fi
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ class Updater:
     def __init__(
         self,
         optimizer: Optimizer,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, Any],
         decayed: Iterable[str],
         runs: int,
         steps: int,

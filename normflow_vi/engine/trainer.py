@@ -74,7 +74,7 @@ class Trainer:
     [100, 200]
     """
 
-    models: Sequence[nn.Module]  # S modules of one shape, one a run
+    models: Sequence[Any]  # S modules of one shape, one a run
     loss: Callable[..., Any]  # loss(model, batch, step, generator) -> .value, .terms
     _: KW_ONLY
     steps: int

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,15 +125,15 @@ def _fit_tails(top, samples):
 class FixedTensors(torch.nn.Module):
     "A source of tensors that are there already, `(batch, K, ...)` by name."
 
-    def __init__(self, tensors):
+    def __init__(self, tensors: dict[str, Tensor]):
         super().__init__()
         self.tensors = tensors
 
-    def forward(self, context=None, dtype=None):
+    def forward(self, context: Tensor | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         return self.tensors
 
 
-def replace_sources(transform, replace):
+def replace_sources(transform: torch.nn.Module, replace: Callable[[Any], torch.nn.Module]) -> Any:
     "A copy of `transform`, sharing its tensors, in which every amortised part has `replace(part.source)`."
     if isinstance(transform, Chain):
         return Chain(*(replace_sources(part, replace) for part in transform.transforms))
@@ -176,7 +177,7 @@ def iterate_posteriors(
     each few.
     """
     for group in x.split(GROUP):
-        q = posterior(group)
+        q: Any = posterior(group)
         amortised = isinstance(q, FlowDistribution) and q.context is not None
         if amortised:
             q = precompute(q)
@@ -188,7 +189,15 @@ def iterate_posteriors(
                 yield group[rows], q if most >= len(group) else posterior(group[rows])
 
 # %% ../../nbs/01_flows/47_evaluate.ipynb #7179657b
-def iterate_log_weights(log_joint, images, q, *, samples, block, generator) -> Iterator[Tensor]:
+def iterate_log_weights(
+    log_joint: Callable[[Tensor, Tensor], Tensor | dict[str, Tensor]],
+    images: Tensor,
+    q: Posterior,
+    *,
+    samples: int,
+    block: int,
+    generator: torch.Generator,
+) -> Iterator[Tensor]:
     "The log-weights `(samples, len(images))` of one distribution, `block` draws or fewer at a time."
     for done in range(0, samples, block):
         few = min(block, samples - done)
@@ -245,7 +254,7 @@ def log_marginal(
     check_int("block", block)
     check_rows(x)
     generator = torch.Generator(x.device).manual_seed(seed)
-    options = {"samples": samples, "block": block, "generator": generator}
+    options: dict[str, Any] = {"samples": samples, "block": block, "generator": generator}
     with torch.no_grad():
         pairs = iterate_posteriors(posterior, x, max(1, block // samples))
         groups = (iterate_log_weights(log_joint, images, q, **options) for images, q in pairs)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -231,6 +232,17 @@ class Calibration:
     dim: int
     alpha: float = 1e-3
 
+    if TYPE_CHECKING:  # added by `patch` below, where a type checker does not see it
+        bins: ClassVar[int]
+        counts: ClassVar[Tensor]
+        histogram: ClassVar[Tensor]
+        slope: ClassVar[tuple[Tensor, Tensor]]
+        spread: ClassVar[tuple[Tensor, Tensor]]
+        p_values: ClassVar[dict[str, Tensor]]
+        words: ClassVar[dict[str, str]]
+        summary: ClassVar[Callable[..., str]]
+        plot: ClassVar[Callable[..., Any]]
+
     @cached_property
     def tests(self) -> RankTests:
         "The tests of single quantities."
@@ -377,13 +389,13 @@ def _draw_ecdf(axes, counts):
 
 # %% ../../nbs/01_flows/52_calibration.ipynb #6d0c5622
 @patch
-def plot(self: Calibration):
+def plot(self: Calibration) -> Any:
     "A figure: for each quantity and the distance its histogram, and its ECDF less the diagonal with bands."
     import matplotlib.pyplot as plt
 
     names = (*self.names, "distance")
     size = (3 * len(names), 4.6)
-    options = {"squeeze": False, "sharex": True, "sharey": "row", "layout": "constrained"}
+    options: dict[str, Any] = {"squeeze": False, "sharex": True, "sharey": "row", "layout": "constrained"}
     figure, panels = plt.subplots(2, len(names), figsize=size, **options)
     for j, name in enumerate(names):
         _draw_histogram(panels[0, j], self.histogram[:, j], name)
@@ -468,6 +480,14 @@ def _rank_quantity(name, function, points, x):
     return rank(values[0], values[1:])
 
 # %% ../../nbs/01_flows/52_calibration.ipynb #c126b1b0
+def _rank_everything(theta, z, x, quantities):
+    "Ranks `(N, D + Q)` of the true coordinates and further quantities, and of the true point's distance `(N,)`."
+    points = torch.cat([theta[None], z.to(theta)])
+    extra = [_rank_quantity(name, function, points, x)[:, None] for name, function in quantities.items()]
+    away = _distances(points)
+    return torch.cat([rank(theta, z), *extra], 1), rank(away[0], away[1:])
+
+
 def sbc(
     prior: Distribution,
     simulate: Callable[[Tensor], Tensor],
@@ -486,8 +506,8 @@ def sbc(
     amortised flow, an exact posterior, or `fit_each(...)`. `quantities`: further test quantities,
     `{name: f}` with `f(theta, x)` from `(S, D)` and one data set to `(S,)`; the log-likelihood is a
     good one. All random numbers come from `seed` as far as they come from torch's global generator,
-    which is left as it was. Raises `TypeError` or `ValueError` naming what is wrong. Source: Talts
-    et al. 2018.
+    which is left as it was. Raises `TypeError` or `ValueError` naming what is wrong.
+    Source: Talts et al. 2018.
 
     >>> from torch.distributions import Independent, Normal
     >>> prior = Independent(Normal(torch.zeros(1), 1.0), 1)
@@ -507,11 +527,7 @@ def sbc(
         torch.manual_seed(seed)
         theta, x = _simulate(prior, simulate, simulations)
         z = _draw_posteriors(posterior(x), draws, theta)
-        points = torch.cat([theta[None], z.to(theta)])
-        extra = [_rank_quantity(name, function, points, x)[:, None] for name, function in quantities.items()]
-        away = _distances(points)
-        ranks = torch.cat([rank(theta, z), *extra], 1)
-        distance = rank(away[0], away[1:])
+        ranks, distance = _rank_everything(theta, z, x, quantities)
     D = theta.shape[1]
     names = (*(f"theta[{i}]" for i in range(D)), *quantities)
     return Calibration(ranks.cpu(), distance.cpu(), draws, names, D, alpha)
@@ -556,7 +572,7 @@ class FlowsOfData:
     flows: list
     history: object
 
-    def sample(self, sample_shape=()) -> Tensor:
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         return torch.stack([q.sample(sample_shape) for q in self.flows], len(sample_shape))
 
 # %% ../../nbs/01_flows/52_calibration.ipynb #9983efb2

@@ -123,7 +123,25 @@ def _judge(log_joint, q, images, samples, block, generator):
     groups = (iterate_log_weights(log_joint, images[row], select_rows(q, row), **options) for row in rows)
     return summarise_log_weights(groups, samples)
 
+
+def _compare(log_joint, posterior, x, search, samples, block, seed):
+    "The `Gaps` of all images, after a search for each of them."
+    generator = torch.Generator(x.device).manual_seed(seed)
+    parts = []
+    for images in x.split(TOGETHER):
+        q = search.run(log_joint, _amortised_posterior(posterior, images), images, generator)
+        best = _judge(log_joint, q, images, samples, block, generator)
+        start = log_marginal(log_joint, posterior, images, samples, block, seed)
+        parts.append((best.log_p, best.elbo, start.elbo, best.error))
+    return Gaps(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
 # %% ../../nbs/02_vae_nf/15_gaps.ipynb #d83f0b1c
+def _check_options(learning_rate, **counts):
+    check_positive("learning_rate", learning_rate)
+    for name, value in counts.items():
+        check_int(name, value)
+
+
 def gaps(
     log_joint: Callable[[Tensor, Tensor], Tensor | dict[str, Tensor]],
     posterior: Callable[[Tensor], Posterior],
@@ -142,9 +160,7 @@ def gaps(
     an amortised `Flow`'s distribution. Each image's own parameters take `steps` updates with
     `draws` draws each. `samples` fresh draws then judge both posteriors, and the optimised one
     gives the importance-weighted `log_p`, a lower bound. An optimum that is not reached counts as
-    approximation gap.
-
-    Cost: `steps * draws` gradients and `2 * samples` decoder passes an image. Raises `ValueError`
+    approximation gap. Cost: `steps * draws` gradients and `2 * samples` decoder passes an image. Raises `ValueError`
     for numbers out of range and rows that are not finite, `TypeError` for another posterior.
     Source: Cremer et al. 2018.
 
@@ -162,11 +178,4 @@ def gaps(
     check_positive("learning_rate", learning_rate)
     for name, value in {"steps": steps, "draws": draws, "samples": samples, "block": block}.items():
         check_int(name, value)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    search, parts = _Search(steps, draws, learning_rate), []
-    for images in x.split(TOGETHER):
-        q = search.run(log_joint, _amortised_posterior(posterior, images), images, generator)
-        best = _judge(log_joint, q, images, samples, block, generator)
-        start = log_marginal(log_joint, posterior, images, samples, block, seed)
-        parts.append((best.log_p, best.elbo, start.elbo, best.error))
-    return Gaps(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    return _compare(log_joint, posterior, x, _Search(steps, draws, learning_rate), samples, block, seed)

@@ -61,7 +61,7 @@ class Experiment:
 # %% ../../nbs/90_engine/45_experiments.ipynb #c54f860f
 def programs(experiment: Experiment, runs: Iterable[Run]) -> list[list[Run]]:
     "`runs` in lists of those that can train as one program."
-    alike = {}
+    alike: dict[tuple, list[Run]] = {}
     for run in runs:
         alike.setdefault(run.without(experiment.together), []).append(run)
     return list(alike.values())

@@ -6,6 +6,8 @@
 __all__ = ['COUNT', 'SEEDS', 'LENGTHS', 'RATE', 'FIT_RULES', 'REZENDE', 'make_optimizer', 'pack_density', 'unpack_density']
 
 # %% ../../nbs/80_plans/05_common.ipynb #3df01b30
+from typing import Any
+
 import numpy as np
 
 from ..engine.optimizer import Optimizer
@@ -23,13 +25,13 @@ REZENDE = "Rezende & Mohamed 2015 (1505.05770)"  # as the list of published numb
 _OPTIONS = ("weight_decay", "warmup", "clip")
 
 
-def make_optimizer(run: Run, **options: float) -> Optimizer:
+def make_optimizer(run: Run, **options: Any) -> Optimizer:
     "The optimiser that the budget of `run` asks for; `options` of Adam that the budget does not name."
     budget = dict(run.budget)
     rate = budget["learning_rate"]
     if budget.get("optimizer") == "rmsprop":
         return Optimizer("rmsprop", rate, momentum=0.9, schedule="constant")
-    named = {name: budget[name] for name in _OPTIONS if name in budget}
+    named: dict[str, Any] = {name: budget[name] for name in _OPTIONS if name in budget}
     return Optimizer("adam", rate, schedule="cosine", **named, **options)
 
 # %% ../../nbs/80_plans/05_common.ipynb #39f5fba6

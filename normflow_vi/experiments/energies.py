@@ -10,6 +10,7 @@ __all__ = ['RECIPE', 'TARGETS', 'AXIS', 'PAPER', 'OURS', 'FIG_3D', 'FIG_41', 'ex
 # %% ../../nbs/80_plans/10_energies.ipynb #e3f6eecc
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,7 +224,7 @@ def record(run: Run, q: Flow, history: History, index: int, device: str) -> Reco
     with evaluating(q), torch.no_grad():
         bound = elbo(target.log_density, q(), samples=samples, generator=generator)
         grid, _ = target.grid(run.get("grid"), torch.float32)
-        density = q.log_prob(grid.to(device)).exp().cpu()
+        density: Any = q.log_prob(grid.to(device)).exp().cpu()
     F, error = -bound.value.item(), bound.std_error.item()
     levels = {"F": F, "kl": F + target.log_z}
     if run.model == "U1":
@@ -250,12 +251,12 @@ FIG_41 = {
     "NICE-orth-diag": "nice-ortho-narrow-diag",
     "NICE-perm-diag": "nice-perm-narrow-diag",
 }
-_Fits = Mapping[tuple[str, int], Mapping[str, list[Record]]]  # {(flow, length): {energy: records}}
+_Fits = dict[tuple[str, int], Mapping[str, list[Record]]]  # {(flow, length): {energy: records}}
 
 
 def best_fits(store: Store, optimizer: str = "adam") -> _Fits:
     "The best records, `{(flow, length): {energy: records}}`; those of one family and length have one budget."
-    found = {}
+    found: _Fits = {}
     for profile in ("smoke", "quick", "paper"):
         planned = {(run.flow, run.length) for run in plan(profile, optimizer=optimizer)}
         for flow, K in planned - found.keys():

@@ -10,6 +10,7 @@ __all__ = ['RECIPE', 'FAMILIES', 'RULES', 'read_section', 'plan_runs', 'dataset'
 # %% ../../nbs/80_plans/15_images.ipynb #92229487
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch
 from ..data import Batches, Data, content_sha256, load_data, title_of
 from ..engine.history import History
 from ..engine.trainer import Trainer
-from ..evaluate import log_marginal
+from ..evaluate import LogMarginal, log_marginal
 from .common import COUNT, RATE, SEEDS, make_optimizer
 from ..models.vae import VAE, dlgm
 from ..objectives import annealing, free_energy
@@ -137,11 +138,11 @@ def _curve_point(parts):
 # %% ../../nbs/80_plans/15_images.ipynb #cdbaa737
 def make_trainer(
     runs: Sequence[Run],
-    models: list[VAE],
+    models: Sequence[VAE],
     loss: Callable,
-    batches: list[Batches],
+    batches: Sequence[Any],
     parts: Mapping[str, torch.Tensor],
-    **where,
+    **where: Any,
 ) -> Trainer:
     """The `Trainer` of runs that differ in their seeds.
 
@@ -194,19 +195,19 @@ def trainer(
     return make_trainer(runs, models, loss, batches, parts, folder=folder, device=device, progress=progress)
 
 
-def run_to_best(training: Trainer) -> tuple[list[VAE], History]:
+def run_to_best(training: Trainer) -> tuple[Sequence[VAE], History]:
     "The models of a `Trainer`, trained, at their best points, and the history."
     history = training.run()
     training.load_best()
     return training.models, history
 
 # %% ../../nbs/80_plans/15_images.ipynb #109514b8
-def judge(run: Run, model: VAE, x: torch.Tensor):
+def judge(run: Run, model: VAE, x: torch.Tensor) -> LogMarginal:
     "The importance-weighted likelihood of the images `x`, with the run's number of draws."
     return log_marginal(model.log_joint, model.q, x, run.get("evaluation_samples"), seed=run.seed)
 
 
-def marginal_values(test, training) -> dict:
+def marginal_values(test: LogMarginal, training: LogMarginal) -> dict:
     "The values of a record: F, NLL and their difference on test images, F and NLL on training images."
     estimates = {
         "F": test.free_energy,
@@ -218,7 +219,7 @@ def marginal_values(test, training) -> dict:
     return {name: estimate.as_dict() for name, estimate in estimates.items()}
 
 
-def marginal_arrays(test) -> dict[str, np.ndarray]:
+def marginal_arrays(test: LogMarginal) -> dict[str, np.ndarray]:
     "The likelihood and the bound of every test image."
     return {"test_log_p": test.log_p.float().cpu().numpy(), "test_elbo": test.elbo.float().cpu().numpy()}
 
@@ -298,7 +299,7 @@ def group_by_posterior(records: Iterable[Record]) -> dict[tuple[str, int], list[
     def place_in_order(record):
         return FAMILIES.index(record.run.flow), record.run.length, record.run.seed
 
-    groups = {}
+    groups: dict[Any, list[Record]] = {}
     for record in sorted(records, key=place_in_order):
         groups.setdefault((record.run.flow, record.run.length), []).append(record)
     return groups

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -217,7 +218,7 @@ def rows(store: Store) -> list[Measured]:
     found = []
     for family, records in by_family(store, "mnist-static").items():
         for name, metric in _METRICS if records else ():
-            place = {"source": _SOURCE, "item": _ITEM, "row": family, "metric": metric}
+            place: dict[str, Any] = {"source": _SOURCE, "item": _ITEM, "row": family, "metric": metric}
             found.append(measured(store, records, name, **place, shortened=False))
     return found
 

@@ -185,7 +185,7 @@ def call_posterior(family: str, K: int) -> str:
 
 def pairs_to_compare(rows: _Rows) -> list[tuple]:
     "Pairs of rows of which the second should be the better one: longer, or planar in place of NICE."
-    pairs = []
+    pairs: list[tuple] = []
     for family in ("planar", "nice-perm"):
         chain = [key for key in rows if key == ("planar", 0) or key[0] == family]
         pairs += itertools.pairwise(chain)

@@ -589,7 +589,7 @@ def _conclude_pictures(per_image: Mapping[tuple[str, int], np.ndarray]) -> Findi
     "What families win in the plane. `per_image`: `{(family, length): KL of every image}`, in nats."
     mean = {key: kl.mean() for key, kl in per_image.items()}
     planar = [key for key in per_image if key[0] == "planar"]
-    best = min(planar, key=mean.get)
+    best = min(planar, key=mean.get)  # type: ignore[arg-type]  # each of them has one
     won, most = mean["diagonal", 0] - mean["full", 1], mean["diagonal", 0] - mean[best]
     values = {
         "images": len(per_image[best]),

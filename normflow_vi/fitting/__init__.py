@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -311,7 +311,7 @@ class _Settling(Trainer):
         self.good["config"] = self.config()  # the state to go back to belongs to the same training
 
 # %% ../../nbs/01_flows/50_fit.ipynb #5814d9ec
-def redraw_parameters(q: nn.Module, seed: int) -> nn.Module:
+def redraw_parameters(q: Flow, seed: int) -> Flow:
     """A copy of a flow with the starting values that `seed` gives.
 
     Each part draws its own, by `reset_parameters`; what is not trained is the same for all.
@@ -441,7 +441,7 @@ def _best_first(bounds):
 
 def _reorder_runs(history: History, order) -> History:
     "The learning curves with their runs in another order."
-    changes = {}
+    changes: dict[str, Any] = {}
     for name in ("values", "valid"):
         curves = getattr(history, name)
         changes[name] = {key: curve[:, order] for key, curve in curves.items()}
@@ -504,6 +504,15 @@ def _fit_to(q, log_density, samples, options):
         return _pursue(q, goal, options)
 
 # %% ../../nbs/01_flows/50_fit.ipynb #6ca2b731
+def _fit_undisturbed(q, log_density, samples, support, options):
+    "`fit` from its own random stream; after an error the flow is what it was."
+    _check_kind(log_density, samples, options)
+    with restore_on_error(q), torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        check_flow(q, support)
+        return _fit_to(q, log_density, samples, options)
+
+
 def fit(
     q: Flow,
     log_density: Callable | None = None,
@@ -539,12 +548,9 @@ def fit(
     >>> round(result.elbo.value.item(), 2)  # log pi is 1.14
     1.14
     """
+    pace: dict[str, Any]
     pace = dict(steps=steps, restarts=restarts, seed=seed, learning_rate=learning_rate, progress=progress)
-    bound = dict(draws=draws, alpha=alpha, gradient=gradient, anneal=anneal, log_z=log_z)
-    judgement = dict(place=place, validation=validation, evaluation_draws=evaluation_draws)
+    bound: dict = dict(draws=draws, alpha=alpha, gradient=gradient, anneal=anneal, log_z=log_z)
+    judgement: dict = dict(place=place, validation=validation, evaluation_draws=evaluation_draws)
     options = FitOptions(**pace, **bound, **judgement)
-    _check_kind(log_density, samples, options)
-    with restore_on_error(q), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        check_flow(q, support)
-        return _fit_to(q, log_density, samples, options)
+    return _fit_undisturbed(q, log_density, samples, support, options)

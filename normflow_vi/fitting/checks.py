@@ -137,7 +137,7 @@ def check_flow(q: Flow, support: Constraint | None) -> None:
         raise ValueError(f"support={support}: q has the support {q.place.support} already")
 
 # %% ../../nbs/90_engine/36_fit_checks.ipynb #b9e7587a
-def _check_rows(q, samples):
+def _check_rows(q, samples) -> torch.Tensor:
     "Samples as a tensor of finite rows; raises `TypeError` or `ValueError` otherwise."
     if isinstance(samples, np.ndarray):
         samples = torch.from_numpy(np.ascontiguousarray(samples))

@@ -53,7 +53,7 @@ def trusted_classes() -> set[type]:
 
     for found in pkgutil.iter_modules(ours.__path__):
         importlib.import_module(f"{ours.__name__}.{found.name}")
-    classes = set()
+    classes: set[type] = set()
     for name, module in list(sys.modules.items()):
         if name.startswith(_PLACES):
             classes.update(filter(_is_trusted, vars(module).values()))
@@ -170,7 +170,7 @@ def write_fields(path: str | Path, fields: dict, steps: int) -> Path:
 
     Raises `OSError`, which names path and size; `TypeError` for a flow that holds a function.
     """
-    state = {"format": FORMAT}
+    state: dict[str, Any] = {"format": FORMAT}
     for name, value in fields.items():
         if name != "q":
             state[name] = _to_plain(value)
@@ -212,7 +212,7 @@ def _fields_from(state, classes):
     return fields
 
 
-def read_fit(make: type, path: str | Path, classes: Sequence[type] = ()) -> Any:
+def read_fit(make: Any, path: str | Path, classes: Sequence[type] = ()) -> Any:
     """The fit `make(**fields)` in a file of `write_fields`, on the CPU.
 
     Raises `Damaged` for a file that is not whole, not a fit, or made of classes that are neither trusted nor

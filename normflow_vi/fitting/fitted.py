@@ -7,10 +7,10 @@ __all__ = ['Fit']
 
 # %% ../../nbs/01_flows/49_fitted.ipynb #278202b1
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..evaluate import diagnosis
 from .files import read_fit, write_fields
@@ -35,6 +35,12 @@ class Fit(Judgement):
     >>> result.summary().splitlines()[0]
     'verdict: good: q can be used as it is (as far as its own draws can tell)'
     """
+
+    if TYPE_CHECKING:  # added by `patch` below, where a type checker does not see it
+        save: ClassVar[Callable[..., Path]]
+        load: ClassVar[Callable[..., "Fit"]]
+        plot: ClassVar[Callable[..., Any]]
+        to_arviz: ClassVar[Callable[..., Any]]
 
     def __repr__(self) -> str:
         return self.summary()
@@ -112,6 +118,7 @@ def to_arviz(self: Fit, names: str | Sequence[str] | Mapping[str, int | slice] =
         import arviz
     except ImportError as error:
         raise ImportError("to_arviz needs the package arviz: pip install 'normflow_vi[arviz]'") from error
+    groups: dict[str, Any]
     z, groups = self.draws(), {}
     places = _named_coordinates(names, z.shape[1])
     if self.log_w is not None:

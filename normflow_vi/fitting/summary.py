@@ -7,8 +7,9 @@ __all__ = ['Judgement', 'verdict', 'describe']
 
 # %% ../../nbs/01_flows/48_judgement.ipynb #0293d39b
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +37,12 @@ class Judgement:
     log_z: float | None = None
     bounds: tuple[Estimate, ...] = ()
     log_likelihood: Estimate | None = None
+
+    if TYPE_CHECKING:  # added by `patch` below, where a type checker does not see it
+        k_hat: ClassVar[float | None]
+        ess: ClassVar[float | None]
+        moments: ClassVar[diagnosis.Moments | None]
+        draws: ClassVar[Callable[..., torch.Tensor]]
 
     @property
     def elbo(self) -> Estimate | None:

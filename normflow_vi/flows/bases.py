@@ -27,6 +27,8 @@ class StandardNormal(nn.Module):
     -1.8379
     """
 
+    origin: torch.Tensor
+
     def __init__(self, dim: int):
         super().__init__()
         self.dim = check_int("dim", dim)
@@ -34,7 +36,7 @@ class StandardNormal(nn.Module):
 
     def rsample(self, shape: tuple, generator: torch.Generator | None = None) -> torch.Tensor:
         "Draws `(*shape, dim)`."
-        like = dict(dtype=self.origin.dtype, device=self.origin.device)
+        like: dict[str, Any] = dict(dtype=self.origin.dtype, device=self.origin.device)
         return torch.randn(*shape, self.dim, generator=generator, **like)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
@@ -131,7 +133,7 @@ class FixedBase(nn.Module):
         twin.origin = self.origin.clone()
         return twin.train(self.training)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return repr(self.distribution)
 
     def rsample(self, shape: tuple, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -6,13 +6,15 @@
 __all__ = ['draw_base', 'FlowDistribution', 'Flow']
 
 # %% ../../nbs/01_flows/30_flow.ipynb #59984346
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 from torch.distributions import Distribution, constraints
 
 from .bases import as_base, mask_outside
 from .supports import Place, bijection_to, is_reachable
-from ..transforms.base import check_transform
+from ..transforms.base import Combinator, Transform, check_transform
 from ..utils.checks import check_tensor
 from ..utils.patching import patch
 
@@ -37,12 +39,14 @@ class FlowDistribution(Distribution):
     Its batch shape is that of the context's leading axes, its event shape `(D,)`; log-densities are in nats.
     """
 
+    support: constraints.Constraint
+    log_prob: Callable[..., torch.Tensor]  # added by `patch` below
     arg_constraints, support, has_rsample = {}, constraints.real_vector, True
 
     def __init__(
         self,
         base: nn.Module,
-        transform: nn.Module,
+        transform: Transform | Combinator,
         context: torch.Tensor | None = None,
         place: Place | None = None,
     ):
@@ -54,7 +58,7 @@ class FlowDistribution(Distribution):
         super().__init__(batch_shape, event_shape, validate_args=False)
 
     def rsample_and_log_prob(
-        self, sample_shape: int | tuple = (), generator: torch.Generator | None = None
+        self, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         "Reparameterised draws `(*sample, *batch, D)` and their log-density `(*sample, *batch)`, in one pass."
         sample_shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
@@ -64,13 +68,13 @@ class FlowDistribution(Distribution):
         return z, log_q0 - log_det - log_det_place
 
     def rsample(
-        self, sample_shape: int | tuple = (), generator: torch.Generator | None = None
+        self, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
     ) -> torch.Tensor:
         "Reparameterised draws: the first half of `rsample_and_log_prob`."
         return self.rsample_and_log_prob(sample_shape, generator)[0]
 
     def sample(
-        self, sample_shape: int | tuple = (), generator: torch.Generator | None = None
+        self, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
     ) -> torch.Tensor:
         "Draws without a gradient."
         with torch.no_grad():
@@ -121,9 +125,16 @@ class Flow(nn.Module):
     (torch.Size([1000, 2]), torch.Size([1000]))
     """
 
+    __call__: Callable[..., FlowDistribution]
+    # added by `patch` below, where a type checker does not see it
+    rsample_and_log_prob: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rsample: Callable[..., torch.Tensor]
+    sample: Callable[..., torch.Tensor]
+    log_prob: Callable[..., torch.Tensor]
+
     def __init__(
         self,
-        transform: nn.Module,
+        transform: Transform | Combinator,
         base: nn.Module | Distribution | None = None,
         support: constraints.Constraint | None = None,
     ):
@@ -152,7 +163,7 @@ class Flow(nn.Module):
 # %% ../../nbs/01_flows/30_flow.ipynb #5f2169e8
 @patch
 def rsample_and_log_prob(
-    self: Flow, sample_shape: int | tuple = (), generator: torch.Generator | None = None
+    self: Flow, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Reparameterised draws `(*sample, D)` and their log-density `(*sample)` in nats, in one pass."
     return self().rsample_and_log_prob(sample_shape, generator)
@@ -160,7 +171,7 @@ def rsample_and_log_prob(
 
 @patch
 def rsample(
-    self: Flow, sample_shape: int | tuple = (), generator: torch.Generator | None = None
+    self: Flow, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
 ) -> torch.Tensor:
     "Reparameterised draws `(*sample, D)`."
     return self().rsample(sample_shape, generator)
@@ -168,13 +179,13 @@ def rsample(
 
 @patch
 def sample(
-    self: Flow, sample_shape: int | tuple = (), generator: torch.Generator | None = None
+    self: Flow, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
 ) -> torch.Tensor:
     "Draws `(*sample, D)` without a gradient."
     return self().sample(sample_shape, generator)
 
 
-@patch
+@patch  # type: ignore[no-redef]
 def log_prob(  # noqa: F811
     self: Flow, value: torch.Tensor, generator: torch.Generator | None = None
 ) -> torch.Tensor:

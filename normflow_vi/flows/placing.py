@@ -8,6 +8,7 @@ __all__ = ['has_units', 'place_density', 'place_samples']
 # %% ../../nbs/01_flows/46_placing.ipynb #121ee7b7
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.func import functional_call
@@ -128,7 +129,7 @@ def place_density(
     It takes a few hundred evaluations of `2 * draws` rows, and leaves the units alone where the bound is
     finite nowhere. Raises `ValueError` for a density whose mass seems to be infinite.
     """
-    like = dict(dtype=place.loc.dtype, device=place.loc.device)
+    like: dict[str, Any] = dict(dtype=place.loc.dtype, device=place.loc.device)
     eps = torch.randn(draws, len(place.loc), generator=generator, **like)
     eps = torch.cat([eps, -eps])  # in pairs: a symmetric target then has no preferred side
     bound = _heated_bound(place, log_density, eps)

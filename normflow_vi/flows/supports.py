@@ -82,6 +82,9 @@ class Place(nn.Module):
     (1.0, 0.0)
     """
 
+    loc: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, dim: int, support: constraints.Constraint | None = None):
         super().__init__()
         self.support = None if support is None else check_support(support, dim)
@@ -94,7 +97,7 @@ class Place(nn.Module):
         self.support = map_tensors(self.support, fn)  # its bounds may be tensors
         return super()._apply(fn, recurse)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return "" if self.support is None else f"support={self.support}"
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +112,7 @@ class Place(nn.Module):
 
     def inverse(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "`x` and `log |det dx/dz|`."
+        log_det: torch.Tensor | float
         y, log_det = z, 0.0
         if self.support is not None:
             T = bijection_to(self.support)

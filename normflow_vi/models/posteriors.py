@@ -9,6 +9,7 @@ __all__ = ['FAMILIES', 'options_of', 'posterior']
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from ..flows import Flow
 from normflow_vi.transforms import (
@@ -40,7 +41,7 @@ def _nice(mix: str) -> Callable[..., Transform]:
     return make
 
 
-FAMILIES = {
+FAMILIES: dict[str, Any] = {
     "diagonal": None,
     "full": Triangular,
     "circulant": CircularConvolution,
@@ -70,7 +71,7 @@ def options_of(family: str) -> list[str]:
     return [name for name in names if name not in ("dim", "length", "context_dim")]
 
 # %% ../../nbs/02_vae_nf/08_posteriors.ipynb #0b3a88b5
-def posterior(family: str, dim: int, length: int, context_dim: int, **options) -> Flow:
+def posterior(family: str, dim: int, length: int, context_dim: int, **options: Any) -> Flow:
     """The amortised posterior on `R^dim` given a context `(batch, context_dim)`, as a `Flow`.
 
     A diagonal Gaussian, then `length` layers of `family`, a name in `FAMILIES`; with `length=0`

@@ -6,12 +6,12 @@
 __all__ = ['VAE', 'dlgm', 'independent_pixels_nll', 'check_uses_latents']
 
 # %% ../../nbs/02_vae_nf/10_vae.ipynb #5588019e
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from ..flows import Flow, as_base
+from ..flows import Flow, FlowDistribution, as_base
 from .likelihoods import Bernoulli, Likelihood, check_images
 from .networks import MLP
 from .posteriors import posterior
@@ -37,6 +37,10 @@ class VAE(nn.Module):
     (torch.Size([2, 10, 4]), torch.Size([2, 10]), torch.Size([2, 10]))
     """
 
+    # added by `patch` below, where a type checker does not see it
+    sample: Callable[..., torch.Tensor]
+    reconstruct: Callable[..., torch.Tensor]
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -50,7 +54,7 @@ class VAE(nn.Module):
         self.likelihood, self.prior = _check_parts(posterior, prior, likelihood)
         self.encoder, self.decoder, self.posterior = encoder, decoder, posterior
 
-    def q(self, x: torch.Tensor) -> torch.distributions.Distribution:
+    def q(self, x: torch.Tensor) -> FlowDistribution:
         "The posterior of the images `x` `(..., D_x)`: batch shape `(...)`, event shape `(dim,)`."
         return self.posterior(self.encoder(x))
 

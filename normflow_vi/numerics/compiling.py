@@ -128,7 +128,7 @@ def machine_code(
 ) -> Callable | None:
     "`function` with its `helpers` in the places of their calls, as `compile_together` makes it."
     made = compile_together(function, inline=helpers, fastmath=fastmath)
-    return made and getattr(made, function.__name__)
+    return made and getattr(made, function.__name__)  # type: ignore[return-value]  # a namespace is true
 
 # %% ../../nbs/90_engine/06_kernels.ipynb #bef7f3a8
 _MAGIC = np.float32(1.5 * 2**23)  # adding it rounds to a whole number, which then sits in the lowest bits

@@ -21,7 +21,9 @@ from ..transforms.batchnorm import BatchNorm
 class Posterior(Protocol):
     "What an objective draws from: a `Flow`, what a flow returns for a context, or what else has this method."
 
-    def rsample_and_log_prob(self, sample_shape, generator=None) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(
+        self, sample_shape: tuple[int, ...], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         "Reparameterised draws `(*sample, *batch, D)`, their log-weight term `(*sample, *batch)` in nats."
         ...
 

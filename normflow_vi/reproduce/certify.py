@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .. import experiments
 from .probe import digest, in_small
@@ -323,7 +324,7 @@ def tie(headers: list) -> None:
     wanted = {text: name for text, name in noted.items() if text and text not in provenance.known_texts()}
     if not wanted:
         return
-    found = dict.fromkeys(wanted, {"commit": None, "meaning": None})
+    found: dict[str, dict[str, Any]] = dict.fromkeys(wanted, {"commit": None, "meaning": None})
     with _checkout("HEAD") as tree:
         for commit in provenance.git("rev-list", "HEAD").split():
             subprocess.run(["git", "-C", tree, "checkout", "-qf", commit], check=True)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .. import experiments
 from .parameters import resolve_device
@@ -343,6 +344,7 @@ def run_jobs(
 
     At most `at_once` run at a time, by default one a slot. An interruption stops them all, softly first.
     """
+    running: dict[Any, Any]
     waiting, running, failures = list(jobs), {}, {}
     display = _Display(len(waiting), quiet)
     free = list(range(at_once or count_slots(device)))[::-1]
@@ -410,7 +412,7 @@ def split_into_units(runs: Iterable[Run], device: str) -> list[list[Run]]:
 
     Those of one program go together if they train as one, else each run is a unit.
     """
-    by_experiment = {}
+    by_experiment: dict[str, list[Run]] = {}
     for run in runs:
         by_experiment.setdefault(run.experiment, []).append(run)
     units = []

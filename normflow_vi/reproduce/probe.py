@@ -166,6 +166,7 @@ def probe(runs: list[dict], device: str = "cpu") -> dict:
     """
     from normflow_vi import experiments
 
+    seen: list
     small, seen, told = [_get("Run").from_dict(in_small(run)) for run in runs], [], _Told()
     experiment = experiments.get(small[0].experiment)
     with _watched(seen):

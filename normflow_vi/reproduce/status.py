@@ -78,6 +78,7 @@ def published() -> list[Row]:
 
     Besides, `row` is its label, and `value` and `error` are numbers or `None`.
     """
+    items: dict[Any, list[Row]]
     lines, items = read_csv("published.csv"), {}
     for line in lines:
         items.setdefault(_item_of(line), []).append(line)
@@ -257,6 +258,8 @@ def _with_state(m):
 
 def rows(store: Store | None = None) -> tuple[list[Row], list[str]]:
     "All status rows, and a line for each damaged record, which is left out of the rows."
+    measured: list
+    problems: list[str]
     measured, problems = [], []
     roots = store.roots if store else Store().roots
     for experiment in experiments.all():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/90_engine/01_testing.ipynb #b1f0b5b9
-def slogdet_of_jacobian(transform, z: Tensor, context: Tensor | None = None) -> Tensor:
+def slogdet_of_jacobian(transform: torch.nn.Module, z: Tensor, context: Tensor | None = None) -> Tensor:
     """`log|det df/dz|`, shape `(N,)`, of `transform.forward` at points `z` `(N, D)`, in nats.
 
     By reverse-mode differentiation, point by point; a `context` is `(N, C)`.

@@ -180,7 +180,7 @@ AUTOREGRESSIVE = (
 class Frozen(ContinuouslyIndexed):
     "The same noise at every point and call: then the layer is a function."
 
-    def noise(self, like, generator):
+    def noise(self, like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         return torch.linspace(-1.2, 0.9, self.index_dim).to(like).expand(like.shape)
 
 

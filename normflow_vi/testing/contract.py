@@ -9,6 +9,7 @@ __all__ = ['TOLERANCES', 'C', 'SCALES', 'POINTS', 'CHECKS', 'Case', 'draw_contex
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +216,7 @@ class Direction(nn.Module):
         super().__init__()
         self.transform, self.name = transform, name
 
-    def forward(self, *arguments, **more):
+    def forward(self, *arguments: Any, **more: Any) -> Any:
         return getattr(self.transform, self.name)(*arguments, **more)
 
 

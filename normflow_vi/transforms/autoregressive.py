@@ -7,6 +7,7 @@ __all__ = ['Autoregressive', 'InverseAutoregressive', 'MaskedAutoregressive']
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #45db74aa
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,13 @@ def masked(self: Autoregressive, kind: str, tensors: dict[str, Tensor]) -> dict[
 
 @patch
 def run(
-    self: Autoregressive, kind: str, value: Tensor, step: Callable, sequence: Tensor, context=None, **layer
+    self: Autoregressive,
+    kind: str,
+    value: Tensor,
+    step: Callable,
+    sequence: Tensor,
+    context: Tensor | None = None,
+    **layer: Tensor,
 ) -> tuple[Tensor, Tensor]:
     "One layer: `step`, a direction of the law, with parameters from the network, in one pass or in stages."
     how = self.activation, self.residual
@@ -171,7 +178,7 @@ class InverseAutoregressive(Autoregressive):
         max_log_scale: float | None = None,
     ):
         law = _affine_law(form, max_log_scale)
-        how = {"order": order, "residual": residual}
+        how: dict[str, Any] = {"order": order, "residual": residual}
         super().__init__(dim, law, length, context_dim, hidden, activation, **how)
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #1d58e5c3
@@ -207,5 +214,5 @@ class MaskedAutoregressive(Autoregressive):
         max_log_scale: float | None = None,
     ):
         law = _affine_law(form, max_log_scale)
-        how = {"order": order, "residual": residual}
+        how: dict[str, Any] = {"order": order, "residual": residual}
         super().__init__(dim, law, length, context_dim, hidden, activation, **how)

@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'Owned', 'Amortised', 'check_transform', 'Transform', 'run_l
 # %% ../../nbs/01_flows/05_transform.ipynb #2f581e42
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Amortised(nn.Module):
         self.scale = scale
         flat = torch.cat([value.flatten() for value in initial.values()])
         self.linear = nn.Linear(context_dim, len(flat))
-        self.linear.weight_decayed = ("weight",) if decays else ()
+        self.linear.weight_decayed = ("weight",) if decays else ()  # type: ignore[assignment]  # a mark
         bound = math.sqrt(3 / context_dim)  # unit-variance contexts give unit-variance outputs
         with torch.no_grad():
             self.linear.weight.uniform_(-bound, bound)
@@ -97,10 +98,20 @@ class Transform(nn.Module):
 
     forward_kind = "closed form"
     inverse_kind = "closed form"
-    derived_axis = {}  # where tensors made by `prepare` have their K: {name: axis}
+    derived_axis: dict[str, int] = {}  # where tensors made by `prepare` have their K: {name: axis}
     context_to = "tensors"  # who reads the context: a source that emits "tensors", or the "layers"
     head_scale = 1.0  # see `Amortised`
     decays = False  # see `Amortised`, `Owned`
+    source: nn.Module
+    # added by `patch` below, where a type checker does not see it
+    initial: Callable[[], dict[str, Tensor]]
+    constants: Callable[[], dict[str, Tensor]]
+    push: Callable[..., tuple[Tensor, Tensor]]
+    pull: Callable[..., tuple[Tensor, Tensor]]
+    push_stack: Callable[..., tuple[Tensor, Tensor]]
+    pull_stack: Callable[..., tuple[Tensor, Tensor]]
+    inverse: Callable[..., tuple[Tensor, Tensor]]
+    check_call: Callable[..., None]
 
     def __init__(self, dim: int, length: int = 1, context_dim: int | None = None):
         super().__init__()
@@ -118,7 +129,7 @@ class Transform(nn.Module):
         axes = {name: -value.dim() for name, value in (initial | constants).items()}
         self.layer_axis = axes | self.derived_axis
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"dim={self.dim}, length={self.length}, context_dim={self.context_dim}"
 
 # %% ../../nbs/01_flows/05_transform.ipynb #84b5250e
@@ -157,7 +168,7 @@ def run_layers(step: Callable, value: Tensor, layers: Iterable[dict]) -> tuple[T
 
     They are never added in place: that breaks `vmap`.
     """
-    total = 0.0
+    total: Any = 0.0
     for layer in layers:
         value, log_det = step(value, **layer)
         total = total + log_det
@@ -254,7 +265,9 @@ def fetch_tensors(self: Transform, context: Tensor | None, dtype: torch.dtype) -
 
 # %% ../../nbs/01_flows/05_transform.ipynb #4f935b9a
 @patch
-def forward(self: Transform, z: Tensor, context: Tensor | None = None, generator=None):
+def forward(
+    self: Transform, z: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     "`(y, log_det)`, `(..., dim)` and `(...)` in nats; `generator` is for layers with draws of their own."
     self.check_call("forward", "z", z, context)
     value = self.prepare_value(z, context)
@@ -262,7 +275,9 @@ def forward(self: Transform, z: Tensor, context: Tensor | None = None, generator
 
 
 @patch
-def inverse(self: Transform, y: Tensor, context: Tensor | None = None, generator=None):
+def inverse(
+    self: Transform, y: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     "`(z, log_det)` of the inverse map, `(..., dim)` and `(...)` in nats."
     self.check_call("inverse", "y", y, context)
     value = self.prepare_value(y, context)
@@ -288,15 +303,20 @@ class Combinator(nn.Module):
     """
 
     check_call = Transform.check_call  # the same refusals
+    dim: int
+    context_dim: int | None
+    forward_kind: str
+    inverse_kind: str
+    inverse: Callable[..., tuple[Tensor, Tensor]]
 
-    def __init__(self, parts: Iterable[nn.Module]):
+    def __init__(self, parts: Iterable["Transform | Combinator"]):
         super().__init__()
         for part in parts:
             check_transform("transforms", part)
         dims = {part.dim for part in parts}
         if len(dims) != 1:
             raise ValueError(f"transforms: dim must agree, got {sorted(dims) or 'an empty chain'}")
-        widths = {part.context_dim for part in parts} - {None}
+        widths: set[Any] = {part.context_dim for part in parts} - {None}
         if len(widths) > 1:
             raise ValueError(f"transforms: context_dim must agree, got {sorted(widths)}")
         self.dim = dims.pop()
@@ -315,21 +335,25 @@ class Chain(Combinator):
     (torch.Size([100, 2]), torch.Size([100]), 'iterative')
     """
 
-    def __init__(self, *transforms: nn.Module):
+    def __init__(self, *transforms: Transform | Combinator):
         super().__init__(transforms)
         self.transforms = nn.ModuleList(transforms)
         self.forward_kind = max((part.forward_kind for part in transforms), key=KINDS.index)
         self.inverse_kind = max((part.inverse_kind for part in transforms), key=KINDS.index)
 
-    def forward(self, z: Tensor, context: Tensor | None = None, generator=None):
-        total = 0.0
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        total: Any = 0.0
         for part in self.transforms:
             z, log_det = part.forward(z, context, generator)
             total = total + log_det
         return z, total
 
-    def inverse(self, y: Tensor, context: Tensor | None = None, generator=None):
-        total = 0.0
+    def inverse(
+        self, y: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        total: Any = 0.0
         for part in reversed(self.transforms):
             y, log_det = part.inverse(y, context, generator)
             total = total + log_det
@@ -345,14 +369,18 @@ class Inverse(Combinator):
     ('iterative', 'closed form')
     """
 
-    def __init__(self, transform: nn.Module):
+    def __init__(self, transform: Transform | Combinator):
         super().__init__([transform])
         self.transform = transform
         self.forward_kind = transform.inverse_kind
         self.inverse_kind = transform.forward_kind
 
-    def forward(self, z: Tensor, context: Tensor | None = None, generator=None):
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self.transform.inverse(z, context, generator)
 
-    def inverse(self, y: Tensor, context: Tensor | None = None, generator=None):
+    def inverse(
+        self, y: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self.transform.forward(y, context, generator)

@@ -76,21 +76,25 @@ class BatchNorm(Transform):
 
 # %% ../../nbs/01_flows/12_batchnorm.ipynb #42f5f323
 @patch
-def push(self: BatchNorm, z, log_gamma, beta, running_mean, running_var):
+def push(
+    self: BatchNorm, z: Tensor, log_gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor
+) -> tuple[Tensor, Tensor]:
     log_scale = log_gamma - 0.5 * (running_var + self.eps).log()
     y = beta + log_scale.exp() * (z - running_mean)
     return y, log_scale.sum(-1).expand(y.shape[:-1])
 
 
 @patch
-def pull(self: BatchNorm, y, log_gamma, beta, running_mean, running_var):
+def pull(
+    self: BatchNorm, y: Tensor, log_gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor
+) -> tuple[Tensor, Tensor]:
     log_scale = log_gamma - 0.5 * (running_var + self.eps).log()
     z = running_mean + (y - beta) * (-log_scale).exp()
     return z, -log_scale.sum(-1).expand(z.shape[:-1])
 
 # %% ../../nbs/01_flows/12_batchnorm.ipynb #cefd3a08
 @patch
-def push_stack(self: BatchNorm, z, **tensors):
+def push_stack(self: BatchNorm, z: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
     return self._push_batch(z, tensors) if self.training else Transform.push_stack(self, z, **tensors)
 
 

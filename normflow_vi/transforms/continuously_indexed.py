@@ -9,6 +9,7 @@ __all__ = ['FORMS', 'push_indexed', 'pull_indexed', 'ContinuouslyIndexed', 'Give
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -35,7 +36,9 @@ def log_normal_at(u, mean, log_std):
 FORMS = ("after", "before")
 
 
-def push_indexed(form, g, w, s, t):
+def push_indexed(
+    form: str, g: Callable[[Tensor], tuple[Tensor, Tensor]], w: Tensor, s: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
     "`G(w; u)` and `log|det D_w G|`; `g(w) -> (value, log_det)`, `s` and `t` are those of the index."
     if form == "after":
         y, log_det = g(w)
@@ -45,7 +48,9 @@ def push_indexed(form, g, w, s, t):
     return z, log_det + s.sum(-1)
 
 
-def pull_indexed(form, g_inverse, z, s, t):
+def pull_indexed(
+    form: str, g_inverse: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor, s: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
     "The `w` with `G(w; u) = z`, and the log-det of that inverse map."
     if form == "after":
         w, log_det = g_inverse((z - t) * (-s).exp())
@@ -189,14 +194,26 @@ def _run_inside(self: ContinuouslyIndexed, direction, tensors, generator):
 
 
 @patch
-def push_given(self: ContinuouslyIndexed, w, u, tensors, generator=None):
+def push_given(
+    self: ContinuouslyIndexed,
+    w: Tensor,
+    u: Tensor,
+    tensors: dict[str, Tensor],
+    generator: Generator | None = None,
+) -> tuple[Tensor, Tensor]:
     "`(z, log|det D_w G|)` for the index `u`."
     t, s = self.network("ts_").read(u, tensors)
     return push_indexed(self.form, self._run_inside("forward", tensors, generator), w, s, t)
 
 
 @patch
-def pull_given(self: ContinuouslyIndexed, z, u, tensors, generator=None):
+def pull_given(
+    self: ContinuouslyIndexed,
+    z: Tensor,
+    u: Tensor,
+    tensors: dict[str, Tensor],
+    generator: Generator | None = None,
+) -> tuple[Tensor, Tensor]:
     "`(w, log-det)` of the inverse map for the index `u`."
     t, s = self.network("ts_").read(u, tensors)
     return pull_indexed(self.form, self._run_inside("inverse", tensors, generator), z, s, t)
@@ -211,28 +228,36 @@ def given(self: ContinuouslyIndexed, u: Tensor) -> "Given":
 class Given(Combinator):
     "The bijection `w -> G(w; u)` of a `ContinuouslyIndexed` layer for a fixed `u`, `(..., index_dim)`."
 
-    def __init__(self, layer, u):
+    layer: Any  # for one pass, a `RecordedIndex`
+
+    def __init__(self, layer: ContinuouslyIndexed, u: Tensor):
         super().__init__([layer])
         check_tensor("u", u, layer.index_dim, "index_dim")
         self.layer, self.forward_kind, self.inverse_kind = layer, layer.forward_kind, layer.inverse_kind
         self.register_buffer("u", u)
 
-    def recording(self):
+    def recording(self) -> "Given":
         "See `RecordedIndex`: this layer's index is given, so nothing is drawn that could be kept."
         self.layer = self.layer.layer
         return self
 
-    def forward(self, w, context=None, generator=None):
+    def forward(
+        self, w: Tensor, context: Tensor | None = None, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         self.check_call("forward", "w", w, context)
         return self.layer.push_given(w, self.u, self.layer.one_layer(context, w.dtype), generator)
 
-    def inverse(self, z, context=None, generator=None):
+    def inverse(
+        self, z: Tensor, context: Tensor | None = None, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         self.check_call("inverse", "z", z, context)
         return self.layer.pull_given(z, self.u, self.layer.one_layer(context, z.dtype), generator)
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #16dc33d1
 @patch
-def forward(self: ContinuouslyIndexed, w, context=None, generator=None):
+def forward(
+    self: ContinuouslyIndexed, w: Tensor, context: Tensor | None = None, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
     self.check_call("forward", "w", w, context)
     tensors = self.one_layer(context, w.dtype)
     u, log_q = self.draw_index("q_", w, tensors, generator)
@@ -241,7 +266,9 @@ def forward(self: ContinuouslyIndexed, w, context=None, generator=None):
 
 
 @patch
-def inverse(self: ContinuouslyIndexed, z, context=None, generator=None):
+def inverse(
+    self: ContinuouslyIndexed, z: Tensor, context: Tensor | None = None, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
     self.check_call("inverse", "z", z, context)
     tensors = self.one_layer(context, z.dtype)
     u, log_r = self.draw_index("r_", z, tensors, generator)
@@ -256,19 +283,23 @@ class RecordedIndex(Combinator):
     `log_r = log r(u|z)`.
     """
 
-    def __init__(self, layer):
+    def __init__(self, layer: ContinuouslyIndexed):
         super().__init__([layer])
         self.layer, self.u, self.log_r = layer, None, None
         self.forward_kind, self.inverse_kind = layer.forward_kind, layer.inverse_kind
 
-    def forward(self, w, context=None, generator=None):
+    def forward(
+        self, w: Tensor, context: Tensor | None = None, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         tensors = self.layer.one_layer(context, w.dtype)
         self.u, log_q = self.layer.draw_index("q_", w, tensors, generator)
         z, log_det = self.layer.push_given(w, self.u, tensors, generator)
         self.log_r = self.layer.network("r_").log_prob(self.u, z, tensors)
         return z, log_det - log_q + self.log_r
 
-    def inverse(self, z, context=None, generator=None):
+    def inverse(
+        self, z: Tensor, context: Tensor | None = None, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         if self.u is None:
             raise NotImplementedError(
                 "a ContinuouslyIndexed layer inside Inverse: "

@@ -66,7 +66,7 @@ class CircularConvolution(_Convolution):
     0.0
     """
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self: Transform) -> dict[str, Tensor]:
         gains = torch.zeros(self.length, self.dim // 2 + 1)
         return {"log_gain": gains, "phase": torch.zeros(self.length, (self.dim - 1) // 2)}
 

@@ -7,6 +7,7 @@ __all__ = ['MATRICES', 'Coupling', 'AdditiveCoupling', 'AffineCoupling']
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #709407f8
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,7 +146,7 @@ class Coupling(Transform):
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #87b18c25
 @patch
-def initial(self: Coupling):
+def initial(self: Coupling) -> dict[str, Tensor]:
     transformed = self.dim - self.kept
     out_dim = transformed * self.law.size
     tensors = start_network(self.length, self.kept, self.hidden, out_dim, self.context_dim)
@@ -154,7 +155,7 @@ def initial(self: Coupling):
 
 
 @patch
-def constants(self: Coupling):
+def constants(self: Coupling) -> dict[str, Tensor]:
     order = _alternate_orders(torch.tensor(self.mask), self.length)
     if self.mix is None:
         return {"order": order, "back": order.argsort(-1)}
@@ -164,20 +165,20 @@ def constants(self: Coupling):
 
 
 @patch
-def prepare(self: Coupling, **tensors):
+def prepare(self: Coupling, **tensors: Tensor) -> dict[str, Tensor]:
     if self.mix == "ortho":
         tensors["matrix"] = polish_rotation(tensors["matrix"])
     return tensors
 
 
 @patch
-def push(self: Coupling, z, matrix=None, **layer):
+def push(self: Coupling, z: Tensor, matrix: Tensor | None = None, **layer: Tensor) -> tuple[Tensor, Tensor]:
     mixed = z if matrix is None else z @ matrix.mT
     return _through_law(self.law.push, mixed, self, **layer)
 
 
 @patch
-def pull(self: Coupling, y, matrix=None, **layer):
+def pull(self: Coupling, y: Tensor, matrix: Tensor | None = None, **layer: Tensor) -> tuple[Tensor, Tensor]:
     z, log_det = _through_law(self.law.pull, y, self, **layer)
     return z if matrix is None else z @ matrix, log_det
 
@@ -202,7 +203,7 @@ class AdditiveCoupling(Coupling):
         shape: tuple[int, ...] | None = None,
         mix: str | None = None,
     ):
-        where = dict(mask=mask, shape=shape, mix=mix)
+        where: dict[str, Any] = dict(mask=mask, shape=shape, mix=mix)
         super().__init__(dim, Shift(), length, context_dim, hidden, activation, **where)
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #a89376b2
@@ -231,6 +232,6 @@ class AffineCoupling(Coupling):
         *,
         max_log_scale: float | None = None,
     ):
-        where = dict(mask=mask, shape=shape, mix=mix)
+        where: dict[str, Any] = dict(mask=mask, shape=shape, mix=mix)
         law = ScaleShift(max_log_scale)
         super().__init__(dim, law, length, context_dim, hidden, activation, **where)

@@ -9,6 +9,7 @@ __all__ = ['CONSTRAINTS', 'constrain', 'log_slope', 'solve_slope', 'planar_stack
 # %% ../../nbs/01_flows/15_planar.ipynb #36603022
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def planar_torch(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[
     `u`, `w`: `(..., K, D)`; `b`: `(..., K)`; `c`: the offset of `constrain`.
     """
     u_hat, slope = constrain(u, w, c)
-    layers = zip(u_hat.unbind(-2), w.unbind(-2), b.unbind(-1))
+    layers: Any = zip(u_hat.unbind(-2), w.unbind(-2), b.unbind(-1))
     layers = [{"u_hat": u_k, "w": w_k, "b": b_k} for u_k, w_k, b_k in layers]
     return planar_stack(z, layers, slope)
 

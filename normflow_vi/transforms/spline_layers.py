@@ -7,6 +7,7 @@ __all__ = ['SplineCoupling', 'SplineAutoregressive']
 
 # %% ../../nbs/04_cif/10_spline_layers.ipynb #6048a71c
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class SplineCoupling(Coupling):
         mix: str | None = None,
     ):
         law = Spline(bins, bound)
-        how = {"mask": mask, "shape": shape, "mix": mix}
+        how: dict[str, Any] = {"mask": mask, "shape": shape, "mix": mix}
         super().__init__(dim, law, length, context_dim, hidden, activation, **how)
 
 # %% ../../nbs/04_cif/10_spline_layers.ipynb #9a66a388
@@ -80,5 +81,5 @@ class SplineAutoregressive(Autoregressive):
         residual: bool = False,
     ):
         law = Spline(bins, bound)
-        how = {"order": order, "residual": residual}
+        how: dict[str, Any] = {"order": order, "residual": residual}
         super().__init__(dim, law, length, context_dim, hidden, activation, **how)

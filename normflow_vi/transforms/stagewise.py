@@ -32,7 +32,7 @@ def stage_edges(dim: int, hidden: tuple[int, ...], least: int = 1) -> tuple[tupl
     return tuple(ends)
 
 # %% ../../nbs/03_iaf/08_stagewise.ipynb #760793fa
-def _affine_parts(layer, context):
+def _affine_parts(layer, context) -> tuple[list[Tensor], list[Tensor]]:
     "Lists of the weights of a network and of its offsets: biases, and what the context adds to them."
     count = sum(name.startswith("weight_") for name in layer)
     weights = [layer[f"weight_{i}"] for i in range(count)]

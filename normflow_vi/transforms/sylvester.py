@@ -153,11 +153,21 @@ def extra_repr(self: Sylvester) -> str:
 
 
 @patch
-def prepare(self: Sylvester, **free):
+def prepare(self: Sylvester, **free: Tensor) -> dict[str, Tensor]:
     return _build_matrices(constraint=self.constraint, **free)
 
-
+# %% ../../nbs/01_flows/17_sylvester.ipynb #3d17a9cb
 @patch
-def pull(self: Sylvester, y, q, r, r_tilde, A, B, b, slope):
+def pull(
+    self: Sylvester,
+    y: Tensor,
+    q: Tensor,
+    r: Tensor,
+    r_tilde: Tensor,
+    A: Tensor,
+    B: Tensor,
+    b: Tensor,
+    slope: Tensor,
+) -> tuple[Tensor, Tensor]:
     h = _solve_units(matvec(q.mT, y), r, r_tilde, b, slope)
     return y - matvec(A, h), -log_slope(h, slope).sum(-1)

@@ -65,6 +65,8 @@ class TanhCoupling(Transform):
     0.0
     """
 
+    turn: Tensor
+
     def __init__(self, dim: int, length: int = 1, context_dim: int | None = None, mix: str = "perm"):
         self.mix, self.head_scale = check_choice("mix", mix, MATRICES), slow_head(length)
         super().__init__(dim, length, context_dim)
