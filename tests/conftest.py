@@ -1,6 +1,7 @@
 """One thread a process, one seed a test; `--fast` leaves out the tests that `slow.txt` names."""
 
 import os
+import sys
 from pathlib import Path
 
 # The suite runs as several processes, and results must not depend on how many cores there are.
@@ -8,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from small_project import make_project
 
 SLOW = Path(__file__).parent / "slow.txt"
 SECONDS = 0.3  # a test that takes longer, over all its parameters together, is slow
@@ -47,3 +49,18 @@ def pytest_terminal_summary(terminalreporter, config):
 def fixed_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "The folder of a small project, in which the test runs."
+    make_project(tmp_path)
+    for name, value in {"ROOT": tmp_path, "EXPERIMENTS": "trial_experiment"}.items():
+        monkeypatch.setenv(f"NORMFLOW_VI_{name}", str(value))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NORMFLOW_VI_PARENT", raising=False)
+    sys.modules.pop("trial_experiment", None)
+    yield tmp_path
+    sys.modules.pop("trial_experiment", None)

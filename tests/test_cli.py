@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_runner import NOTEBOOK, PRODUCTS, make_project, project, read, snapshot, trial  # noqa: F401
+from small_project import NOTEBOOK, PRODUCTS, read, snapshot, trial
 
 from normflow_vi import cli
 from normflow_vi.reproduce import drawing, pages, report, single, status
@@ -46,7 +46,8 @@ USAGE = [
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(arguments)
-    assert left.value.code == 2 and "normflow-vi" in capsys.readouterr().err
+    assert left.value.code == 2
+    assert "normflow-vi" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,8 @@ def test_wrong_usage(arguments, capsys):
 def test_errors_are_one_line(project, capsys, arguments, code, words):
     assert cli.main(arguments) == code
     last = capsys.readouterr().err.strip().splitlines()
-    assert re.search(words, last[-1]) and (arguments[0] == "run" or len(last) == 1)
+    assert re.search(words, last[-1])
+    assert arguments[0] == "run" or len(last) == 1
 
 
 def test_absent_data_is_one_error(project, monkeypatch, capsys):
@@ -89,11 +91,13 @@ def test_absent_data_is_one_error(project, monkeypatch, capsys):
 def test_plan_prints_commands_that_make_the_records(project, capsys):
     assert cli.main(["plan", "--profile", "smoke"]) == 0
     lines = capsys.readouterr().out.split("\n")[:-1]
-    assert len(lines) == 2 and all(line.startswith("normflow-vi run runs/plan/") for line in lines)
+    assert len(lines) == 2
+    assert all(line.startswith("normflow-vi run runs/plan/") for line in lines)
     for line in lines:
         assert cli.main(line.split()[1:]) == 0
     assert len(Store([project / "runs/smoke/results"]).best("trial")) == 2
-    assert cli.main(["plan", "--profile", "smoke"]) == 0 and not capsys.readouterr().out.strip()
+    assert cli.main(["plan", "--profile", "smoke"]) == 0
+    assert not capsys.readouterr().out.strip()
 
 
 def test_merge(project, tmp_path_factory, capsys):
@@ -107,28 +111,29 @@ def test_merge(project, tmp_path_factory, capsys):
     (damaged / "arrays.npz").write_bytes(b"")
     assert cli.main(["merge", str(other)]) == 1
     seen = capsys.readouterr()
-    assert (
-        "3 records" in seen.out
-        and len(seen.err.splitlines()) == 2
-        and "seed0" in seen.err
-        and "differs" in seen.err
-        and "seed4" in seen.err
-    )
-    assert [r.value("F") for r in Store([project / "results"]).best("trial")] == [1, 3, 4] and Store(
-        [project / "runs/smoke/results"]
-    ).find(trial(3, "smoke")).value("F") == 5
-    (shutil.rmtree(damaged), shutil.rmtree(other / "results/trial" / trial(0).slug))
-    assert cli.main(["merge", str(other)]) == 0 and "0 records" in capsys.readouterr().out
+    assert "3 records" in seen.out
+    assert len(seen.err.splitlines()) == 2
+    assert "seed0" in seen.err
+    assert "differs" in seen.err
+    assert "seed4" in seen.err
+    assert [r.value("F") for r in Store([project / "results"]).best("trial")] == [1, 3, 4]
+    assert Store([project / "runs/smoke/results"]).find(trial(3, "smoke")).value("F") == 5
+    shutil.rmtree(damaged)
+    shutil.rmtree(other / "results/trial" / trial(0).slug)
+    assert cli.main(["merge", str(other)]) == 0
+    assert "0 records" in capsys.readouterr().out
     (project / "empty").mkdir()
-    assert cli.main(["merge", str(project / "empty")]) == 1 and "no records" in capsys.readouterr().err
+    assert cli.main(["merge", str(project / "empty")]) == 1
+    assert "no records" in capsys.readouterr().err
 
 
 def test_merge_repairs_and_goes_on(project, tmp_path_factory, monkeypatch):
-    """A damaged record here is replaced by a good one; arrays with NaN are equal to themselves; what cannot be saved does not stop the rest."""
-    other, holes = (
-        tmp_path_factory.mktemp("other"),
-        {"curve": np.array([1.0, np.nan]), "name": np.array(["a"])},
-    )
+    """A damaged record here is replaced by a good one; arrays with NaN are equal to themselves.
+
+    What cannot be saved does not stop the rest.
+    """
+    other = tmp_path_factory.mktemp("other")
+    holes = {"curve": np.array([1.0, np.nan]), "name": np.array(["a"])}
     for seed in range(4):
         arrays = holes if seed < 3 else holes | {"curve": np.zeros((2, 1))}
         Record(trial(seed), {"F": float(seed)}, arrays).save(other / "results")
@@ -137,12 +142,10 @@ def test_merge_repairs_and_goes_on(project, tmp_path_factory, monkeypatch):
         if seed == 1:
             (ours / "arrays.npz").write_bytes(b"damaged")
     taken, problems = cli.merge(other)
-    assert (
-        taken == [trial(0).slug, trial(1).slug]
-        and len(problems) == 1
-        and "seed3" in problems[0]
-        and "differs" in problems[0]
-    )
+    assert taken == [trial(0).slug, trial(1).slug]
+    assert len(problems) == 1
+    assert "seed3" in problems[0]
+    assert "differs" in problems[0]
     assert all(Store().find(trial(seed)).arrays["curve"].shape == (2,) for seed in range(4))
     shutil.rmtree(project / "results")
     save = Record.save
@@ -154,7 +157,8 @@ def test_merge_repairs_and_goes_on(project, tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(Record, "save", fails_once)
     taken, problems = cli.merge(other)
-    assert taken == [trial(seed).slug for seed in (1, 2, 3)] and problems == ["OSError: no space left"]
+    assert taken == [trial(seed).slug for seed in (1, 2, 3)]
+    assert problems == ["OSError: no space left"]
 
 
 LIBRARY = json.dumps(
@@ -192,11 +196,15 @@ LIBRARY = json.dumps(
     ],
 )
 def test_only_makes_the_chosen_chapters(project, monkeypatch, capsys, only, executed, trained):
-    """Chapters are those of nbs/, with or without an experiment; a failure is said at once and at the end; only all of it is published."""
+    """Chapters are those of nbs/, with or without an experiment; a failure is said at once and at the end.
+
+    Only all of it is published.
+    """
     for path in ("index.ipynb", "00_a/10_x.ipynb", "90_b/10_y.ipynb", "99_trial/20_z.ipynb"):
         (project / "nbs" / path).parent.mkdir(exist_ok=True)
         (project / "nbs" / path).write_text(LIBRARY)
-    asked, plans = [], []
+    asked = []
+    plans = []
     monkeypatch.setattr(
         drawing, "run_jobs", lambda jobs, **more: asked.extend(job.name for job in jobs) or {}
     )
@@ -205,7 +213,8 @@ def test_only_makes_the_chosen_chapters(project, monkeypatch, capsys, only, exec
     )
     monkeypatch.setattr(cli, "reproduce_one", lambda plan, *rest: f"all {len(plan.runs)} failed")
     assert cli.main(["reproduce", *(["--only", only] if only else [])]) == bool(trained)
-    assert asked == executed and plans == [({NOTEBOOK: "all 2 failed"} if trained else {}, only is None)]
+    assert asked == executed
+    assert plans == [({NOTEBOOK: "all 2 failed"} if trained else {}, only is None)]
     assert capsys.readouterr().err.count(f"normflow-vi: {NOTEBOOK}: all 2 failed") == (2 if trained else 0)
 
 
@@ -213,11 +222,14 @@ def test_reproduce_tells_of_damaged_records(project, monkeypatch, capsys):
     monkeypatch.setattr(report, "build", lambda *given, **more: "index.html")
     monkeypatch.setattr(cli, "reproduce_one", lambda *given: None)
     monkeypatch.setattr(status, "rows", lambda: ([], ["results/x/record.json is missing"]))
-    assert cli.main(["reproduce"]) == 1 and "results/x/record.json" in capsys.readouterr().err
+    assert cli.main(["reproduce"]) == 1
+    assert "results/x/record.json" in capsys.readouterr().err
 
 
 def test_reproduce(project, monkeypatch, capsys):
-    """One command: runs are trained, the notebook is executed, the site and the one-file report are built; a failing experiment does not stop the others.
+    """One command: runs are trained, the notebook is executed, the site and the one-file report are built.
+
+    A failing experiment does not stop the others.
 
     The one-file report is replaced only by a whole one.
     """
@@ -235,24 +247,23 @@ def test_reproduce(project, monkeypatch, capsys):
     )
     monkeypatch.setenv("NORMFLOW_VI_EXPERIMENTS", "broken_experiment,trial_experiment")
     done = call("reproduce", "--profile", "quick")
-    assert (
-        done.returncode == 1
-        and "20_broken.ipynb: RunsFailed" in done.stderr
-        and "seed13" in done.stderr
-        and "10_trial.ipynb" not in done.stderr.splitlines()[-1]
-    )
-    assert f"report: {project}/reports/site/index.html" in done.stdout and "rows" in done.stdout
-    assert (
-        len(Store([project / "results"]).best("trial")) == 2
-        and read(project / "figures/figure.txt") == "a figure"
-    )
+    assert done.returncode == 1
+    assert "20_broken.ipynb: RunsFailed" in done.stderr
+    assert "seed13" in done.stderr
+    assert "10_trial.ipynb" not in done.stderr.splitlines()[-1]
+    assert f"report: {project}/reports/site/index.html" in done.stdout
+    assert "rows" in done.stdout
+    assert len(Store([project / "results"]).best("trial")) == 2
+    assert read(project / "figures/figure.txt") == "a figure"
     page, other = (read(project / f"reports/site/99_trial/{name}.html") for name in ("10_trial", "20_broken"))
-    assert "the end" in page and 'class="math' in page and "tex-svg-full.js" in page and "fault.txt" in page
-    assert "no result" in other and "the end" not in other
-    assert (
-        "report.html is left as it is: these failed: nbs/99_trial/20_broken.ipynb" in done.stderr
-        and not (project / "figures/report.html").exists()
-    )
+    assert "the end" in page
+    assert 'class="math' in page
+    assert "tex-svg-full.js" in page
+    assert "fault.txt" in page
+    assert "no result" in other
+    assert "the end" not in other
+    assert "report.html is left as it is: these failed: nbs/99_trial/20_broken.ipynb" in done.stderr
+    assert not (project / "figures/report.html").exists()
     (project / "nbs/99_trial/20_broken.ipynb").unlink()
 
     def whole_after(**how):
@@ -278,26 +289,26 @@ def test_reproduce(project, monkeypatch, capsys):
         )
     assert whole_after() == (True, "")
     whole = read(project / "figures/report.html")
-    assert (
-        "the end" in whole and "MathJax" in whole and single.find_addresses(whole) == [] and len(whole) < 20e6
-    )
+    assert "the end" in whole
+    assert "MathJax" in whole
+    assert single.find_addresses(whole) == []
+    assert len(whole) < 20e6
     for path in (project / "reports/site").rglob("*.html"):  # the site needs no network either
         assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["'](https?:)?//""", read(path)), path
     (project / "fault.txt").write_text("raises")  # a later failure: the page stays, with a warning
     before = snapshot(project)
     assert not execute(NOTEBOOK, {"profile": "quick"}, PRODUCTS, profile="quick").good
     pages.write_page(Path(NOTEBOOK), "quick", project / "pages")
-    assert (
-        "last attempt to execute it failed: code cell" in read(project / "pages/99_trial/10_trial.ipynb")
-        and snapshot(project) == before
-    )
+    assert "last attempt to execute it failed: code cell" in read(project / "pages/99_trial/10_trial.ipynb")
+    assert snapshot(project) == before
 
 
 def test_report_draws_from_records_without_training(project, monkeypatch, capsys):
     shutil.copytree(ROOT / "site", project / "site")
     monkeypatch.setattr(report, "build", lambda profile, failures: project / "index.html")
     assert cli.main(["report"]) == 1
-    assert "records are missing" in capsys.readouterr().err and not (project / "runs/quick").exists()
+    assert "records are missing" in capsys.readouterr().err
+    assert not (project / "runs/quick").exists()
     for seed in (0, 1):
         Record(trial(seed), {"F": 1.0}).save(project / "results")
     assert cli.main(["report"]) == 0

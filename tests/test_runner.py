@@ -1,4 +1,7 @@
-"""The runner: bad parameters are refused before anything runs; workers and notebooks fail in every way, and earlier results stay."""
+"""The runner: bad parameters are refused before anything runs.
+
+Workers and notebooks fail in every way, and earlier results stay.
+"""
 
 import json
 import platform
@@ -8,9 +11,11 @@ import string
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from small_project import NOTEBOOK, PRODUCTS, read, snapshot, trial
 
 from normflow_vi import experiments
 from normflow_vi.reproduce.jobs import (
@@ -33,91 +38,6 @@ from normflow_vi.results.run import Run
 from normflow_vi.results.store import Store
 from normflow_vi.utils.files import Busy, exclusive
 
-EXPERIMENT = """
-import os, time
-from pathlib import Path
-from normflow_vi.experiments import Experiment
-from normflow_vi.results.record import Record
-from normflow_vi.results.run import Run
-def plan(profile, data="auto"):
-    return [Run("trial", 1, "none", "none", "", "planar", 2, seed, profile, {"updates": 20}) for seed in (0, 1)]
-def train(runs, folder, device, progress):
-    "Counts to 20 and keeps its place in a file; seed 13 fails, seeds above 100 take a minute."
-    place = Path(folder)/"place"
-    start = int(place.read_text()) if place.exists() else 0
-    for step in range(start + 1, 21):
-        if runs[0].seed > 100: time.sleep(1)
-        place.write_text(str(step)); progress(step, 20, step/10, {"loss": 1/step})
-        if any(run.seed == 13 for run in runs) and step == 7: raise ArithmeticError("loss is not finite at step 7")
-    return [Record(run, {"F": float(run.seed), "began": start}, {}, {"threads_asked": os.environ.get("OMP_NUM_THREADS", "")}) for run in runs]
-experiment = Experiment("trial", "99_trial", "nbs/99_trial/10_trial.ipynb", ("table.json", "figure.txt"), plan, train, lambda store: [], engine="processes")
-"""
-
-SETUP = """import json, os, signal, sys, time
-from pathlib import Path
-fault = Path("fault.txt").read_text()
-Path(output, "figure.txt").write_text("a figure"); Path(output, "table.json").write_text(json.dumps([profile, time.time()]))"""
-
-FAULTS = {
-    "killed": "os.kill(os.getpid(), 9)",
-    "leaves": "sys.exit(0)",
-    "raises": "raise ArithmeticError('it went wrong')",
-    "hangs": "time.sleep(100)",
-    "forgets": "Path(output, 'figure.txt').unlink()",
-    "wait": "Path('waiting').write_text(str(os.getpid())); time.sleep(100)",
-}
-
-
-def make_project(root):
-    """A small project: settings, an experiment, its notebook, an empty list of published numbers."""
-    import nbformat
-    from nbformat import v4
-
-    for folder in ("nbs/99_trial", "data"):
-        (root / folder).mkdir(parents=True)
-    (root / "settings.ini").write_text(
-        "[limits]\ntimeout = 60\n[trial.smoke]\n[trial.quick]\n[trial.paper]\n"
-    )
-    (root / "trial_experiment.py").write_text(EXPERIMENT)
-    (root / "data/published.csv").write_text(
-        "paper,table_or_figure,dataset,model,metric,value,error,notes,confirmed\n"
-    )
-    (root / "data/figures.csv").write_text("source,item,shows,notebook,product\n")
-    (root / "fault.txt").write_text("none")
-    cells = [
-        v4.new_code_cell(
-            'profile: str = "smoke"\ndata: str = "auto"\ndevice: str = "auto"\noutput: str = ""',
-            metadata={"tags": ["parameters"]},
-        ),
-        v4.new_markdown_cell("# A trial\nwith $x^2$"),
-        v4.new_code_cell(SETUP),
-        *(v4.new_code_cell(f"if fault == {name!r}: {code}") for name, code in FAULTS.items()),
-        v4.new_code_cell("print('the end')"),
-    ]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), root / "nbs/99_trial/10_trial.ipynb")
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    make_project(tmp_path)
-    for name, value in {"ROOT": tmp_path, "EXPERIMENTS": "trial_experiment"}.items():
-        monkeypatch.setenv(f"NORMFLOW_VI_{name}", str(value))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NORMFLOW_VI_PARENT", raising=False)
-    sys.modules.pop("trial_experiment", None)
-    yield tmp_path
-    sys.modules.pop("trial_experiment", None)
-
-
-NOTEBOOK, PRODUCTS = "nbs/99_trial/10_trial.ipynb", ("table.json", "figure.txt")
-
-
-def trial(seed, profile="quick"):
-    return Run("trial", 1, "none", "none", "", "planar", 2, seed, profile, {"updates": 20})
-
 
 def start(code, **more):
     return subprocess.Popen(
@@ -132,6 +52,10 @@ def gone(pid):
     )
 
 
+def all_gone(pids):
+    return all(map(gone, pids))
+
+
 def until(condition, seconds=20.0):
     """Wait for a condition; its value."""
     end = time.monotonic() + seconds
@@ -139,10 +63,6 @@ def until(condition, seconds=20.0):
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
     return value
-
-
-def read(path):
-    return path.read_text() if path.exists() else ""
 
 
 # Parameters
@@ -203,31 +123,31 @@ BAD = (
 
 
 def test_bad_parameters_are_refused(project):
-    """Each is refused by the check before execution, at once, naming the parameter; the values also by the notebook's own check; nothing is executed."""
+    """Each is refused by the check before execution, at once, naming the parameter.
+
+    The values are refused also by the notebook's own check; nothing is executed.
+    """
     begin = time.monotonic()
     assert len(BAD) > 90
     for bad in BAD:
         name, value = next(iter(bad.items()))
         with pytest.raises(ParameterError) as refused:
             execute(NOTEBOOK, GOOD | bad, PRODUCTS, profile="smoke")
-        assert (
-            repr(name[:60]) in str(refused.value)
-            and "allowed" in str(refused.value)
-            and len(str(refused.value)) < 400
-        )
+        assert repr(name[:60]) in str(refused.value)
+        assert "allowed" in str(refused.value)
+        assert len(str(refused.value)) < 400
         if name.isidentifier():
             with pytest.raises(ParameterError, match=name):
                 check_parameters(**(GOOD | bad))
     assert time.monotonic() - begin < 5
-    assert (
-        not list(project.rglob("executed*"))
-        and not (project / "reports").exists()
-        and not (project / "runs").exists()
-    )
+    assert not list(project.rglob("executed*"))
+    assert not (project / "reports").exists()
+    assert not (project / "runs").exists()
 
 
 def test_random_parameters_are_refused():
-    chance, rules = random.Random(0), {"n": (int, 1, 1000), "rate": (float, 0.0, 1.0), "kind": ("a", "b")}
+    chance = random.Random(0)
+    rules = {"n": (int, 1, 1000), "rate": (float, 0.0, 1.0), "kind": ("a", "b")}
     makers = [
         lambda: chance.uniform(-1e9, -1e-9),
         lambda: -chance.randrange(1, 10**6),
@@ -239,7 +159,8 @@ def test_random_parameters_are_refused():
         lambda: chance.choice(["true", "1e-3", "1", "nan", "../x", "A", "a "]),
     ]
     for _ in range(500):
-        name, value = chance.choice(list(rules)), chance.choice(makers)()
+        name = chance.choice(list(rules))
+        value = chance.choice(makers)()
         with pytest.raises(ParameterError, match=name):
             check_parameter(name, value, rules[name])
     for name, value in [("n", 1), ("n", 1000), ("rate", 0), ("rate", 1e-3), ("kind", "b")]:
@@ -263,8 +184,10 @@ def test_parameters_give_a_context(project):
         "smoke",
         "cpu",
         project / "runs/x",
-    ) and context.path("a.png") == project / "runs/x/a.png"
-    assert context.output.is_dir() and context.store.roots == [project / "runs/smoke/results"]
+    )
+    assert context.path("a.png") == project / "runs/x/a.png"
+    assert context.output.is_dir()
+    assert context.store.roots == [project / "runs/smoke/results"]
     assert check_parameters(profile="quick").store.roots == [project / "results"]
 
 
@@ -281,7 +204,10 @@ def test_absent_gpu_is_refused():
 
 
 def test_complete_trains_what_lacks_a_record(project):
-    """One run has a record, one fails, one is trained; the failure is named, noted and counted, and the others are kept."""
+    """One run has a record, one fails, one is trained.
+
+    The failure is named, noted and counted, and the others are kept.
+    """
     Record(trial(0), {"F": -5.0}).save(project / "results")
     (work_folder([trial(1)]) / "checkpoints").mkdir(parents=True)
     (work_folder([trial(1)]) / "checkpoints/place").write_text(
@@ -293,15 +219,12 @@ def test_complete_trains_what_lacks_a_record(project):
     found = [r.value("F") for r in complete([trial(0), trial(1)], "cpu", progress=False)]
     assert found == [-5, 1]
     record = Store().find(trial(1))
-    assert (
-        record.value("began") == 0
-        and record.info["threads"] == 1
-        and record.info["threads_asked"] == "1"
-        and [record.info["meaning_sha256"]] == record.info["codes"] == [meaning_sha256("trial")]
-    )
-    assert [r.seed for r in Store().failed("trial")] == [13] and not (
-        work_folder([trial(1)]) / "checkpoints"
-    ).exists()
+    assert record.value("began") == 0
+    assert record.info["threads"] == 1
+    assert record.info["threads_asked"] == "1"
+    assert [record.info["meaning_sha256"]] == record.info["codes"] == [meaning_sha256("trial")]
+    assert [r.seed for r in Store().failed("trial")] == [13]
+    assert not (work_folder([trial(1)]) / "checkpoints").exists()
     assert json.loads((work_folder([trial(1)]) / "progress.json").read_text())["step"] == 20
 
 
@@ -312,15 +235,12 @@ def test_a_log_starts_afresh_and_a_signal_is_named(project, monkeypatch):
     job.log.write_text("ValueError: an earlier run\n")
     real = subprocess.Popen
     for number, words in ((9, "killed by signal 9, perhaps out of memory;"), (10, "killed by signal 10;")):
-        monkeypatch.setattr(
-            subprocess,
-            "Popen",
-            lambda command, **more: real(
-                [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"], **more
-            ),
-        )
+        ends_itself = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"]
+        start = partial(real, ends_itself)
+        monkeypatch.setattr(subprocess, "Popen", lambda command, start=start, **more: start(**more))
         why = run_jobs([job], quiet=True)["kills itself"]
-        assert why.startswith(f"no output ({words}") and str(job.log) in why
+        assert why.startswith(f"no output ({words}")
+        assert str(job.log) in why
 
 
 def test_records_name_one_device(project):
@@ -332,11 +252,12 @@ def test_records_name_one_device(project):
         )
     )
     info = work(write_unit([trial(0)], "cpu")) and Store().find(trial(0)).info
-    assert info["device"] == "cpu" and info["hardware"] == platform.machine()
+    assert info["device"] == "cpu"
+    assert info["hardware"] == platform.machine()
 
 
 def test_retrain_repeats_what_is_of_earlier_code(project):
-    """A record of earlier code stays until somebody asks for more; one of the present code stays then, too."""
+    "A record of earlier code stays until somebody asks for more; one of the present code stays then, too."
     Record(trial(0), {"F": -5.0}, {}, {"code_sha256": "old"}).save(project / "results")
     Record(trial(1), {"F": -5.0}, {}, {"meaning_sha256": meaning_sha256("trial")}).save(project / "results")
     both = [trial(0), trial(1)]
@@ -364,7 +285,8 @@ def test_a_resumed_training_notes_its_codes(project, capsys):
     sources.write_text("# a remark\n" + sources.read_text())
     assert resumed() == (12, [first])
     sources.write_text(sources.read_text().replace("range(start + 1, 21)", "range(1 + start, 21)"))
-    assert resumed() == (12, [first, meaning_sha256("trial")]) and meaning_sha256("trial") != first
+    assert resumed() == (12, [first, meaning_sha256("trial")])
+    assert meaning_sha256("trial") != first
     assert "begun with other code" in capsys.readouterr().out
 
 
@@ -375,16 +297,16 @@ def test_training_for_publication_starts_from_a_commit(project, monkeypatch):
         complete([trial(0)], "cpu", progress=False)
     with pytest.raises(provenance.UncommittedChanges):
         work(write_unit([trial(0)], "cpu"))
-    assert not Store().failed("trial") and complete([trial(0, "smoke")], "cpu", progress=False)
+    assert not Store().failed("trial")
+    assert complete([trial(0, "smoke")], "cpu", progress=False)
     Record(trial(1), {"F": 1.0}).save(project / "results")
     assert complete([trial(1)], "cpu", progress=False)[0].value("F") == 1  # nothing to train
 
 
 def test_units_follow_the_experiments_engine(project, monkeypatch):
     runs = [trial(0), trial(1), Run(**(trial(0).to_dict() | {"length": 8}))]
-    assert [len(u) for u in split_into_units(runs, "cpu")] == [1, 1, 1] and split_into_units(runs, "cpu")[0][
-        0
-    ].length == 8
+    assert [len(u) for u in split_into_units(runs, "cpu")] == [1, 1, 1]
+    assert split_into_units(runs, "cpu")[0][0].length == 8
     module = sys.modules[experiments.module_of("trial")]
     for engine, device, sizes in (
         ("batched", "cpu", [1, 2]),
@@ -401,10 +323,15 @@ def test_units_follow_the_experiments_engine(project, monkeypatch):
 
 
 def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkeypatch):
-    "With a `trainer` the choice is measured; runs that were begun in one way are not begun again in the other."
+    """With a `trainer` the choice is measured.
+
+    Runs that were begun in one way are not begun again in the other.
+    """
     from normflow_vi.engine import choosing
 
-    runs, module, asked = [trial(0), trial(1)], sys.modules[experiments.module_of("trial")], []
+    runs = [trial(0), trial(1)]
+    module = sys.modules[experiments.module_of("trial")]
+    asked = []
     monkeypatch.setattr(
         module,
         "experiment",
@@ -426,7 +353,8 @@ def test_auto_takes_what_measures_faster_and_goes_on_as_it_began(project, monkey
     assert asked[0] == (runs[:1], [0, 1], count_slots("cpu"))
     work_folder(runs[1:]).mkdir(parents=True)
     measured("batched")
-    assert [len(unit) for unit in split_into_units(runs, "cpu")] == [1, 1] and len(asked) == 2
+    assert [len(unit) for unit in split_into_units(runs, "cpu")] == [1, 1]
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(
@@ -444,13 +372,19 @@ def test_one_process_a_unit(project):
     assert Store().find(trial(0)) is None
 
 
-COMPLETE = """import sys; from normflow_vi import cli; from normflow_vi.results.store import Run; from normflow_vi.reproduce.jobs import complete
-import signal; signal.signal(signal.SIGTERM, cli._terminate)
+COMPLETE = """import signal
+import sys
+from normflow_vi import cli
+from normflow_vi.reproduce.jobs import complete
+from normflow_vi.results.store import Run
+signal.signal(signal.SIGTERM, cli._terminate)
 complete([Run("trial", 1, "none", "none", "", "planar", 2, {seed}, "quick", {{"updates": 20}})], "cpu")"""
 
 
 def test_workers_end_with_their_parent(project):
-    """Kill -9, SIGTERM and Ctrl-C of the waiting process: each time its worker ends, and its checkpoint stays."""
+    """Kill -9, SIGTERM and Ctrl-C of the waiting process: each time its worker ends, and its checkpoint
+    stays.
+    """
     signals = {101: signal.SIGKILL, 102: signal.SIGTERM, 103: signal.SIGINT}
     parents = {seed: start(COMPLETE.format(seed=seed)) for seed in signals}
     places = {seed: work_folder([trial(seed)]) / "checkpoints/place" for seed in signals}
@@ -458,37 +392,30 @@ def test_workers_end_with_their_parent(project):
     def children(pid):
         return [int(p) for p in read(Path(f"/proc/{pid}/task/{pid}/children")).split()]
 
-    for seed, place in places.items():
+    for place in places.values():
         until(place.exists, 40)
     for seed, parent in parents.items():
-        begin, workers = time.monotonic(), children(parent.pid)
+        begin = time.monotonic()
+        workers = children(parent.pid)
         assert workers
         parent.send_signal(signals[seed])
         parent.communicate(timeout=20)
-        until(lambda: all(map(gone, workers)), 5)
-        assert (
-            parent.returncode not in (0, None)
-            and time.monotonic() - begin < 6
-            and places[seed].exists()
-            and Store().find(trial(seed)) is None
-        )
+        until(partial(all_gone, workers), 5)
+        assert parent.returncode not in (0, None)
+        assert time.monotonic() - begin < 6
+        assert places[seed].exists()
+        assert Store().find(trial(seed)) is None
 
 
 # Notebooks
 
 
-def snapshot(root):
-    """The bytes of everything that an execution publishes or draws from."""
-    return {
-        p.relative_to(root): p.read_bytes()
-        for top in ("figures", "reports/executed", "results")
-        for p in sorted((root / top).rglob("*"))
-        if p.is_file() and not p.name.endswith(".failed.json")
-    }
-
-
 def test_every_way_to_fail_leaves_the_earlier_result(project):
-    """A good execution; then a killed kernel, exit(0), an exception, a time-out, a missing product, SIGINT and SIGTERM to the runner: all reported as failed."""
+    """First a good execution.
+
+    Then a killed kernel, exit(0), an exception, a time-out, a missing product, SIGINT and SIGTERM to the
+    runner: all reported as failed.
+    """
     Record(trial(0), {"F": 1.0}).save(project / "results")
     Record(trial(1), {"F": 1.0}).save(project / "results")
 
@@ -496,15 +423,13 @@ def test_every_way_to_fail_leaves_the_earlier_result(project):
         return execute(NOTEBOOK, {"profile": "quick"}, PRODUCTS, profile="quick", timeout=timeout)
 
     good = go()
-    assert (
-        good.good
-        and good.products.keys() == set(PRODUCTS)
-        and Manifest.load(execution_folder(NOTEBOOK, "quick") / "manifest.json") == good
-    )
-    assert (project / "figures/figure.txt").read_text() == "a figure" and Manifest.load(
-        project / "figures/manifests/99_trial-10_trial.json"
-    ) == good
-    before, note = snapshot(project), execution_folder(NOTEBOOK, "quick").with_name("10_trial.failed.json")
+    assert good.good
+    assert good.products.keys() == set(PRODUCTS)
+    assert Manifest.load(execution_folder(NOTEBOOK, "quick") / "manifest.json") == good
+    assert (project / "figures/figure.txt").read_text() == "a figure"
+    assert Manifest.load(project / "figures/manifests/99_trial-10_trial.json") == good
+    before = snapshot(project)
+    note = execution_folder(NOTEBOOK, "quick").with_name("10_trial.failed.json")
     causes = {
         "killed": "kernel was killed",
         "leaves": "left early",
@@ -515,10 +440,9 @@ def test_every_way_to_fail_leaves_the_earlier_result(project):
     for fault, cause in causes.items():
         (project / "fault.txt").write_text(fault)
         failed = go(timeout=2 if fault == "hangs" else 60)
-        assert not failed.good and cause in failed.cause and snapshot(project) == before, (
-            fault,
-            failed.cause,
-        )
+        assert not failed.good, (fault, failed.cause)
+        assert cause in failed.cause, (fault, failed.cause)
+        assert snapshot(project) == before, (fault, failed.cause)
         assert Manifest.load(note).cause == failed.cause
     (project / "fault.txt").write_text("wait")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -532,32 +456,27 @@ def test_every_way_to_fail_leaves_the_earlier_result(project):
         time.sleep(0.2)
         runner.send_signal(number)
         out, err = runner.communicate(timeout=20)
-        assert runner.returncode == 128 + number and err.splitlines()[-1].startswith("normflow-vi: "), (
-            runner.returncode,
-            err,
-        )
-        assert snapshot(project) == before and Manifest.load(note).cause == "interrupted"
-        until(lambda: gone(kernel), 5)
+        assert runner.returncode == 128 + number, (runner.returncode, err)
+        assert err.splitlines()[-1].startswith("normflow-vi: "), (runner.returncode, err)
+        assert snapshot(project) == before
+        assert Manifest.load(note).cause == "interrupted"
+        until(partial(gone, kernel), 5)
         (project / "waiting").unlink()
     assert not [p for p in (project / "reports/.work").iterdir()]
     (project / "fault.txt").write_text("none")
     again = go()
-    assert (
-        again.good
-        and not note.exists()
-        and snapshot(project) != before
-        and snapshot(project).keys() == before.keys()
-    )
+    assert again.good
+    assert not note.exists()
+    assert snapshot(project) != before
+    assert snapshot(project).keys() == before.keys()
 
 
 def test_smoke_publishes_nothing(project):
     manifest = execute(NOTEBOOK, {"profile": "smoke"}, PRODUCTS, profile="smoke")
-    assert (
-        manifest.good
-        and (project / "runs/smoke/figures/figure.txt").exists()
-        and not (project / "figures").exists()
-        and not (project / "reports").exists()
-    )
+    assert manifest.good
+    assert (project / "runs/smoke/figures/figure.txt").exists()
+    assert not (project / "figures").exists()
+    assert not (project / "reports").exists()
 
 
 def test_the_same_notebook_is_not_executed_twice_at_once(project):
@@ -568,7 +487,8 @@ def test_the_same_notebook_is_not_executed_twice_at_once(project):
 def test_a_kernel_that_dies_before_its_first_cell_gets_a_second_try(project, monkeypatch):
     import papermill
 
-    real, calls = papermill.execute_notebook, []
+    real = papermill.execute_notebook
+    calls = []
 
     def flaky(*args, **more):
         calls.append(1)
@@ -577,7 +497,8 @@ def test_a_kernel_that_dies_before_its_first_cell_gets_a_second_try(project, mon
         return real(*args, **more)
 
     monkeypatch.setattr(papermill, "execute_notebook", flaky)
-    assert execute(NOTEBOOK, {"profile": "smoke"}, PRODUCTS, profile="smoke").good and len(calls) == 2
+    assert execute(NOTEBOOK, {"profile": "smoke"}, PRODUCTS, profile="smoke").good
+    assert len(calls) == 2
 
 
 def test_ray_is_optional(project):

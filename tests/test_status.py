@@ -56,7 +56,8 @@ def measured(item="Fig 4c", row="NF K=10", value=87.6, metric="", data="", **mor
 
 
 class Trial:
-    name, notebook = "trial", "nbs/none.ipynb"
+    name = "trial"
+    notebook = "nbs/none.ipynb"
 
     def __init__(self, *found):
         self.found = found
@@ -75,11 +76,16 @@ def test_a_row_for_every_published_number_and_figure(with_experiments, capsys):
     with_experiments()
     assert cli.main(["status", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
-    numbers, figures = status.read_csv("published.csv"), status.read_csv("figures.csv")
-    assert all(list(row) == KEYS for row in table) and len(table) == len(numbers) + len(figures)
+    numbers = status.read_csv("published.csv")
+    figures = status.read_csv("figures.csv")
+    assert all(list(row) == KEYS for row in table)
+    assert len(table) == len(numbers) + len(figures)
     assert len({(r["source"], r["item"], r["row"]) for r in table}) == len(table)
     have = Counter((r["source"], r["item"], r["published"], r["published_se"]) for r in table)
-    number = lambda text: float(text) if text else None
+
+    def number(text):
+        return float(text) if text else None
+
     assert (
         not Counter(
             (n["paper"], n["table_or_figure"], number(n["value"]), number(n["error"])) for n in numbers
@@ -90,7 +96,8 @@ def test_a_row_for_every_published_number_and_figure(with_experiments, capsys):
         assert (f["source"], f["item"]) in {
             (r["source"], r["item"]) for r in table if r["row"].startswith("figure: ")
         }
-    assert all(r["value"] is None and r["seeds"] == [] for r in table) and {r["verdict"] for r in table} == {
+    assert all(r["value"] is None and r["seeds"] == [] for r in table)
+    assert {r["verdict"] for r in table} == {
         "published only",
         "out of budget",
         "no published number",
@@ -104,7 +111,8 @@ def test_measured_rows_are_joined(with_experiments, capsys):
     )
     table, problems = status.rows()
     found = {(r["item"], r["row"]): r for r in table if r["value"] is not None}
-    assert not problems and {k: r["verdict"] for k, r in found.items()} == {
+    assert not problems
+    assert {k: r["verdict"] for k, r in found.items()} == {
         ("Fig 4c", "NF K=10"): "reproduced",
         ("Table 2", "DLGM+NF planar K=10"): "shortened",
         ("Fig 4c", "ours K=10"): "no published number",
@@ -120,13 +128,12 @@ def test_measured_rows_are_joined(with_experiments, capsys):
     )
     assert cli.main(["status"]) == 0
     text = capsys.readouterr().out
-    assert (
-        text.count("\n") == 2 + len(status.select_shown(table)) + 2
-        and len(found) == 3
-        and "reproduced" in text
-        and f"{len(table)} rows" in text
-    )
-    assert cli.main(["status", "--all"]) == 0 and capsys.readouterr().out.count("\n") == len(table) + 4
+    assert text.count("\n") == 2 + len(status.select_shown(table)) + 2
+    assert len(found) == 3
+    assert "reproduced" in text
+    assert f"{len(table)} rows" in text
+    assert cli.main(["status", "--all"]) == 0
+    assert capsys.readouterr().out.count("\n") == len(table) + 4
 
 
 def test_earlier_code_is_marked(with_experiments, monkeypatch):
@@ -212,19 +219,20 @@ def results(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["record.json", "arrays.npz"])
 def test_damage_is_reported_and_the_rest_shown(with_experiments, results, capsys, name):
-    """A damaged record drops only itself: the other seed and the other length are shown, and the problem is listed once."""
+    """A damaged record drops only itself: the other seed and the other length are shown, and the problem is
+    listed once.
+    """
     with_experiments(Kept())
     (results(10, 1) / name).write_text("{")
     assert cli.main(["status"]) == 1
     seen = capsys.readouterr()
-    assert (
-        seen.err.count("\n") == 1
-        and "planar-10-seed1" in seen.err
-        and name in seen.err
-        and "--retrain" in seen.err
-    )
+    assert seen.err.count("\n") == 1
+    assert "planar-10-seed1" in seen.err
+    assert name in seen.err
+    assert "--retrain" in seen.err
     table, problems = status.rows()
-    assert len(problems) == 1 and {r["row"]: r["seeds"] for r in table if r["value"] is not None} == {
+    assert len(problems) == 1
+    assert {r["row"]: r["seeds"] for r in table if r["value"] is not None} == {
         "NF K=10": [0],
         "NF K=20": [0, 1],
     }
@@ -240,7 +248,10 @@ def test_smoke_records_are_no_results(with_experiments, results):
 
 
 def test_small_errors_and_single_seeds_are_told(with_experiments, results, capsys):
-    """Two significant digits of an error; with one seed a star and a footnote; early records' device reads like the others'."""
+    """Two significant digits of an error; with one seed a star and a footnote.
+
+    Early records' device reads like the others'.
+    """
     with_experiments(Kept())
     (results(20, 1) / "record.json").unlink()
     results(10, 1, device="cpu (x86_64)")
@@ -250,9 +261,11 @@ def test_small_errors_and_single_seeds_are_told(with_experiments, results, capsy
         ["88.50 ± 0.50", "2", "10", "cpu"],
         ["88.00000 ± 0.00050*", "1", "10", "cpu"],
     ]
-    assert "device" in lines[0] and lines[-3] == "* standard error over images or draws, one seed"
+    assert "device" in lines[0]
+    assert lines[-3] == "* standard error over images or draws, one seed"
     shown = status.markdown([r for r in status.rows()[0] if r["value"] is not None])
-    assert "0.00050\\* |" in shown and shown.endswith("\n\n\\* standard error over images or draws, one seed")
+    assert "0.00050\\* |" in shown
+    assert shown.endswith("\n\n\\* standard error over images or draws, one seed")
 
 
 @pytest.mark.parametrize(
@@ -271,10 +284,13 @@ def test_errors_have_two_significant_digits(value, error, text):
 
 
 def test_figures_go_out_of_date(tmp_path, monkeypatch):
-    """A figure is up to date only while its notebook, the code behind it and its own file are those of its manifest."""
+    """A figure is up to date only while its notebook, the code behind it and its own file are those of its
+    manifest.
+    """
     monkeypatch.setenv("NORMFLOW_VI_ROOT", str(tmp_path))
     (tmp_path / "settings.ini").write_text("[limits]\ntimeout = 3600\n")
-    notebook, figure = tmp_path / "nbs/01_x/10_y.ipynb", tmp_path / "figures/a.png"
+    notebook = tmp_path / "nbs/01_x/10_y.ipynb"
+    figure = tmp_path / "figures/a.png"
 
     def write(text):
         notebook.write_text(json.dumps({"cells": [{"cell_type": "code", "source": text, "metadata": {}}]}))
@@ -300,7 +316,8 @@ def test_figures_go_out_of_date(tmp_path, monkeypatch):
         {},
     )
     manifest.save(tmp_path / "figures/manifests/01_x-10_y.json")
-    assert state() == "made" and status.figure_state("nbs/01_x/10_y.ipynb", "b.png")[0] == "not made"
+    assert state() == "made"
+    assert status.figure_state("nbs/01_x/10_y.ipynb", "b.png")[0] == "not made"
     row = status.figure_row(
         {"source": "s", "item": "i", "shows": "x", "notebook": "nbs/01_x/10_y.ipynb", "product": "a.png"}
     )

@@ -7,6 +7,7 @@ __all__ = ['NICE', 'RealNVP', 'MAF', 'IAF', 'NSF', 'CIF']
 
 # %% ../../nbs/04_cif/20_factories.ipynb #3d26d9a5
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -87,7 +88,7 @@ def RealNVP(
     >>> RealNVP(dim=4, length=3).inverse_kind
     'closed form'
     """
-    how = {"mask": mask, "shape": shape, "max_log_scale": max_log_scale}
+    how: dict[str, Any] = {"mask": mask, "shape": shape, "max_log_scale": max_log_scale}
     return AffineCoupling(dim, length, context_dim, hidden, activation, **how)
 
 
@@ -131,7 +132,7 @@ def IAF(
     >>> iaf.forward_kind, iaf.inverse_kind
     ('closed form', 'sequential')
     """
-    how = {"form": form, "max_log_scale": max_log_scale}
+    how: dict[str, Any] = {"form": form, "max_log_scale": max_log_scale}
     return InverseAutoregressive(dim, length, context_dim, hidden, activation, **how)
 
 # %% ../../nbs/04_cif/20_factories.ipynb #a8df7b61
@@ -201,10 +202,10 @@ def CIF(
     >>> [type(layer).__name__ for layer in CIF(dim=4, length=2).transforms]
     ['ContinuouslyIndexed', 'Permutation', 'ContinuouslyIndexed', 'Permutation']
     """
-    spline = {"bins": bins, "bound": bound, "residual": residual}
-    network = {"hidden": hidden, "activation": activation}
+    spline: dict[str, Any] = {"bins": bins, "bound": bound, "residual": residual}
+    network: dict[str, Any] = {"hidden": hidden, "activation": activation}
     network["context_dim"] = context_dim if conditional else None
-    index = {"index_dim": index_dim, "hidden": index_hidden, "form": form, "context_dim": context_dim}
+    index: dict = {"index_dim": index_dim, "hidden": index_hidden, "form": form, "context_dim": context_dim}
 
     def make_layer():
         return ContinuouslyIndexed(SplineAutoregressive(dim, **network, **spline), **index)
