@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .meaning import meaning_sha256
 from ..utils.files import atomic_write
@@ -148,7 +149,7 @@ def _present(experiment):
         return "none"
 
 
-def record_state(run, info: dict, present: str | None = None) -> str:
+def record_state(run: Any, info: dict, present: str | None = None) -> str:
     """The state of the record of `run` with the notes `info`: one of `STATES`.
 
     `present`: the hash of the present code; by default it is taken.
