@@ -67,7 +67,8 @@ def test_weights_are_unbiased_on_short_paths(steps, initial):
     the way back is tested from there.
     """
     log_joint, x, z, truth, mean, covariance = model(2, 3, 6)
-    scale = torch.linalg.inv(torch.linalg.inv(covariance).diagonal().diag()).diagonal().sqrt().expand(6, 2)
+    precisions = torch.linalg.inv(covariance).diagonal()
+    scale = torch.linalg.inv(precisions.diag()).diagonal().sqrt().expand(6, 2)
     count = 3000  # of each coordinate given the other
     place = (mean + 0.4 * scale, 1.2 * scale) if initial else None
     there = ais(
@@ -106,8 +107,10 @@ def test_the_sandwich_closes_on_the_truth():
     gaps = []
     for steps in (10, 300):
         lower, upper = bidirectional(log_joint, x, z, steps=steps, chains=10, leapfrog=4, seed=1)
-        assert (lower.log_p - truth).mean() < 0 + 3 * (lower.log_p - truth).std() / math.sqrt(60)
-        assert (upper.log_p - truth).mean() > -3 * (upper.log_p - truth).std() / math.sqrt(60)
+        below = lower.log_p - truth
+        assert below.mean() < 0 + 3 * below.std() / math.sqrt(60)
+        above = upper.log_p - truth
+        assert above.mean() > -3 * above.std() / math.sqrt(60)
         gaps.append((upper.log_p - lower.log_p).mean())
     assert gaps[0] > 3
     assert -0.1 < gaps[1] < 0.5
@@ -120,7 +123,8 @@ def test_from_the_posterior_itself_each_weight_is_the_evidence():
     x = torch.randn(7, 3, dtype=torch.float64)
 
     def log_joint(x, z):
-        return Normal(0.0, 1.0).log_prob(z).sum(-1) + Normal(z, 1.0).log_prob(x).sum(-1)
+        log_prior = Normal(0.0, 1.0).log_prob(z).sum(-1)
+        return log_prior + Normal(z, 1.0).log_prob(x).sum(-1)
 
     truth = Normal(0 * x, math.sqrt(2)).log_prob(x).sum(-1)
     lower, upper = bidirectional(
@@ -144,7 +148,10 @@ def test_a_transition_keeps_its_density(beta):
     log_joint, x, _, _, _, _ = model(2, 3, 1, seed=3)
     path = _Path(log_joint, x, torch.zeros(1, 2).double(), torch.ones(1, 2).double())
     origin = path.at(torch.zeros(1, 1, 2, dtype=torch.float64))
-    steps = [path.at(torch.eye(2)[i].double().expand(1, 1, 2)).slope - origin.slope for i in range(2)]
+    steps = []
+    for direction in torch.eye(2).double():
+        point = path.at(direction.expand(1, 1, 2))
+        steps.append(point.slope - origin.slope)
     hessian = torch.stack(steps)[:, 0, 0]
     precision = (1 - beta) * torch.eye(2) - beta * hessian
     precision = (precision + precision.t()) / 2

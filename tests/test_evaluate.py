@@ -67,7 +67,8 @@ class Noisy:
 
 
 def log_joint(x, z):
-    return Normal(0.0, 1.0).log_prob(z).sum(-1) + Normal(z, 1.0).log_prob(x).sum(-1)
+    log_prior = Normal(0.0, 1.0).log_prob(z).sum(-1)
+    return log_prior + Normal(z, 1.0).log_prob(x).sum(-1)
 
 
 def test_errors_are_those_of_the_mean_weight_and_cover_the_truth():
@@ -117,14 +118,12 @@ def test_an_image_is_encoded_once(samples, block, monkeypatch):
     q = posterior("planar", 3, 4, 5).double()
     emitting = []
     of = Amortised.forward
-    monkeypatch.setattr(
-        Amortised,
-        "forward",
-        lambda self, context, dtype: (
-            emitting.append(len(context)),
-            of(self, context, dtype),
-        )[1],
-    )
+
+    def forward(self, context, dtype):
+        emitting.append(len(context))
+        return of(self, context, dtype)
+
+    monkeypatch.setattr(Amortised, "forward", forward)
     seen = []
 
     def counting(x, z):
@@ -166,9 +165,8 @@ def test_a_bernoulli_decoder_by_quadrature():
     x = (torch.rand(25, 12) < 0.5).double()
     axis = torch.linspace(-7, 7, 281, dtype=torch.float64)
     with torch.no_grad():
-        grid = sum(
-            part for part in joint(x, torch.cartesian_prod(axis, axis)[:, None].expand(-1, 25, 2)).values()
-        )
+        points = torch.cartesian_prod(axis, axis)[:, None].expand(-1, 25, 2)
+        grid = sum(joint(x, points).values())
     truth = grid.logsumexp(0) + 2 * math.log(14 / 280)
     wide = Noisy(torch.zeros(25, 2, dtype=torch.float64), 1.7)  # N(0, 1.2^2): the weights are bounded
     weighted = log_marginal(joint, lambda x: wide, x, samples=20_000, block=10**6)

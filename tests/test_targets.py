@@ -37,26 +37,32 @@ NORMALISED = {
 each_normalised = pytest.mark.parametrize("target", NORMALISED.values(), ids=NORMALISED)
 
 
+def bump(distance, width):
+    "A Gaussian bump of height one."
+    return np.exp(-0.5 * (distance / width) ** 2)
+
+
 def naive(name, x, y):
     """Table 1 of Rezende and Mohamed as printed: exponentials, sums, logarithms."""
     w1 = np.sin(2 * np.pi * x / 4)
-    w2 = 3 * np.exp(-0.5 * ((x - 1) / 0.6) ** 2)
+    w2 = 3 * bump(x - 1, 0.6)
     w3 = 3 / (1 + np.exp(-(x - 1) / 0.3))
     if name == "U1":
-        return 0.5 * ((np.sqrt(x * x + y * y) - 2) / 0.4) ** 2 - np.log(
-            np.exp(-0.5 * ((x - 2) / 0.6) ** 2) + np.exp(-0.5 * ((x + 2) / 0.6) ** 2)
-        )
+        radius = np.sqrt(x * x + y * y)
+        ring = 0.5 * ((radius - 2) / 0.4) ** 2
+        return ring - np.log(bump(x - 2, 0.6) + bump(x + 2, 0.6))
     if name == "U2":
         return 0.5 * ((y - w1) / 0.4) ** 2
     if name == "U3":
-        return -np.log(np.exp(-0.5 * ((y - w1) / 0.35) ** 2) + np.exp(-0.5 * ((y - w1 + w2) / 0.35) ** 2))
-    return -np.log(np.exp(-0.5 * ((y - w1) / 0.4) ** 2) + np.exp(-0.5 * ((y - w1 + w3) / 0.35) ** 2))
+        return -np.log(bump(y - w1, 0.35) + bump(y - w1 + w2, 0.35))
+    return -np.log(bump(y - w1, 0.4) + bump(y - w1 + w3, 0.35))
 
 
 @pytest.mark.parametrize("name, energy", [("U1", u1), ("U2", u2), ("U3", u3), ("U4", u4)])
 def test_energies_are_those_of_the_table(name, energy):
     z = np.random.default_rng(0).uniform(-4, 4, (20_000, 2))
-    assert np.allclose(energy(torch.from_numpy(z)).numpy(), naive(name, *z.T), rtol=1e-10, atol=1e-10)
+    found = energy(torch.from_numpy(z)).numpy()
+    assert np.allclose(found, naive(name, *z.T), rtol=1e-10, atol=1e-10)
     assert energy(torch.zeros(3, 5, 2)).shape == (3, 5)
     assert energy(torch.zeros(2)).dtype == torch.float32
 
@@ -142,7 +148,8 @@ def test_samplers_follow_the_density(target):
     ):
         values = function(draws)
         exact = (weights * function(z)).sum()
-        assert abs(values.mean() - exact) < 5 * values.std() / math.sqrt(n), (values.mean(), exact)
+        error = values.std() / math.sqrt(n)
+        assert abs(values.mean() - exact) < 5 * error, (values.mean(), exact)
 
 
 def test_samplers_reach_every_mode():
@@ -210,13 +217,14 @@ def test_pinwheel(rate):
     assert labels.bincount().tolist() == [n // 5] * 5
     straight, _ = pinwheel(n, rate=0.0, generator=seeded())
     angle = 2 * math.pi * labels / 5
-    x = 2 * (straight[:, 0] * angle.cos() - straight[:, 1] * angle.sin())
-    t = 2 * (straight[:, 0] * angle.sin() + straight[:, 1] * angle.cos())
+    first, second = straight.T
+    x = 2 * (first * angle.cos() - second * angle.sin())
+    t = 2 * (first * angle.sin() + second * angle.cos())
     for values, mean, sd in ((x, 1, 0.3), (t, 0, 0.05)):
         assert abs(values.mean() - mean) < 5 * sd / n**0.5
         assert abs(values.std() - sd) < 5 * sd / (2 * n) ** 0.5
     assert torch.allclose(points.norm(dim=-1), straight.norm(dim=-1), atol=1e-5), "the bend is a rotation"
-    turned = torch.atan2(straight[:, 1], straight[:, 0]) - torch.atan2(points[:, 1], points[:, 0])
+    turned = torch.atan2(second, first) - torch.atan2(points[:, 1], points[:, 0])
     found = (turned - rate * x.exp() + math.pi) % (2 * math.pi)
     expected = torch.tensor(math.pi)
     assert torch.allclose(found, expected, atol=1e-3)

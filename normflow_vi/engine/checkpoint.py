@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
 import torch
+
 from normflow_vi.utils.files import atomic_write, exclusive, sha256
 
 MAGIC, VERSION = b"normflow_vi checkpoint", 1

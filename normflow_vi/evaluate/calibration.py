@@ -417,6 +417,12 @@ def _check_counts(simulations, draws):
         )
 
 
+def _check_level(seed, alpha):
+    check_int("seed", seed, 0)
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha!r}: expected a number between 0 and 1")
+
+
 def _check_simulations(name, value, rows):
     "Raise unless `value` is a tensor of `rows` finite rows."
     if not isinstance(value, Tensor):
@@ -428,7 +434,7 @@ def _check_simulations(name, value, rows):
     if (bad := first_bad_row(value)) is not None:
         raise ValueError(f"{name}: not finite in {bad[0]} of {rows} simulations, first in number {bad[1]}")
 
-
+# %% ../../nbs/01_flows/52_calibration.ipynb #9bcd803d
 def _simulate(prior, simulate, simulations):
     "True parameters `(N, D)` from the prior and a data set for each, `(N, ...)`."
     if not isinstance(prior, Distribution):
@@ -505,8 +511,7 @@ def sbc(
     amortised flow, an exact posterior, or `fit_each(...)`. `quantities`: further test quantities,
     `{name: f}` with `f(theta, x)` from `(S, D)` and one data set to `(S,)`; the log-likelihood is a
     good one. All random numbers come from `seed` as far as they come from torch's global generator,
-    which is left as it was. Raises `TypeError` or `ValueError` naming what is wrong.
-    Source: Talts et al. 2018.
+    which is left as it was. Raises `TypeError` or `ValueError`. Source: Talts et al. 2018.
 
     >>> from torch.distributions import Independent, Normal
     >>> prior = Independent(Normal(torch.zeros(1), 1.0), 1)
@@ -518,18 +523,16 @@ def sbc(
     (True, False)
     """
     _check_counts(simulations, draws)
-    check_int("seed", seed, 0)
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha={alpha!r}: expected a number between 0 and 1")
+    _check_level(seed, alpha)
     quantities = quantities or {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         theta, x = _simulate(prior, simulate, simulations)
         z = _draw_posteriors(posterior(x), draws, theta)
         ranks, distance = _rank_everything(theta, z, x, quantities)
-    D = theta.shape[1]
-    names = (*(f"theta[{i}]" for i in range(D)), *quantities)
-    return Calibration(ranks.cpu(), distance.cpu(), draws, names, D, alpha)
+    coordinates = tuple(f"theta[{i}]" for i in range(theta.shape[1]))
+    names = (*coordinates, *quantities)
+    return Calibration(ranks.cpu(), distance.cpu(), draws, names, len(coordinates), alpha)
 
 # %% ../../nbs/01_flows/52_calibration.ipynb #82d4348a
 def log_joint(

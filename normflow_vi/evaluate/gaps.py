@@ -136,12 +136,6 @@ def _compare(log_joint, posterior, x, search, samples, block, seed):
     return Gaps(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 # %% ../../nbs/02_vae_nf/15_gaps.ipynb #d83f0b1c
-def _check_options(learning_rate, **counts):
-    check_positive("learning_rate", learning_rate)
-    for name, value in counts.items():
-        check_int(name, value)
-
-# %% ../../nbs/02_vae_nf/15_gaps.ipynb #43177db1
 def gaps(
     log_joint: Callable[[Tensor, Tensor], Tensor | dict[str, Tensor]],
     posterior: Callable[[Tensor], Posterior],
@@ -160,7 +154,9 @@ def gaps(
     an amortised `Flow`'s distribution. Each image's own parameters take `steps` updates with
     `draws` draws each. `samples` fresh draws then judge both posteriors, and the optimised one
     gives the importance-weighted `log_p`, a lower bound. An optimum that is not reached counts as
-    approximation gap. Cost: `steps * draws` gradients and `2 * samples` decoder passes an image. Raises `ValueError`
+    approximation gap.
+
+    Cost: `steps * draws` gradients and `2 * samples` decoder passes an image. Raises `ValueError`
     for numbers out of range and rows that are not finite, `TypeError` for another posterior.
     Source: Cremer et al. 2018.
 

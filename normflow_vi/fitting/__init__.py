@@ -550,5 +550,4 @@ def fit(
     pace: dict = dict(steps=steps, restarts=restarts, seed=seed, learning_rate=learning_rate, draws=draws)
     bound: dict = dict(progress=progress, alpha=alpha, gradient=gradient, anneal=anneal, log_z=log_z)
     judgement: dict = dict(place=place, validation=validation, evaluation_draws=evaluation_draws)
-    options = FitOptions(**pace, **bound, **judgement)
-    return _fit_undisturbed(q, log_density, samples, support, options)
+    return _fit_undisturbed(q, log_density, samples, support, FitOptions(**pace, **bound, **judgement))

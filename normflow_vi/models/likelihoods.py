@@ -211,7 +211,8 @@ def mean(self: LogitNormal, output: torch.Tensor) -> torch.Tensor:
     m, v = self._mean_and_log_variance(self._any_image(output), output)
     probabilities = (torch.arange(64, dtype=m.dtype, device=m.device) + 0.5) / 64
     quantiles = torch.special.ndtri(probabilities)
-    return sum(self.unsqueeze(m + (v / 2).exp() * quantile) for quantile in quantiles) / 64  # type: ignore[return-value]  # 64 terms
+    total = sum(self.unsqueeze(m + (v / 2).exp() * quantile) for quantile in quantiles)  # 64 terms
+    return total / 64  # type: ignore[return-value]
 
 
 @patch

@@ -12,9 +12,9 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from .meaning import meaning_sha256
+from .run import Run
 from ..utils.files import atomic_write
 from ..utils.settings import PROFILES, project_root
 
@@ -149,7 +149,7 @@ def _present(experiment):
         return "none"
 
 
-def record_state(run: Any, info: dict, present: str | None = None) -> str:
+def record_state(run: Run, info: dict, present: str | None = None) -> str:
     """The state of the record of `run` with the notes `info`: one of `STATES`.
 
     `present`: the hash of the present code; by default it is taken.
