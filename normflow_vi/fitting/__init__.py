@@ -547,8 +547,7 @@ def fit(
     >>> round(result.elbo.value.item(), 2)  # log pi is 1.14
     1.14
     """
-    pace: dict[str, Any]
-    pace = dict(steps=steps, restarts=restarts, seed=seed, learning_rate=learning_rate, progress=progress)
-    bound: dict = dict(draws=draws, alpha=alpha, gradient=gradient, anneal=anneal, log_z=log_z)
+    pace: dict = dict(steps=steps, restarts=restarts, seed=seed, learning_rate=learning_rate, draws=draws)
+    bound: dict = dict(progress=progress, alpha=alpha, gradient=gradient, anneal=anneal, log_z=log_z)
     judgement: dict = dict(place=place, validation=validation, evaluation_draws=evaluation_draws)
     return _fit_undisturbed(q, log_density, samples, support, FitOptions(**pace, **bound, **judgement))
