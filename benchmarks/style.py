@@ -125,7 +125,12 @@ def signatures(name):
     own = {key: member for key, member in vars(value).items() if key == "__init__" or key[0] != "_"}
     plain = {key: getattr(member, "__func__", member) for key, member in own.items()}
     written = {key: member for key, member in plain.items() if inspect.isfunction(member)}
-    return {f"{name}.{key}": m for key, m in written.items() if m.__code__.co_filename != "<string>"}
+    return {f"{name}.{key}": m for key, m in written.items() if _is_written_here(m)}
+
+
+def _is_written_here(function):
+    "Not made by `dataclass` or by `Protocol`."
+    return function.__code__.co_filename != "<string>" and function.__module__ != "typing"
 
 
 def unannotated(name):

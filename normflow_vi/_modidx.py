@@ -515,6 +515,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'normflow_vi/evaluate/calibration.py'),
                                                   'normflow_vi.evaluate.calibration._check_flow': ( '01_flows/calibration.html#_check_flow',
                                                                                                     'normflow_vi/evaluate/calibration.py'),
+                                                  'normflow_vi.evaluate.calibration._check_level': ( '01_flows/calibration.html#_check_level',
+                                                                                                     'normflow_vi/evaluate/calibration.py'),
                                                   'normflow_vi.evaluate.calibration._check_simulations': ( '01_flows/calibration.html#_check_simulations',
                                                                                                            'normflow_vi/evaluate/calibration.py'),
                                                   'normflow_vi.evaluate.calibration._chi_square_scores': ( '01_flows/calibration.html#_chi_square_scores',

@@ -21,7 +21,10 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    "The project's sources in a folder of their own, with no records, so that nothing here depends on or changes the real ones."
+    """The project's sources in a folder of their own, with no records.
+
+    Nothing here depends on or changes the real ones.
+    """
     for name in ("nbs", "data", "site"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(ROOT / "settings.ini", tmp_path / "settings.ini")

@@ -30,8 +30,8 @@ BUGS = {
     "planar: the norm instead of its square": (
         "planar",
         "planar.constrain",
-        "norm2.clamp(min=TINY))",
-        "norm2.sqrt())",
+        "norm2.clamp(min=TINY)",
+        "norm2.sqrt()",
     ),
     "planar: log-det forgets the slope": (
         "planar",
@@ -345,8 +345,8 @@ BUGS = {
     "stages: one ends a unit early": (
         "maf",
         "stagewise.stage_edges",
-        "sum(m <= d for m in layer) for d in met)",
-        "max(sum(m <= d for m in layer) - (d < met[-1]), 0) for d in met)",
+        "sum(degree <= stage for degree in layer)",
+        "max(sum(degree <= stage for degree in layer) - (stage < met[-1]), 0)",
     ),
     "stages: the reversed order is forgotten": (
         "maf",

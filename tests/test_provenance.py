@@ -1,14 +1,13 @@
 """The hash of meaning, certificates as steps between codes, and what they make of a record."""
 
 import ast
-import shutil
 from pathlib import Path
 
 import pytest
 
 import normflow_vi
 from normflow_vi.results.meaning import meaning_of_source, meaning_sha256, reached_by
-from normflow_vi.results.provenance import codes_of, shape_key, state_of, worst_state
+from normflow_vi.results.provenance import codes_of, state_of, worst_state
 
 PACKAGE = Path(normflow_vi.__file__).parent
 EXPERIMENTS = ("energies", "vae_mnist", "vae_cifar", "vae_convolution", "vae_evaluation", "posteriors")
@@ -78,7 +77,7 @@ class Layer(Base):
 
 @pytest.fixture
 def small(tmp_path):
-    "A package of five modules; `small(file=(found, wrong), ...)` is the hash after replacing a piece of a file."
+    "`small(file=(found, new), ...)` is the hash of a small package after replacing a piece of a file."
 
     def write(**changes):
         top = tmp_path / f"{len(list(tmp_path.iterdir()))}" / "normflow_vi"
@@ -95,6 +94,9 @@ def small(tmp_path):
 
     return write
 
+
+CALL = "    def __call__(self, x):\n        return self.half(x) * self.steps\n"
+HALF = "    def half(self, x):\n        return x / 2\n"
 
 SAME = {
     "a docstring and a comment": {"tools": ('"Twice."', '"Two times."  # so')},
@@ -126,8 +128,8 @@ SAME = {
     },
     "the order of methods": {
         "layers": (
-            "    def __call__(self, x):\n        return self.half(x) * self.steps\n\n    def half(self, x):\n        return x / 2",
-            "    def half(self, x):\n        return x / 2\n\n    def __call__(self, x):\n        return self.half(x) * self.steps",
+            CALL + "\n" + HALF,
+            HALF + "\n" + CALL,
         )
     },
     "a method patched in": {
@@ -171,7 +173,7 @@ OTHER = {
     "whether it is raised": {"tools": ("if x is None", "if x is True")},
     "a name from outside": {"tools": ("m.pi", "m.e")},
     "a method patched in": {
-        "more": "from .layers import Layer\nfrom .patching import patch\n\n@patch\ndef more(self: Layer): return 1\n"
+        "more": "from .layers import Layer\nfrom .tools import patch\n@patch\ndef more(self: Layer): return 1\n"
     },
 }
 
@@ -187,7 +189,7 @@ def test_what_counts(small, change):
 
 
 def test_names_of_helpers_and_modules_do_not_count(small):
-    "A helper renamed where it is defined and used; a module that moved; a helper that moved to another module."
+    "A helper renamed where it is defined and used; a module that moved."
     renamed = (
         SMALL["tools.py"].replace("double", "twice"),
         SMALL["experiments/one.py"].replace("double", "twice"),
@@ -277,7 +279,7 @@ def test_the_worst_state_counts():
 
 
 def test_codes_of_a_record():
-    "All codes of a training that was resumed; the one of others; of old ones, what is known about their text."
+    "All codes of a resumed training; the one of others; of old ones, what is known about their text."
     assert codes_of({"codes": ["a", "b"], "meaning_sha256": "b"}, "energies") == ("a", "b")
     assert codes_of({"meaning_sha256": "b"}, "energies") == ("b",)
     assert codes_of({"code_sha256": "0" * 64}, "energies") == ("unknown",) == codes_of({}, "energies")

@@ -30,6 +30,7 @@ from normflow_vi.targets.plane import (
 )
 from .schools import SCHOOLS, eight_schools
 
+# %% ../../nbs/90_engine/96_targets.ipynb #aa3dba90
 __all__ = [
     "ENERGIES",
     "SCHOOLS",

@@ -24,6 +24,7 @@ from .spline_layers import SplineAutoregressive, SplineCoupling
 from .sylvester import Sylvester
 from .tanh_coupling import TanhCoupling
 
+# %% ../../nbs/90_engine/97_transforms.ipynb #ebcbf6dd
 __all__ = [
     "AdditiveCoupling",
     "Affine",

@@ -202,10 +202,10 @@ def CIF(
     >>> [type(layer).__name__ for layer in CIF(dim=4, length=2).transforms]
     ['ContinuouslyIndexed', 'Permutation', 'ContinuouslyIndexed', 'Permutation']
     """
-    spline = {"bins": bins, "bound": bound, "residual": residual}
+    spline: dict[str, Any] = {"bins": bins, "bound": bound, "residual": residual}
     network: dict[str, Any] = {"hidden": hidden, "activation": activation}
     network["context_dim"] = context_dim if conditional else None
-    index = {"index_dim": index_dim, "hidden": index_hidden, "form": form, "context_dim": context_dim}
+    index: dict = {"index_dim": index_dim, "hidden": index_hidden, "form": form, "context_dim": context_dim}
 
     def make_layer():
         return ContinuouslyIndexed(SplineAutoregressive(dim, **network, **spline), **index)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 def patch(method: Callable) -> Callable:
     """Make a function a method of the class that its first parameter is annotated with; returns the function.
 
-    A property is patched by `@patch` above `@property`. Raises `TypeError` where the annotation is not a class.
+    A property is patched by `@patch` above `@property`.
+    Raises `TypeError` where the annotation is not a class.
     """
     function = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
     first = next(iter(inspect.signature(function).parameters.values()), None)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from normflow_vi import VAE, Chain, Fit, Flow, fit, load_data
 from normflow_vi.evaluate import log_marginal
+from normflow_vi.flows import NICE, NSF
 from normflow_vi.models.networks import MLP
 from normflow_vi.models.posteriors import posterior
 from normflow_vi.objectives import elbo
@@ -17,6 +18,8 @@ x = torch.zeros(3, 2)
 Planar(dim="2")  # refused: arg-type
 Planar(2, context_dim=[3])  # refused: arg-type
 Planar(2, layers=8)  # refused: call-arg
+NICE(4, 2, context_dim=[3])  # refused: arg-type
+NSF(4, 2, bin=4)  # refused: call-arg
 Chain(Affine(2), nn.Linear(2, 2))  # refused: arg-type
 Chain([Affine(2), Planar(2)])  # refused: arg-type
 Flow(x)  # refused: arg-type

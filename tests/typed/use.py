@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, constraints
 from normflow_vi import VAE, Chain, Estimate, Fit, Flow, Inverse, fit, load_data
 from normflow_vi.data import Data
 from normflow_vi.evaluate import LogMarginal, calibration, log_marginal
-from normflow_vi.flows import FlowDistribution
+from normflow_vi.flows import CIF, IAF, MAF, NICE, NSF, FlowDistribution, RealNVP
 from normflow_vi.models.likelihoods import Bernoulli
 from normflow_vi.models.networks import MLP
 from normflow_vi.models.posteriors import posterior
@@ -35,6 +35,11 @@ def bend() -> Flow:
     dim: int = chain.dim
     print(kind.upper(), dim + 1, gap.item())
     return Flow(chain, support=constraints.positive)
+
+
+def coupled() -> list[Flow]:
+    layers = Chain(NICE(4, 2, scale=True), RealNVP(4, 2, hidden=(8, 8)), NSF(4, 2, bins=4))
+    return [Flow(layers), Flow(IAF(4, 2)), Flow(Inverse(MAF(4, 2, context_dim=3))), Flow(CIF(4, length=2))]
 
 
 def draw(q: Flow) -> Tensor:
