@@ -48,7 +48,7 @@ def agree(found, expected, tolerances, where=""):
         found,
         expected,
         tolerances,
-        strict=True,
+        strict=False,  # the values and log-slopes alone may be asked about
     ):
         assert f.shape == e.shape, what
         assert f.dtype == e.dtype, what
