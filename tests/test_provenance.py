@@ -173,7 +173,7 @@ OTHER = {
     "whether it is raised": {"tools": ("if x is None", "if x is True")},
     "a name from outside": {"tools": ("m.pi", "m.e")},
     "a method patched in": {
-        "more": "from .layers import Layer\nfrom .tools import patch\n@patch\ndef more(self: Layer): return 1\n"
+        "more": "from .layers import Layer\nfrom .tools import patch\n@patch\ndef f(self: Layer): return 1\n"
     },
 }
 

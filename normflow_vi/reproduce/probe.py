@@ -182,7 +182,9 @@ def judge_again(run: dict, images: int = 100, samples: int = 10) -> dict:
 
     full, small = (_get("Run").from_dict(d) for d in (run, in_small(run)))
     model = experiments.get(full.experiment).trainer([small]).models[0]
-    model.load_state_dict(_get("Store")().find(full).weights())
+    record = _get("Store")().find(full)
+    load = getattr(record, "load_weights", None) or record.weights  # an earlier name
+    model.load_state_dict(load())
     data = load_data(full.data.removesuffix("-static"), binarize="static")
     with _get("evaluating")(model):
         x = data.test.pixels(indices=slice(images))
