@@ -234,6 +234,7 @@ def test_a_rewriting_marks_nothing(copies, rewrite):
 
 MAKE = """
 import json, sys
+from normflow_vi.results import provenance
 from normflow_vi.results.meaning import meaning_sha256
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
