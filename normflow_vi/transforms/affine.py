@@ -9,7 +9,7 @@ __all__ = ['Affine']
 import torch
 from torch import Tensor
 
-from .base import Transform, bounded
+from .base import Tensors, Transform, ValueAndLogDet, bounded
 from ..utils.checks import check_limit
 
 # %% ../../nbs/01_flows/10_affine.ipynb #3e7874f7
@@ -41,16 +41,16 @@ class Affine(Transform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         return {name: torch.zeros(self.length, self.dim) for name in ("shift", "log_scale")}
 
-    def prepare(self, log_scale: Tensor, **tensors: Tensor) -> dict[str, Tensor]:
+    def prepare(self, log_scale: Tensor, **tensors: Tensor) -> Tensors:
         return tensors | {"log_scale": bounded(log_scale, self.max_log_scale)}
 
-    def push(self, z: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, shift: Tensor, log_scale: Tensor) -> ValueAndLogDet:
         y = shift + log_scale.exp() * z
         return y, log_scale.sum(-1).expand(z.shape[:-1])
 
-    def pull(self, y: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, shift: Tensor, log_scale: Tensor) -> ValueAndLogDet:
         z = (y - shift) * (-log_scale).exp()
         return z, -log_scale.sum(-1).expand(z.shape[:-1])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Transform
+from .base import Tensors, Transform, ValueAndLogDet
 from .conditioner import check_network, run_network
 from .laws import Gate, Law, ScaleShift, check_law
 from .made import apply_masks, build_masks, start_made
@@ -63,7 +63,7 @@ class Autoregressive(Transform):
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #aa01a4e0
 @patch
-def constants(self: Autoregressive) -> dict[str, Tensor]:
+def constants(self: Autoregressive) -> Tensors:
     "The `sequence` in which each layer reads the variables, `(K, dim)`."
     forwards, backwards = torch.arange(self.dim), torch.arange(self.dim).flip(0)
     turns = [self.order == "alternate" and k % 2 == 1 for k in range(self.length)]
@@ -78,7 +78,7 @@ def masks(self: Autoregressive) -> list[Tensor]:
 
 
 @patch
-def initial(self: Autoregressive) -> dict[str, Tensor]:
+def initial(self: Autoregressive) -> Tensors:
     "Starting tensors of the networks; the last bias begins where the law does."
     start = start_made(self.length, self.masks(), self.context_dim)
     last = f"bias_{len(self.hidden)}"
@@ -86,7 +86,7 @@ def initial(self: Autoregressive) -> dict[str, Tensor]:
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #a12eed54
 @patch
-def masked(self: Autoregressive, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def masked(self: Autoregressive, kind: str, tensors: Tensors) -> Tensors:
     "`tensors` as the direction of that `kind` reads them: with their masks, but for the stages."
     if kind == "sequential":
         return tensors
@@ -102,7 +102,7 @@ def run(
     sequence: Tensor,
     context: Tensor | None = None,
     **layer: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     "One layer: `step`, a direction of the law, with parameters from the network, in one pass or in stages."
     how = self.activation, self.residual
     if kind == "sequential":
@@ -113,25 +113,25 @@ def run(
 
 
 @patch
-def push(self: Autoregressive, z: Tensor, **layer: Tensor) -> tuple[Tensor, Tensor]:
+def push(self: Autoregressive, z: Tensor, **layer: Tensor) -> ValueAndLogDet:
     "One layer: `(y, log_det)`."
     return self.run(self.forward_kind, z, self.law.push, **layer)
 
 
 @patch
-def pull(self: Autoregressive, y: Tensor, **layer: Tensor) -> tuple[Tensor, Tensor]:
+def pull(self: Autoregressive, y: Tensor, **layer: Tensor) -> ValueAndLogDet:
     "The inverse of one layer: `(z, log_det)`."
     return self.run(self.inverse_kind, y, self.law.pull, **layer)
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #2a51b170
 @patch
-def push_stack(self: Autoregressive, z: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+def push_stack(self: Autoregressive, z: Tensor, **tensors: Tensor) -> ValueAndLogDet:
     "All layers in order, their weights masked at once."
     return Transform.push_stack(self, z, **self.masked(self.forward_kind, tensors))
 
 
 @patch
-def pull_stack(self: Autoregressive, y: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+def pull_stack(self: Autoregressive, y: Tensor, **tensors: Tensor) -> ValueAndLogDet:
     "The inverses of all layers, the last one first."
     return Transform.pull_stack(self, y, **self.masked(self.inverse_kind, tensors))
 

@@ -22,6 +22,9 @@ from normflow_vi.utils.patching import patch
 # what a direction costs, best first; "none": it does not exist
 KINDS = ("closed form", "sequential", "iterative", "none")
 
+Tensors = dict[str, Tensor]  # by name
+ValueAndLogDet = tuple[Tensor, Tensor]  # where points go, and log|det| there, in nats
+
 # %% ../../nbs/01_flows/05_transform.ipynb #5dd1c85c
 class Owned(nn.Module):
     """Named tensors `(K, ...)` kept as parameters.
@@ -30,7 +33,7 @@ class Owned(nn.Module):
     layer, `(K, m, n)`.
     """
 
-    def __init__(self, initial: dict[str, Tensor], decays: bool = False):
+    def __init__(self, initial: Tensors, decays: bool = False):
         super().__init__()
         self.names = tuple(initial)
         matrices = [name for name, value in initial.items() if value.dim() >= 3]
@@ -38,7 +41,7 @@ class Owned(nn.Module):
         for name, value in initial.items():
             self.register_parameter(name, nn.Parameter(value))
 
-    def forward(self, context: Tensor | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def forward(self, context: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensors:
         return {name: getattr(self, name) for name in self.names}
 
 # %% ../../nbs/01_flows/05_transform.ipynb #ad1761ab
@@ -49,9 +52,7 @@ class Amortised(nn.Module):
     With `decays`, weight decay shrinks the matrix of the layer.
     """
 
-    def __init__(
-        self, initial: dict[str, Tensor], context_dim: int, scale: float = 1.0, decays: bool = False
-    ):
+    def __init__(self, initial: Tensors, context_dim: int, scale: float = 1.0, decays: bool = False):
         super().__init__()
         self.shapes = {name: value.shape for name, value in initial.items()}
         self.scale = scale
@@ -63,7 +64,7 @@ class Amortised(nn.Module):
             self.linear.weight.uniform_(-bound, bound)
             self.linear.bias.copy_(flat / scale)
 
-    def forward(self, context: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def forward(self, context: Tensor, dtype: torch.dtype) -> Tensors:
         weight = self.linear.weight.to(dtype)
         bias = (self.scale * self.linear.bias).to(dtype)
         flat = linear((self.scale * context).to(dtype), weight, bias)
@@ -134,36 +135,36 @@ class Transform(nn.Module):
 
 # %% ../../nbs/01_flows/05_transform.ipynb #84b5250e
 @patch
-def initial(self: Transform) -> dict[str, Tensor]:
+def initial(self: Transform) -> Tensors:
     "Starting values `(K, ...)` of the tensors, by name."
     return {}
 
 
 @patch
-def constants(self: Transform) -> dict[str, Tensor]:
+def constants(self: Transform) -> Tensors:
     "What is stored but never trained, `(K, ...)` by name; kept as buffers."
     return {}
 
 
 @patch
-def prepare(self: Transform, **tensors: Tensor) -> dict[str, Tensor]:
+def prepare(self: Transform, **tensors: Tensor) -> Tensors:
     "What `push` and `pull` need of the `tensors`, for all layers at once: whatever does not depend on `z`."
     return tensors
 
 
 @patch
-def push(self: Transform, z: Tensor, **layer: Tensor) -> tuple[Tensor, Tensor]:
+def push(self: Transform, z: Tensor, **layer: Tensor) -> ValueAndLogDet:
     "One layer: `(y, log_det)`."
     raise NotImplementedError
 
 
 @patch
-def pull(self: Transform, y: Tensor, **layer: Tensor) -> tuple[Tensor, Tensor]:
+def pull(self: Transform, y: Tensor, **layer: Tensor) -> ValueAndLogDet:
     "The inverse of one layer: `(z, log_det)`."
     raise NotImplementedError
 
 # %% ../../nbs/01_flows/05_transform.ipynb #252c4b1b
-def run_layers(step: Callable, value: Tensor, layers: Iterable[dict]) -> tuple[Tensor, Tensor]:
+def run_layers(step: Callable, value: Tensor, layers: Iterable[dict]) -> ValueAndLogDet:
     """Apply `step(value, **layer) -> (value, log_det)` for one layer after the other; log-dets add.
 
     They are never added in place: that breaks `vmap`.
@@ -176,7 +177,7 @@ def run_layers(step: Callable, value: Tensor, layers: Iterable[dict]) -> tuple[T
 
 # %% ../../nbs/01_flows/05_transform.ipynb #b1413933
 @patch
-def unstacked(self: Transform, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def unstacked(self: Transform, tensors: Tensors) -> list[dict[str, Tensor]]:
     "K dicts, one a layer; what has no layer axis, such as a context, is handed to each."
     axes = {name: axis for name, axis in self.layer_axis.items() if name in tensors}
     stacked = {name: tensors[name].unbind(axis) for name, axis in axes.items()}
@@ -185,19 +186,19 @@ def unstacked(self: Transform, tensors: dict[str, Tensor]) -> list[dict[str, Ten
 
 
 @patch
-def push_stack(self: Transform, z: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+def push_stack(self: Transform, z: Tensor, **tensors: Tensor) -> ValueAndLogDet:
     "All layers in order: `(y, log_det)`."
     return run_layers(self.push, z, self.unstacked(tensors))
 
 
 @patch
-def pull_stack(self: Transform, y: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+def pull_stack(self: Transform, y: Tensor, **tensors: Tensor) -> ValueAndLogDet:
     "The inverses of all layers, the last one first: `(z, log_det)`."
     return run_layers(self.pull, y, reversed(self.unstacked(tensors)))
 
 
 @patch
-def constants_of(self: Transform, k: int) -> dict[str, Tensor]:
+def constants_of(self: Transform, k: int) -> Tensors:
     "The constants of layer `k` alone, by name."
     return {name: getattr(self, name)[k : k + 1] for name in self.constant_names}
 
@@ -252,7 +253,7 @@ def prepare_value(self: Transform, value: Tensor, context: Tensor | None) -> Ten
 
 
 @patch
-def fetch_tensors(self: Transform, context: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def fetch_tensors(self: Transform, context: Tensor | None, dtype: torch.dtype) -> Tensors:
     "The tensors that `push` and `pull` get for one call, by name, in at least the precision `dtype`."
     dtype = self._precision(dtype)
     tensors = self.source(context, dtype)
@@ -267,7 +268,7 @@ def fetch_tensors(self: Transform, context: Tensor | None, dtype: torch.dtype) -
 @patch
 def forward(
     self: Transform, z: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     "`(y, log_det)`, `(..., dim)` and `(...)` in nats; `generator` is for layers with draws of their own."
     self.check_call("forward", "z", z, context)
     value = self.prepare_value(z, context)
@@ -277,7 +278,7 @@ def forward(
 @patch
 def inverse(
     self: Transform, y: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     "`(z, log_det)` of the inverse map, `(..., dim)` and `(...)` in nats."
     self.check_call("inverse", "y", y, context)
     value = self.prepare_value(y, context)
@@ -343,7 +344,7 @@ class Chain(Combinator):
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ValueAndLogDet:
         total: Any = 0.0
         for part in self.transforms:
             z, log_det = part.forward(z, context, generator)
@@ -352,7 +353,7 @@ class Chain(Combinator):
 
     def inverse(
         self, y: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ValueAndLogDet:
         total: Any = 0.0
         for part in reversed(self.transforms):
             y, log_det = part.inverse(y, context, generator)
@@ -377,10 +378,10 @@ class Inverse(Combinator):
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ValueAndLogDet:
         return self.transform.inverse(z, context, generator)
 
     def inverse(
         self, y: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ValueAndLogDet:
         return self.transform.forward(y, context, generator)

@@ -9,7 +9,7 @@ __all__ = ['BatchNorm']
 import torch
 from torch import Tensor
 
-from .base import Transform, bounded, run_layers
+from .base import Tensors, Transform, ValueAndLogDet, bounded, run_layers
 from ..utils.checks import check_limit, check_positive
 from ..utils.patching import patch
 
@@ -64,21 +64,21 @@ class BatchNorm(Transform):
         own = f"eps={self.eps}, momentum={self.momentum}, max_log_scale={self.max_log_scale}"
         return f"{super().extra_repr()}, {own}"
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         return {name: torch.zeros(self.length, self.dim) for name in ("log_gamma", "beta")}
 
-    def constants(self) -> dict[str, Tensor]:
+    def constants(self) -> Tensors:
         size = self.length, self.dim
         return {"running_mean": torch.zeros(size), "running_var": torch.ones(size)}
 
-    def prepare(self, log_gamma: Tensor, **tensors: Tensor) -> dict[str, Tensor]:
+    def prepare(self, log_gamma: Tensor, **tensors: Tensor) -> Tensors:
         return tensors | {"log_gamma": bounded(log_gamma, self.max_log_scale)}
 
 # %% ../../nbs/01_flows/12_batchnorm.ipynb #42f5f323
 @patch
 def push(
     self: BatchNorm, z: Tensor, log_gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     log_scale = log_gamma - 0.5 * (running_var + self.eps).log()
     y = beta + log_scale.exp() * (z - running_mean)
     return y, log_scale.sum(-1).expand(y.shape[:-1])
@@ -87,14 +87,14 @@ def push(
 @patch
 def pull(
     self: BatchNorm, y: Tensor, log_gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     log_scale = log_gamma - 0.5 * (running_var + self.eps).log()
     z = running_mean + (y - beta) * (-log_scale).exp()
     return z, -log_scale.sum(-1).expand(z.shape[:-1])
 
 # %% ../../nbs/01_flows/12_batchnorm.ipynb #cefd3a08
 @patch
-def push_stack(self: BatchNorm, z: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+def push_stack(self: BatchNorm, z: Tensor, **tensors: Tensor) -> ValueAndLogDet:
     return self._push_batch(z, tensors) if self.training else Transform.push_stack(self, z, **tensors)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import bounded
+from .base import ValueAndLogDet, bounded
 from .convolution import all_gains, convolve
 from .coupling import Coupling
 from .laws import Law
@@ -36,12 +36,12 @@ class Convolve(Law):
         log_scale, log_gain = (bounded(part, self.max_log_scale) for part in (log_scale, log_gain))
         return shift, log_scale, log_gain, phase
 
-    def push(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, theta: Tensor) -> ValueAndLogDet:
         shift, log_scale, log_gain, phase = self._parts(theta)
         y = convolve(log_scale.exp() * z, log_gain, phase) + shift
         return y, log_scale + all_gains(log_gain, z.shape[-1])
 
-    def pull(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, theta: Tensor) -> ValueAndLogDet:
         shift, log_scale, log_gain, phase = self._parts(theta)
         z = (-log_scale).exp() * convolve(y - shift, -log_gain, -phase)
         return z, -log_scale - all_gains(log_gain, y.shape[-1])

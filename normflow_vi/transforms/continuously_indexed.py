@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .base import Combinator, Transform, bounded, check_transform
+from normflow_vi.transforms.base import (
+    Combinator,
+    Tensors,
+    Transform,
+    ValueAndLogDet,
+    bounded,
+    check_transform,
+)
 from .conditioner import check_network, run_network, start_network
 from ..utils.checks import check_choice, check_int, check_limit, check_tensor
 from ..utils.patching import patch
@@ -38,7 +45,7 @@ FORMS = ("after", "before")
 
 def push_indexed(
     form: str, g: Callable[[Tensor], tuple[Tensor, Tensor]], w: Tensor, s: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     "`G(w; u)` and `log|det D_w G|`; `g(w) -> (value, log_det)`, `s` and `t` are those of the index."
     if form == "after":
         y, log_det = g(w)
@@ -50,7 +57,7 @@ def push_indexed(
 
 def pull_indexed(
     form: str, g_inverse: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor, s: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     "The `w` with `G(w; u) = z`, and the log-det of that inverse map."
     if form == "after":
         w, log_det = g_inverse((z - t) * (-s).exp())
@@ -138,7 +145,7 @@ class ContinuouslyIndexed(Transform):
         super().__init__(transform.dim, 1, transform.context_dim if context_dim is None else context_dim)
         self.transform = transform
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         return _start_index_networks(self.dim, self.index_dim, self.hidden, self.context_dim)
 
     def extra_repr(self) -> str:
@@ -148,7 +155,7 @@ class ContinuouslyIndexed(Transform):
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #0fec28f9
 @patch
-def one_layer(self: ContinuouslyIndexed, context: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def one_layer(self: ContinuouslyIndexed, context: Tensor | None, dtype: torch.dtype) -> Tensors:
     "The tensors of one call, by name."
     return self.unstacked(self.fetch_tensors(context, dtype))[0]
 
@@ -168,19 +175,19 @@ def noise(self: ContinuouslyIndexed, like: Tensor, generator: Generator | None) 
 @patch
 def draw_index(
     self: ContinuouslyIndexed, prefix: str, x: Tensor, tensors: dict, generator: Generator | None
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     "`(u, log-density)` from `q(u|w)` (`q_`) or `r(u|z)` (`r_`), one index for each point `x`."
     return self.network(prefix).draw(x, tensors, lambda like: self.noise(like, generator))
 
 
 @patch
-def index(self: ContinuouslyIndexed, w: Tensor) -> tuple[Tensor, Tensor]:
+def index(self: ContinuouslyIndexed, w: Tensor) -> ValueAndLogDet:
     "Mean and log-std of `q(u|w)`."
     return self.network("q_").read(w, self.one_layer(None, w.dtype))
 
 
 @patch
-def auxiliary(self: ContinuouslyIndexed, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def auxiliary(self: ContinuouslyIndexed, z: Tensor, context: Tensor | None = None) -> ValueAndLogDet:
     "Mean and log-std of `r(u|z)`."
     return self.network("r_").read(z, self.one_layer(context, z.dtype))
 
@@ -198,9 +205,9 @@ def push_given(
     self: ContinuouslyIndexed,
     w: Tensor,
     u: Tensor,
-    tensors: dict[str, Tensor],
+    tensors: Tensors,
     generator: Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     "`(z, log|det D_w G|)` for the index `u`."
     t, s = self.network("ts_").read(u, tensors)
     return push_indexed(self.form, self._run_inside("forward", tensors, generator), w, s, t)
@@ -211,9 +218,9 @@ def pull_given(
     self: ContinuouslyIndexed,
     z: Tensor,
     u: Tensor,
-    tensors: dict[str, Tensor],
+    tensors: Tensors,
     generator: Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     "`(w, log-det)` of the inverse map for the index `u`."
     t, s = self.network("ts_").read(u, tensors)
     return pull_indexed(self.form, self._run_inside("inverse", tensors, generator), z, s, t)
@@ -243,13 +250,13 @@ class Given(Combinator):
 
     def forward(
         self, w: Tensor, context: Tensor | None = None, generator: Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ValueAndLogDet:
         self.check_call("forward", "w", w, context)
         return self.layer.push_given(w, self.u, self.layer.one_layer(context, w.dtype), generator)
 
     def inverse(
         self, z: Tensor, context: Tensor | None = None, generator: Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ValueAndLogDet:
         self.check_call("inverse", "z", z, context)
         return self.layer.pull_given(z, self.u, self.layer.one_layer(context, z.dtype), generator)
 
@@ -257,7 +264,7 @@ class Given(Combinator):
 @patch
 def forward(
     self: ContinuouslyIndexed, w: Tensor, context: Tensor | None = None, generator: Generator | None = None
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     self.check_call("forward", "w", w, context)
     tensors = self.one_layer(context, w.dtype)
     u, log_q = self.draw_index("q_", w, tensors, generator)
@@ -268,7 +275,7 @@ def forward(
 @patch
 def inverse(
     self: ContinuouslyIndexed, z: Tensor, context: Tensor | None = None, generator: Generator | None = None
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     self.check_call("inverse", "z", z, context)
     tensors = self.one_layer(context, z.dtype)
     u, log_r = self.draw_index("r_", z, tensors, generator)
@@ -290,7 +297,7 @@ class RecordedIndex(Combinator):
 
     def forward(
         self, w: Tensor, context: Tensor | None = None, generator: Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ValueAndLogDet:
         tensors = self.layer.one_layer(context, w.dtype)
         self.u, log_q = self.layer.draw_index("q_", w, tensors, generator)
         z, log_det = self.layer.push_given(w, self.u, tensors, generator)
@@ -299,7 +306,7 @@ class RecordedIndex(Combinator):
 
     def inverse(
         self, z: Tensor, context: Tensor | None = None, generator: Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ValueAndLogDet:
         if self.u is None:
             raise NotImplementedError(
                 "a ContinuouslyIndexed layer inside Inverse: "

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fft import irfft, rfft
 from torch.nn.functional import pad
 
-from .base import Transform, bounded
+from .base import Tensors, Transform, ValueAndLogDet, bounded
 from ..utils.checks import check_limit, check_positive
 
 # %% ../../nbs/01_flows/22_convolution.ipynb #70eecea8
@@ -66,11 +66,11 @@ class CircularConvolution(_Convolution):
     0.0
     """
 
-    def initial(self: Transform) -> dict[str, Tensor]:
+    def initial(self: Transform) -> Tensors:
         gains = torch.zeros(self.length, self.dim // 2 + 1)
         return {"log_gain": gains, "phase": torch.zeros(self.length, (self.dim - 1) // 2)}
 
-    def push_stack(self, z: Tensor, log_gain: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:
+    def push_stack(self, z: Tensor, log_gain: Tensor, phase: Tensor) -> ValueAndLogDet:
         y = convolve(z, log_gain, phase)
         return y, all_gains(log_gain, self.dim).sum(-1).expand(y.shape[:-1])
 
@@ -96,10 +96,10 @@ class SymmetricConvolution(_Convolution):
     0.0
     """
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         return {"log_gain": torch.zeros(self.length, self.dim)}
 
-    def push_stack(self, z: Tensor, log_gain: Tensor) -> tuple[Tensor, Tensor]:
+    def push_stack(self, z: Tensor, log_gain: Tensor) -> ValueAndLogDet:
         basis = _cosine_basis(self.dim, log_gain)
         y = ((z.to(basis.dtype) @ basis.T) * log_gain.exp()) @ basis
         return y, log_gain.sum(-1).expand(y.shape[:-1])
@@ -150,17 +150,17 @@ class SLog(Transform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}, max_log_scale={self.max_log_scale}"
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         return {"log_ratio": torch.zeros(self.length, self.dim)}
 
-    def prepare(self, log_ratio: Tensor) -> dict[str, Tensor]:
+    def prepare(self, log_ratio: Tensor) -> Tensors:
         ratio = bounded(log_ratio, self.max_log_scale).exp()
         return {"alpha": (self.alpha * ratio).clamp(min=1e-12)}
 
-    def push(self, z: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, alpha: Tensor) -> ValueAndLogDet:
         y, log_slope = slog(z, alpha)
         return y, log_slope.sum(-1)
 
-    def pull(self, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, alpha: Tensor) -> ValueAndLogDet:
         z, log_slope = slog_inverse(y, alpha)
         return z, log_slope.sum(-1)

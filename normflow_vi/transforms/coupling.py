@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Transform
+from .base import Tensors, Transform, ValueAndLogDet
 from .conditioner import check_network, run_network, start_network
 from .laws import Law, ScaleShift, Shift, check_law
 from .permutation import draw_permutations, draw_rotations, polish_rotation
@@ -146,7 +146,7 @@ class Coupling(Transform):
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #87b18c25
 @patch
-def initial(self: Coupling) -> dict[str, Tensor]:
+def initial(self: Coupling) -> Tensors:
     transformed = self.dim - self.kept
     out_dim = transformed * self.law.size
     tensors = start_network(self.length, self.kept, self.hidden, out_dim, self.context_dim)
@@ -155,7 +155,7 @@ def initial(self: Coupling) -> dict[str, Tensor]:
 
 
 @patch
-def constants(self: Coupling) -> dict[str, Tensor]:
+def constants(self: Coupling) -> Tensors:
     order = _alternate_orders(torch.tensor(self.mask), self.length)
     if self.mix is None:
         return {"order": order, "back": order.argsort(-1)}
@@ -165,20 +165,20 @@ def constants(self: Coupling) -> dict[str, Tensor]:
 
 
 @patch
-def prepare(self: Coupling, **tensors: Tensor) -> dict[str, Tensor]:
+def prepare(self: Coupling, **tensors: Tensor) -> Tensors:
     if self.mix == "ortho":
         tensors["matrix"] = polish_rotation(tensors["matrix"])
     return tensors
 
 
 @patch
-def push(self: Coupling, z: Tensor, matrix: Tensor | None = None, **layer: Tensor) -> tuple[Tensor, Tensor]:
+def push(self: Coupling, z: Tensor, matrix: Tensor | None = None, **layer: Tensor) -> ValueAndLogDet:
     mixed = z if matrix is None else z @ matrix.mT
     return _through_law(self.law.push, mixed, self, **layer)
 
 
 @patch
-def pull(self: Coupling, y: Tensor, matrix: Tensor | None = None, **layer: Tensor) -> tuple[Tensor, Tensor]:
+def pull(self: Coupling, y: Tensor, matrix: Tensor | None = None, **layer: Tensor) -> ValueAndLogDet:
     z, log_det = _through_law(self.law.pull, y, self, **layer)
     return z if matrix is None else z @ matrix, log_det
 

@@ -9,7 +9,7 @@ __all__ = ['ScaledConvolution', 'GatedConvolution']
 import torch
 from torch import Tensor
 
-from .base import Transform, bounded
+from .base import Tensors, Transform, ValueAndLogDet, bounded
 from normflow_vi.transforms.convolution import (
     CircularConvolution,
     all_gains,
@@ -47,24 +47,24 @@ class ScaledConvolution(Transform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         elementwise = {name: torch.zeros(self.length, self.dim) for name in ("log_scale", "shift")}
         return CircularConvolution.initial(self) | elementwise
 
-    def prepare(self, log_gain: Tensor, log_scale: Tensor, **more: Tensor) -> dict[str, Tensor]:
+    def prepare(self, log_gain: Tensor, log_scale: Tensor, **more: Tensor) -> Tensors:
         log_gain, log_scale = (bounded(t, self.max_log_scale) for t in (log_gain, log_scale))
         return {"log_gain": log_gain, "log_scale": log_scale} | more
 
     def push(
         self, z: Tensor, log_gain: Tensor, phase: Tensor, log_scale: Tensor, shift: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ValueAndLogDet:
         y = convolve(log_scale.exp() * z, log_gain, phase) + shift
         log_det = log_scale.sum(-1) + all_gains(log_gain, self.dim).sum(-1)
         return y, log_det.expand(y.shape[:-1])
 
     def pull(
         self, y: Tensor, log_gain: Tensor, phase: Tensor, log_scale: Tensor, shift: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ValueAndLogDet:
         z = (-log_scale).exp() * convolve(y - shift, -log_gain, -phase)
         log_det = log_scale.sum(-1) + all_gains(log_gain, self.dim).sum(-1)
         return z, -log_det.expand(z.shape[:-1])
@@ -100,19 +100,19 @@ class GatedConvolution(ScaledConvolution):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}"
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         return super().initial() | {"log_ratio": torch.zeros(self.length, self.dim)}
 
-    def prepare(self, log_ratio: Tensor, **more: Tensor) -> dict[str, Tensor]:
+    def prepare(self, log_ratio: Tensor, **more: Tensor) -> Tensors:
         ratio = bounded(log_ratio, self.max_log_scale).exp()
         return super().prepare(**more) | {"alpha": (self.alpha * ratio).clamp(min=1e-12)}
 
-    def push(self, z: Tensor, alpha: Tensor, **layer: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, alpha: Tensor, **layer: Tensor) -> ValueAndLogDet:
         a, log_det = super().push(z, **layer)
         y, log_slope = slog(a, alpha)
         return y, log_det + log_slope.sum(-1)
 
-    def pull(self, y: Tensor, alpha: Tensor, **layer: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, alpha: Tensor, **layer: Tensor) -> ValueAndLogDet:
         a, log_slope = slog_inverse(y, alpha)
         z, log_det = super().pull(a, **layer)
         return z, log_det + log_slope.sum(-1)

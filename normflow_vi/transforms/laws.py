@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .base import bounded
+from .base import ValueAndLogDet, bounded
 from ..utils.checks import check_limit
 
 # %% ../../nbs/01_flows/19_laws.ipynb #c2e756e1
@@ -37,10 +37,10 @@ class Shift(Law):
 
     size, start = 1, (0.0,)
 
-    def push(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, theta: Tensor) -> ValueAndLogDet:
         return z + theta[..., 0], torch.zeros_like(z)
 
-    def pull(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, theta: Tensor) -> ValueAndLogDet:
         return y - theta[..., 0], torch.zeros_like(y)
 
 # %% ../../nbs/01_flows/19_laws.ipynb #ed970bac
@@ -55,11 +55,11 @@ class ScaleShift(Law):
     def __init__(self, max_log_scale: float | None = None):
         self.max_log_scale = check_limit(max_log_scale)
 
-    def push(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, theta: Tensor) -> ValueAndLogDet:
         shift, log_scale = theta[..., 0], bounded(theta[..., 1], self.max_log_scale)
         return shift + log_scale.exp() * z, log_scale.expand_as(z)
 
-    def pull(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, theta: Tensor) -> ValueAndLogDet:
         shift, log_scale = theta[..., 0], bounded(theta[..., 1], self.max_log_scale)
         return (y - shift) * (-log_scale).exp(), -log_scale.expand_as(y)
 
@@ -69,11 +69,11 @@ class Gate(Law):
 
     size, start = 2, (0.0, 1.5)
 
-    def push(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, theta: Tensor) -> ValueAndLogDet:
         m, s = theta[..., 0], theta[..., 1]
         return torch.sigmoid(s) * z + torch.sigmoid(-s) * m, logsigmoid(s).expand_as(z)
 
-    def pull(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, theta: Tensor) -> ValueAndLogDet:
         m, s = theta[..., 0], theta[..., 1]
         z = y + (-s).exp() * (y - m)  # (y - (1 - sigma) m) / sigma, since 1 / sigma = 1 + exp(-s)
         return z, -logsigmoid(s).expand_as(y)

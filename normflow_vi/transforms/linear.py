@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Transform, bounded
+from .base import Tensors, Transform, ValueAndLogDet, bounded
 from .permutation import draw_permutations
 from ..utils.checks import check_int, check_limit
 
@@ -69,21 +69,21 @@ class PLU(Transform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, max_log_scale={self.max_log_scale}"
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         K, D = self.length, self.dim
         return {"lu": torch.zeros(K, D, D), "bias": torch.zeros(K, D)}
 
-    def constants(self) -> dict[str, Tensor]:
+    def constants(self) -> Tensors:
         return {"order": draw_permutations(self.length, self.dim)}
 
-    def prepare(self, lu: Tensor, **tensors: Tensor) -> dict[str, Tensor]:
+    def prepare(self, lu: Tensor, **tensors: Tensor) -> Tensors:
         lower, upper, log_s = _unpack_triangles(lu, self.max_log_scale)
         return tensors | {"lower": lower, "upper": upper, "log_s": log_s}
 
-    def push(self, z: Tensor, **layer: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, **layer: Tensor) -> ValueAndLogDet:
         return _push_plu(z, **layer)
 
-    def pull(self, y: Tensor, **layer: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, **layer: Tensor) -> ValueAndLogDet:
         return _pull_plu(y, **layer)
 
 # %% ../../nbs/01_flows/14_linear.ipynb #e578893a
@@ -126,18 +126,18 @@ class Triangular(Transform):
 
     head_scale, derived_axis = 0.1, {"lower": -3}
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         below = torch.zeros(self.length, self.dim * (self.dim - 1) // 2)
         return {"below": below, "shift": torch.zeros(self.length, self.dim)}
 
-    def prepare(self, below: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    def prepare(self, below: Tensor, shift: Tensor) -> Tensors:
         return {"lower": _unit_lower(below, self.dim), "shift": shift}
 
-    def push(self, z: Tensor, lower: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, lower: Tensor, shift: Tensor) -> ValueAndLogDet:
         y = matvec(lower, z) + shift
         return y, y.new_zeros(y.shape[:-1])
 
-    def pull(self, y: Tensor, lower: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, lower: Tensor, shift: Tensor) -> ValueAndLogDet:
         z = _solve_triangular(lower, y - shift, upper=False, unitriangular=True)
         return z, z.new_zeros(z.shape[:-1])
 
@@ -186,17 +186,17 @@ class Householder(Transform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, reflections={self.reflections}"
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         return {"v": torch.randn(self.length, self.reflections, self.dim)}
 
-    def prepare(self, v: Tensor) -> dict[str, Tensor]:
+    def prepare(self, v: Tensor) -> Tensors:
         v, r = compact_reflections(v)
         return {"v": v, "r": r}
 
-    def push(self, z: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, v: Tensor, r: Tensor) -> ValueAndLogDet:
         y = z - matvec(v.mT, matvec(r, z))
         return y, y.new_zeros(y.shape[:-1])
 
-    def pull(self, y: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, v: Tensor, r: Tensor) -> ValueAndLogDet:
         z = y - matvec(r.mT, matvec(v, y))
         return z, z.new_zeros(z.shape[:-1])

@@ -9,6 +9,7 @@ __all__ = []
 import torch
 from torch import Tensor
 
+from .base import Tensors
 from .conditioner import start_network
 
 # %% ../../nbs/03_iaf/05_made.ipynb #013650d5
@@ -35,7 +36,7 @@ def build_masks(order: Tensor, hidden: tuple[int, ...], least: int = 1) -> list[
     return [*inner, last]
 
 # %% ../../nbs/03_iaf/05_made.ipynb #67c51a66
-def apply_masks(tensors: dict[str, Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
+def apply_masks(tensors: Tensors, masks: list[Tensor]) -> Tensors:
     "`tensors` with each `weight_i` times its mask, of ones and zeros."
     weights = {f"weight_{i}": tensors[f"weight_{i}"] * mask for i, mask in enumerate(masks)}
     return tensors | weights
@@ -43,7 +44,7 @@ def apply_masks(tensors: dict[str, Tensor], masks: list[Tensor]) -> dict[str, Te
 
 def start_made(
     length: int, masks: list[Tensor], context_dim: int | None = None, last: float = 0.1
-) -> dict[str, Tensor]:
+) -> Tensors:
     """Starting tensors of `length` masked networks, named as those of `start_network`.
 
     `last`: the factor of the last layer's weights.

@@ -9,7 +9,7 @@ __all__ = ['Permutation', 'Orthogonal']
 import torch
 from torch import Tensor
 
-from .base import Transform
+from .base import Tensors, Transform, ValueAndLogDet
 from ..utils.checks import check_choice
 
 # %% ../../nbs/01_flows/13_permutation.ipynb #d573386f
@@ -45,15 +45,15 @@ class Permutation(Transform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind!r}"
 
-    def constants(self) -> dict[str, Tensor]:
+    def constants(self) -> Tensors:
         if self.kind == "random":
             return {"order": draw_permutations(self.length, self.dim)}
         return {"order": torch.arange(self.dim).flip(0).repeat(self.length, 1)}
 
-    def push(self, z: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, order: Tensor) -> ValueAndLogDet:
         return z[..., order], z.new_zeros(z.shape[:-1])
 
-    def pull(self, y: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, order: Tensor) -> ValueAndLogDet:
         return y[..., order.argsort()], y.new_zeros(y.shape[:-1])
 
 # %% ../../nbs/01_flows/13_permutation.ipynb #8e6e782c
@@ -86,14 +86,14 @@ class Orthogonal(Transform):
     5.0
     """
 
-    def constants(self) -> dict[str, Tensor]:
+    def constants(self) -> Tensors:
         return {"q": draw_rotations(self.length, self.dim).to(torch.get_default_dtype())}
 
-    def prepare(self, q: Tensor) -> dict[str, Tensor]:
+    def prepare(self, q: Tensor) -> Tensors:
         return {"q": polish_rotation(q)}
 
-    def push(self, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, q: Tensor) -> ValueAndLogDet:
         return z @ q.mT, z.new_zeros(z.shape[:-1])
 
-    def pull(self, y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, q: Tensor) -> ValueAndLogDet:
         return y @ q, y.new_zeros(y.shape[:-1])

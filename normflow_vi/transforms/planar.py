@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..numerics.compiling import by_reference, fits
 from ..numerics.planar import TINY, gradients_numba, planar_numba
-from .base import Transform, softplus
+from .base import Tensors, Transform, ValueAndLogDet, softplus
 from ..utils.checks import check_choice, check_int
 
 # %% ../../nbs/01_flows/15_planar.ipynb #abb80e78
 CONSTRAINTS = {"identity": math.log(math.e - 1), "paper": 0.0}
 
 
-def constrain(u: Tensor, w: Tensor, c: float) -> tuple[Tensor, Tensor]:
+def constrain(u: Tensor, w: Tensor, c: float) -> ValueAndLogDet:
     """`(u_hat, 1 + w.u_hat)`, `(..., D)` and `(...)`, for `u`, `w` `(..., D)`.
 
     `c`: the offset in the softplus. Source: Rezende & Mohamed 2015, appendix A.1.
@@ -66,7 +66,7 @@ def solve_slope(target: Tensor, slope: Tensor, rounds: int = 40) -> Tensor:
     return a
 
 # %% ../../nbs/01_flows/15_planar.ipynb #7c519208
-def planar_stack(z: Tensor, layers: list[dict[str, Tensor]], slope: Tensor) -> tuple[Tensor, Tensor]:
+def planar_stack(z: Tensor, layers: list[dict[str, Tensor]], slope: Tensor) -> ValueAndLogDet:
     """`z` through all `layers`, and the sum of their log-dets.
 
     `layers`: dicts of `u_hat`, `w`, `b`, one a layer; `slope`: `(..., K)`.
@@ -79,7 +79,7 @@ def planar_stack(z: Tensor, layers: list[dict[str, Tensor]], slope: Tensor) -> t
     return z, log_slope(torch.stack(hidden, -1), slope).sum(-1)
 
 
-def planar_torch(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[Tensor, Tensor]:
+def planar_torch(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> ValueAndLogDet:
     """`z` `(..., D)` through all layers, and the log-det `(...)` in nats.
 
     `u`, `w`: `(..., K, D)`; `b`: `(..., K)`; `c`: the offset of `constrain`.
@@ -94,7 +94,7 @@ class PlanarKernel(torch.autograd.Function):
     "`planar_numba` with its gradients."
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> ValueAndLogDet:
         y, log_det, hidden = planar_numba(z, u, w, b, c)
         ctx.save_for_backward(z, u, w, b, y, hidden)
         ctx.c = c
@@ -113,7 +113,7 @@ class MappedKernel(torch.autograd.Function):
     "`PlanarKernel` under `vmap`, where only the rule for it is ever called."
 
     @staticmethod
-    def forward(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    def forward(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> ValueAndLogDet:
         return PlanarKernel.apply(z, u, w, b, c)
 
     @staticmethod
@@ -141,7 +141,7 @@ def _planar_kernel(*inputs):
     return MappedKernel.apply(*inputs) if mapped else PlanarKernel.apply(*inputs)
 
 # %% ../../nbs/01_flows/15_planar.ipynb #f968810e
-def planar_layers(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[Tensor, Tensor]:
+def planar_layers(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> ValueAndLogDet:
     "The kernel where it fits, `planar_torch` elsewhere; arguments and results are those of the latter."
     if not z.numel() or not fits(z, u, w, b):
         return planar_torch(z, u, w, b, c)
@@ -187,7 +187,7 @@ class Planar(Transform):
         self.head_scale = slow_head(length)
         super().__init__(dim, length, context_dim)
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         bound = math.sqrt(2 / self.dim)
         K, D = self.length, self.dim
         sizes = {"u": (K, D), "w": (K, D), "b": (K,)}
@@ -196,13 +196,13 @@ class Planar(Transform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, constraint={self.constraint!r}"
 
-    def push_stack(self, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def push_stack(self, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> ValueAndLogDet:
         return planar_layers(z, u, w, b, CONSTRAINTS[self.constraint])
 
-    def pull_stack(self, y: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def pull_stack(self, y: Tensor, u: Tensor, w: Tensor, b: Tensor) -> ValueAndLogDet:
         u_hat, slope = constrain(u, w, CONSTRAINTS[self.constraint])
         return super().pull_stack(y, u_hat=u_hat, slope=slope, w=w, b=b)
 
-    def pull(self, y: Tensor, u_hat: Tensor, w: Tensor, b: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, u_hat: Tensor, w: Tensor, b: Tensor, slope: Tensor) -> ValueAndLogDet:
         h = solve_slope((y * w).sum(-1) + b, slope).tanh()
         return y - u_hat * h[..., None], -log_slope(h, slope)

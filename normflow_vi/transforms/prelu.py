@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Transform, bounded
+from .base import Tensors, Transform, ValueAndLogDet, bounded
 from ..utils.checks import check_limit, check_positive
 
 # %% ../../nbs/01_flows/11_prelu.ipynb #0d0ca791
@@ -44,16 +44,16 @@ class PReLU(Transform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}, max_log_scale={self.max_log_scale}"
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         return {"log_alpha": torch.full((self.length, self.dim), math.log(self.alpha))}
 
-    def prepare(self, log_alpha: Tensor) -> dict[str, Tensor]:
+    def prepare(self, log_alpha: Tensor) -> Tensors:
         return {"log_alpha": bounded(log_alpha, self.max_log_scale)}
 
-    def push(self, z: Tensor, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, log_alpha: Tensor) -> ValueAndLogDet:
         log_slope = torch.where(z < 0, log_alpha, 0.0)
         return z * log_slope.exp(), log_slope.sum(-1)
 
-    def pull(self, y: Tensor, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, log_alpha: Tensor) -> ValueAndLogDet:
         log_slope = torch.where(y < 0, log_alpha, 0.0)
         return y * (-log_slope).exp(), -log_slope.sum(-1)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Transform, softplus
+from .base import Tensors, Transform, ValueAndLogDet, softplus
 from .planar import slow_head
 from ..utils.checks import check_choice
 
@@ -99,19 +99,19 @@ class Radial(Transform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, constraint={self.constraint!r}"
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         K, one = self.length, math.log(math.e - 1)  # softplus(one) = 1
         z0 = torch.randn(K, self.dim) / math.sqrt(self.dim)
         return {"z0": z0, "a": torch.full((K,), one), "b": torch.zeros(K)}
 
-    def prepare(self, z0: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    def prepare(self, z0: Tensor, a: Tensor, b: Tensor) -> Tensors:
         alpha, m = _positive_lengths(a, b, self.constraint)
         return {"alpha": alpha, "m": m, "z0": z0}
 
-    def push_stack(self, z: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def push_stack(self, z: Tensor, **tensors: Tensor) -> ValueAndLogDet:
         return _push_radial(z, self.unstacked(tensors), tensors["alpha"], tensors["m"])
 
-    def pull(self, y: Tensor, z0: Tensor, alpha: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, z0: Tensor, alpha: Tensor, m: Tensor) -> ValueAndLogDet:
         radius = _solve_radius(_norm(y - z0), alpha, m)
         along, outward = _stretches(radius, alpha, m)
         log_det = (self.dim - 1) * along.log() + outward.log()

@@ -22,7 +22,7 @@ from normflow_vi.numerics.spline import (
     spline_gradients_numba,
     spline_numba,
 )
-from .base import softplus
+from .base import ValueAndLogDet, softplus
 from .laws import Law
 from ..utils.checks import check_int, check_positive
 
@@ -53,7 +53,7 @@ def ends(value: Tensor, table: Tensor, row: int) -> tuple[tuple[Tensor, ...], tu
     return left.unbind(-1), right.unbind(-1)
 
 # %% ../../nbs/04_cif/05_spline.ipynb #0ff0746c
-def curve(xi: Tensor, eta: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
+def curve(xi: Tensor, eta: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> ValueAndLogDet:
     """Part of the height reached at `xi = 1 - eta`, and the log-slope of the spline there.
 
     `s, d0, d1`: slopes of the bin on average, left, right. Durkan et al. 2019, eqs. 4 and 5.
@@ -63,7 +63,7 @@ def curve(xi: Tensor, eta: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[T
     return xi * (s * xi + d0 * eta) / beta, 2 * (s / beta).log() + bracket.log()
 
 # %% ../../nbs/04_cif/05_spline.ipynb #df9d24c8
-def uncurve(tau: Tensor, rest: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
+def uncurve(tau: Tensor, rest: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> ValueAndLogDet:
     """`(xi, eta)`, where the part `tau = 1 - rest` of the height is reached.
 
     The quadratic of Durkan et al. 2019, eqs. 6-8, in the odds `xi / eta`.
@@ -87,7 +87,7 @@ def _clipped_bin(value, theta, bins, bound, row):
     return value, (x0, x1), (y0, y1), ((y1 - y0) / (x1 - x0), d0, d1)
 
 
-def rq_spline(z: Tensor, theta: Tensor, bins: int, bound: float) -> tuple[Tensor, Tensor]:
+def rq_spline(z: Tensor, theta: Tensor, bins: int, bound: float) -> ValueAndLogDet:
     """`(y, log dy/dz)`, both `(..., n)`, in nats; the identity outside `[-bound, bound]`.
 
     `z`: `(..., n)`; `theta`: `(..., n, 3 bins - 1)`. Source: Durkan et al. 2019, section 3.1.
@@ -98,7 +98,7 @@ def rq_spline(z: Tensor, theta: Tensor, bins: int, bound: float) -> tuple[Tensor
     return torch.where(inside, y0 + (y1 - y0) * part, z), torch.where(inside, log_slope, 0.0)
 
 # %% ../../nbs/04_cif/05_spline.ipynb #3c517e1c
-def rq_spline_inverse(y: Tensor, theta: Tensor, bins: int, bound: float) -> tuple[Tensor, Tensor]:
+def rq_spline_inverse(y: Tensor, theta: Tensor, bins: int, bound: float) -> ValueAndLogDet:
     "`(z, log dz/dy)`, both `(..., n)`: the inverse of `rq_spline`, at the same cost."
     clipped, (x0, x1), heights, slopes = _clipped_bin(y, theta, bins, bound, 1)
     xi, eta = uncurve(*relative_position(clipped, *heights), *slopes)
@@ -114,9 +114,7 @@ class RQSpline(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        value: Tensor, theta: Tensor, reference: Callable, bins: int, bound: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(value: Tensor, theta: Tensor, reference: Callable, bins: int, bound: float) -> ValueAndLogDet:
         return spline_numba(value, theta, (bins, bound, reference is rq_spline_inverse))
 
     @staticmethod
@@ -149,9 +147,7 @@ def _axis_first(t, axis, size):
     return t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
 
 
-def spline(
-    value: Tensor, theta: Tensor, reference: Callable, bins: int, bound: float
-) -> tuple[Tensor, Tensor]:
+def spline(value: Tensor, theta: Tensor, reference: Callable, bins: int, bound: float) -> ValueAndLogDet:
     """`reference(value, theta, bins, bound)`, by the kernels where they may run.
 
     `reference`: `rq_spline` or `rq_spline_inverse`; returns the result and the log-slope, in nats.
@@ -194,8 +190,8 @@ class Spline(Law):
     def start(self) -> tuple[float, ...]:
         return (0.0,) * self.size
 
-    def push(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, z: Tensor, theta: Tensor) -> ValueAndLogDet:
         return spline(z, theta, rq_spline, self.bins, self.bound)
 
-    def pull(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, y: Tensor, theta: Tensor) -> ValueAndLogDet:
         return spline(y, theta, rq_spline_inverse, self.bins, self.bound)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..numerics.compiling import fits
 from ..numerics.stagewise import stage_kernel, stage_tables
+from .base import Tensors, ValueAndLogDet
 from .conditioner import ACTIVATIONS
 from .laws import Gate, ScaleShift
 from .made import hidden_degrees
@@ -63,13 +64,13 @@ def _affine_slice(known, weight, offset, start, stop):
 def stagewise_torch(
     b: Tensor,
     step: Callable,
-    layer: dict[str, Tensor],
+    layer: Tensors,
     edges: tuple[tuple[int, ...], ...],
     sequence: Tensor,
     context: Tensor | None = None,
     activation: str = "relu",
     residual: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     """`a_i = step(b_i, theta_i(a_1, ..., a_(i-1)))` in the order `sequence`, and the sum of the log-slopes.
 
     `b`, `a`: `(..., dim)`; `step`: a direction of a law; `layer`: the tensors of one masked network;
@@ -101,12 +102,12 @@ KERNEL_ACTIVATIONS = ("relu", "tanh", "elu")  # as the kernel numbers them
 def stagewise_numba(
     b: Tensor,
     step: Callable,
-    layer: dict[str, Tensor],
+    layer: Tensors,
     edges: tuple[tuple[int, ...], ...],
     sequence: Tensor,
     context: Tensor | None = None,
     activation: str = "relu",
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     "As `stagewise_torch`, without gradients and for networks that are not residual."
     weights, offsets = _affine_parts(layer, context)
     width = b.shape[-1] + sum(offset.shape[-1] for offset in offsets)
@@ -138,13 +139,13 @@ def kernel_fits(step: Callable, tensors: list[Tensor], residual: bool) -> bool:
 def stagewise(
     b: Tensor,
     step: Callable,
-    layer: dict[str, Tensor],
+    layer: Tensors,
     edges: tuple[tuple[int, ...], ...],
     sequence: Tensor,
     context: Tensor | None = None,
     activation: str = "relu",
     residual: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     "`stagewise_numba` where it fits, `stagewise_torch` elsewhere; arguments and results as of the latter."
     tensors = [b, *layer.values()]
     if context is not None:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Transform
+from .base import Tensors, Transform, ValueAndLogDet
 from .linear import compact_reflections, matvec
 from .planar import log_slope, slow_head, solve_slope
 from ..utils.checks import check_choice, check_int
@@ -136,13 +136,13 @@ class Sylvester(Transform):
         self.head_scale = slow_head(length)
         super().__init__(dim, length, context_dim)
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         M, bound = self.bottleneck, math.sqrt(2 / self.bottleneck)
         sizes = {"square": (M, M), "diagonal": (M,), "b": (M,)}
         uniform = {k: torch.empty(self.length, *n).uniform_(-bound, bound) for k, n in sizes.items()}
         return {"v": torch.randn(self.length, self.reflections, self.dim)} | uniform
 
-    def push_stack(self, z: Tensor, slope: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def push_stack(self, z: Tensor, slope: Tensor, **tensors: Tensor) -> ValueAndLogDet:
         return _push_sylvester(z, self.unstacked(tensors), slope)
 
 
@@ -153,7 +153,7 @@ def extra_repr(self: Sylvester) -> str:
 
 
 @patch
-def prepare(self: Sylvester, **free: Tensor) -> dict[str, Tensor]:
+def prepare(self: Sylvester, **free: Tensor) -> Tensors:
     return _build_matrices(constraint=self.constraint, **free)
 
 # %% ../../nbs/01_flows/17_sylvester.ipynb #3d17a9cb
@@ -168,6 +168,6 @@ def pull(
     B: Tensor,
     b: Tensor,
     slope: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndLogDet:
     h = _solve_units(matvec(q.mT, y), r, r_tilde, b, slope)
     return y - matvec(A, h), -log_slope(h, slope).sum(-1)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Transform
+from .base import Tensors, Transform, ValueAndLogDet
 from .coupling import MATRICES
 from .permutation import draw_rotations, polish_rotation
 from .planar import CONSTRAINTS, planar_layers, slow_head
@@ -74,28 +74,28 @@ class TanhCoupling(Transform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mix={self.mix!r}"
 
-    def constants(self) -> dict[str, Tensor]:
+    def constants(self) -> Tensors:
         turn = _multiply_mixes(self.mix, self.length, self.dim)
         return {"turn": turn.to(torch.get_default_dtype())}
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         bound, K, half = math.sqrt(2 / self.dim), self.length, self.dim // 2
         sizes = {"u": (K, self.dim - half), "w": (K, half), "b": (K,)}
         return {name: torch.empty(size).uniform_(-bound, bound) for name, size in sizes.items()}
 
-    def constants_of(self, k: int) -> dict[str, Tensor]:
+    def constants_of(self, k: int) -> Tensors:
         before = self.turn[k - 1].mT if k else torch.eye(self.dim).to(self.turn)
         return {"turn": self.turn[k : k + 1] @ before}
 
-    def prepare(self, turn: Tensor, u: Tensor, w: Tensor, b: Tensor) -> dict[str, Tensor]:
+    def prepare(self, turn: Tensor, u: Tensor, w: Tensor, b: Tensor) -> Tensors:
         if self.mix == "ortho":
             turn = polish_rotation(turn)
         u, w = _unmix(turn, u, w)
         return {"u": u, "w": w, "b": b, "end": turn[-1]}
 
-    def push_stack(self, z: Tensor, u: Tensor, w: Tensor, b: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    def push_stack(self, z: Tensor, u: Tensor, w: Tensor, b: Tensor, end: Tensor) -> ValueAndLogDet:
         y, zero = _push_orthogonal(z, u, w, b)
         return y @ end.mT, zero
 
-    def pull_stack(self, y: Tensor, u: Tensor, w: Tensor, b: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    def pull_stack(self, y: Tensor, u: Tensor, w: Tensor, b: Tensor, end: Tensor) -> ValueAndLogDet:
         return _push_orthogonal(y @ end, -u.flip(-2), w.flip(-2), b.flip(-1))
