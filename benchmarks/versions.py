@@ -79,7 +79,7 @@ def serve():
         for _ in range(CASES[case]):
             trainers[case].advance()
         seconds = time.process_time() - start
-        trainers[case].window = []
+        getattr(trainers[case], "curves", trainers[case]).window = []  # what a log point would do
         print(seconds, flush=True)
 
 
