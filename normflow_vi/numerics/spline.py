@@ -20,7 +20,12 @@ OFFSET = math.log(math.expm1(1 - FLOOR))  # softplus(OFFSET) + FLOOR = 1
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #3fe4b856
 def relative_position(value: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    "The distances of `value` to `left` and to `right` as parts of the whole, each in [0, 1]."
+    """The distances of `value` to `left` and to `right` as parts of the whole, each in [0, 1].
+
+    All three are tensors of one shape, or plain numbers, with `left <= value <= right` and
+    `left < right`. Returns `((value - left) / (right - left), (right - value) / (right - left))`, which
+    sum to 1.
+    """
     return (value - left) / (right - left), (right - value) / (right - left)
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #092db768
@@ -31,9 +36,11 @@ _ZERO, _ONE = np.float32(0), np.float32(1)  # exact, and of either precision
 
 
 def _load(inputs, first, bound, t, s):
-    """The numbers from `first` on, clipped, and their parameters, a lane each; returns how many.
+    """The numbers from `first` on, clipped to `[-bound, bound]`, and their parameters, a lane each.
 
-    Lanes left over hold zeros.
+    `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`, only read; `bound`: in the precision of
+    `value`; `t` `(3 bins, 128)` gets the parameters, `s` (flat) the row `VALUE`. Returns how many lanes
+    are taken; the others hold zeros, in `VALUE`, `OUT`, `SLOPE` and `t`.
     """
     value, theta = inputs
     n = min(len(value) - first, _LANES)
@@ -53,7 +60,12 @@ def _load(inputs, first, bound, t, s):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #43466970
 def _exponentiate(t, s, start, unit, bins):
-    "Rows `start, ..., start + bins - 1` become exponentials; times `s[unit]`, they sum to `1 - FLOOR bins`."
+    """Rows `start, ..., start + bins - 1` become exponentials; times `s[unit]`, they sum to `1 - FLOOR bins`.
+
+    `t`: `(3 bins, 128)`, whose rows become `exp(t - max)` in place; `s`: flat, whose row that begins at
+    `unit` becomes `(1 - FLOOR bins) / sum`. The share of bin `k` is then
+    `FLOOR + t[start + k] s[unit]`.
+    """
     rest = s.dtype.type(1 - FLOOR * bins)
     for i in range(_LANES):
         s[unit + i] = t[start, i]
@@ -75,7 +87,9 @@ def _exponentiate(t, s, start, unit, bins):
 def _find_bins(t, s, how):
     """For each lane the last bin that begins at or before its value.
 
-    Its number, its ends in `x` and `y`, and its slopes before the softplus.
+    `t`: `(3 bins, 128)`, widths and heights exponentiated, only read; `s`: flat, which gets the bin's
+    number, `BIN`, its ends `X0, X1, Y0, Y1`, and its slopes before the softplus, `RAW0, RAW1`; `how`:
+    `bins`, `bound`, and whether in inverse, when the value is a `y` and is compared with ends in `y`.
     """
     bins, bound, inverse = how
     floor = s.dtype.type(FLOOR)
@@ -87,9 +101,14 @@ def _find_bins(t, s, how):
     for k in range(bins):
         _pass_bin(k, k == bins - 1, t, s, how, floor)
 
-
+# %% ../../nbs/90_engine/14_spline_loops.ipynb #261f777c
 def _pass_bin(k, last, t, s, how, floor):
-    "Bin `k`: the lanes that have reached it keep it."
+    """Bin `k`: the lanes that have reached it keep it, in `BIN, X0, X1, Y0, Y1, RAW0, RAW1`.
+
+    `last`: whether it is the last bin, which ends at `bound` exactly; `t`, `s`, `how`: as in
+    `_find_bins`; `floor`: `FLOOR` in the precision of `s`. The sums of shares `X_SUM, Y_SUM` and the
+    knots `X_END, Y_END = bound (2 sum - 1)` go one bin on in place.
+    """
     bins, bound, inverse = how
     this, opens = np.float32(k), _ONE if k > 0 else _ZERO
     for i in range(_LANES):
@@ -112,7 +131,11 @@ def _pass_bin(k, last, t, s, how, floor):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #ad72d97f
 def _bin_slopes(s, i):
-    "Of the bin of lane `i`: the slopes at its ends, and the derivatives of the softplus there."
+    """Of the bin of lane `i`: the slopes at its ends, and the derivatives of the softplus there.
+
+    `s`: flat, of which `RAW0` and `RAW1` are read. Returns `(d0, d1)`,
+    `d = softplus(raw + OFFSET) + FLOOR`, and `(turn0, turn1)`, each the `d d / d raw` of its end.
+    """
     real = s.dtype.type
     d0, turn0 = softplus_slope(s[_RAW0 + i] + real(OFFSET), real(1))
     d1, turn1 = softplus_slope(s[_RAW1 + i] + real(OFFSET), real(1))
@@ -120,7 +143,12 @@ def _bin_slopes(s, i):
 
 
 def _solve_position(value, y0, y1, slopes):
-    "`(xi, eta)` where the spline reaches `value`: see `uncurve`."
+    """`(xi, eta)` where the spline reaches `value`, `xi + eta = 1`: see `uncurve`.
+
+    `value`: a number in `[y0, y1]`, the bin's ends in `y`; `slopes`: `(m, d0, d1)`, on average, left
+    and right. With `tau = (value - y0) / (y1 - y0)` and `b = d0 (1 - tau) - d1 tau`, `r = xi / eta` is
+    the positive root of `m (1 - tau) r^2 + b r - m tau = 0`, in the form that does not cancel.
+    """
     m, d0, d1 = slopes
     tau, rest = relative_position(value, y0, y1)
     b = d0 * rest - d1 * tau
@@ -130,11 +158,14 @@ def _solve_position(value, y0, y1, slopes):
     down = u if b >= _ZERO else fall
     return up / (up + down), down / (up + down)
 
-
+# %% ../../nbs/90_engine/14_spline_loops.ipynb #1581ba56
 def _locate(s, i, inverse):
-    """Of lane `i`: `(xi, eta)`, the slopes `(m, d0, d1)` of its bin on average, left and right,
+    """Where lane `i` is in its bin, and what the bin is like.
 
-    the derivatives of the softplus left and right, and the bin's `(width, height)`.
+    `s`: flat, as `_find_bins` leaves it, only read; `inverse`: whether the value is a `y`. Returns
+    `(xi, eta)`, the parts of the bin left and right of the point; the slopes `(m, d0, d1)` of the bin
+    on average, left and right; the derivatives of the softplus left and right; and the bin's
+    `(width, height)`.
     """
     value = s[_VALUE + i]
     x0, x1, y0, y1 = s[_X0 + i], s[_X1 + i], s[_Y0 + i], s[_Y1 + i]
@@ -148,7 +179,12 @@ def _locate(s, i, inverse):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #d0e5e09e
 def _load_bins(inputs, first, how, t, s):
-    "Load the lanes from `first` on and find their bins; returns how many lanes are taken."
+    """Load the lanes from `first` on and find their bins; returns how many lanes are taken.
+
+    `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`; `how`: `bins`, `bound`, and whether in
+    inverse; `t` `(3 bins, 128)` and `s` (flat) are overwritten: exponentials in `t`, bins and factors
+    in `s`.
+    """
     bins, bound, inverse = how
     n = _load(inputs, first, bound, t, s)
     _exponentiate(t, s, 0, _X_UNIT, bins)
@@ -158,7 +194,12 @@ def _load_bins(inputs, first, how, t, s):
 
 
 def _evaluate_lanes(s, inverse):
-    "Results and log-slopes of the spline in all lanes, as of Durkan et al. 2019, eqs. 4 and 5."
+    """Results and log-slopes of the spline in all lanes, as of Durkan et al. 2019, eqs. 4 and 5.
+
+    `y = y0 + h xi (m xi + d0 eta) / beta`, or `x = x0 + w xi` in `inverse`, into the row `OUT` of `s`;
+    `log g' = 2 log(m / beta) + log(d1 xi^2 + 2 m xi eta + d0 eta^2)`, that of the spline in both
+    directions, into `SLOPE`; `beta = m (xi^2 + eta^2) + (d0 + d1) xi eta`.
+    """
     for i in range(_LANES):
         (xi, eta), (m, d0, d1), turns, (width, height) = _locate(s, i, inverse)
         beta = m * (xi * xi + eta * eta) + (d0 + d1) * xi * eta
@@ -169,9 +210,14 @@ def _evaluate_lanes(s, inverse):
         s[_OUT + i] = x if inverse else y
         s[_SLOPE + i] = half + half + log(bracket)
 
-
+# %% ../../nbs/90_engine/14_spline_loops.ipynb #ca5acfa8
 def _forward(inputs, how, out, slope):
-    "`rq_spline` or its inverse into `out` and `slope`."
+    """The kernel of `rq_spline` and its inverse, 128 numbers at a time.
+
+    `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`, only read; `how`: `bins`, `bound`, whether
+    in inverse; `out`, `slope`: `(n,)`, written: results, and log-slopes in nats. Outside
+    `(-bound, bound)` a number stays as it is, with log-slope 0.
+    """
     value, theta = inputs
     bins, bound, inverse = how[0], value.dtype.type(how[1]), how[2]
     t = np.zeros((3 * bins, _LANES), value.dtype)
@@ -187,9 +233,12 @@ def _forward(inputs, how, out, slope):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #d620102d
 def _bin_gradient(arrived, position, slopes, size, inverse):
-    """Gradients in the value, in `x0, x1, y0, y1`, and in the slopes `d0, d1`.
+    """Gradients in the value, in `(x0, x1, y0, y1)`, and in the slopes `(d0, d1)`, of one lane.
 
-    `arrived`: those in the result and in the log-slope; the rest as `_locate` returns it.
+    `arrived`: `(a, ell)`, those in the result and in the log-slope; `position`: `(xi, eta)`; `slopes`:
+    `(m, d0, d1)`; `size`: `(width, height)`, all as `_locate` returns them; `inverse`: whether the
+    result is an `x`. The equations are those above on the page: `rate` is `d p / d xi`, `bend` is `c`,
+    and `part` is `p`.
     """
     a, ell = arrived
     xi, eta = position
@@ -219,9 +268,12 @@ def _bin_gradient(arrived, position, slopes, size, inverse):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #a942aaa7
 def _share_gradient(t, s, bins, start, rows):
-    """Rows `start, ..., start + bins - 1`, exponentials, become gradients before the softmax.
+    """Rows `start, ..., start + bins - 1` of `t`, exponentials, become gradients before the softmax.
 
-    `rows`: those of the factor, of the gradient in a share left of the bin and in the bin's own, of the sum.
+    With `p` the softmax and `g_j` the gradient in share `j`:
+    `(1 - FLOOR bins) p_j (g_j - sum_i p_i g_i)`. `s`: flat; `rows`: where in it begin the rows of the
+    factor, of the gradient in a share left of the bin, of that in the bin's own, and of the sum, which
+    is overwritten.
     """
     unit, low, high, total = rows
     per_rest = s.dtype.type(1 / (1 - FLOOR * bins))
@@ -246,10 +298,12 @@ def _share_gradient(t, s, bins, start, rows):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #cdcb7d63
 def _lane_gradients(s, bound, inverse):
-    """Gradients of all lanes inside their bins, in place of what they belong to.
+    """Gradients of all lanes inside their bins, in place of what they belong to, in the flat table `s`.
 
-    Those in the ends of the bin as gradients in the shares before it and in its own, since a knot is
-    `bound (2 sum - 1)`.
+    `OUT` and `SLOPE` hold the gradients that arrive. `OUT` becomes that in the value, `RAW0, RAW1`
+    those before the softplus. A knot is `bound (2 sum - 1)`, so `X0, Y0` become the gradient in each
+    share before the bin, `2 bound (g0 + g1)`, and `X1, Y1` that in its own, `2 bound g1`. `inverse`: as
+    in `_locate`.
     """
     for i in range(_LANES):
         position, slopes, (turn0, turn1), size = _locate(s, i, inverse)
@@ -265,7 +319,12 @@ def _lane_gradients(s, bound, inverse):
 
 
 def _slope_gradient(t, s, bins):
-    "Rows of the slopes: all zero but those at the two ends of the bin."
+    """Rows of the slopes: all zero but those at the two ends of the bin.
+
+    `t`: `(3 bins, 128)`, whose row `2 bins + k` belongs to the knot between bins `k` and `k + 1` and is
+    overwritten; `s`: flat, of which `BIN` and the gradients `RAW0, RAW1` are read. The slopes at the
+    bound are fixed.
+    """
     for k in range(bins - 1):
         this, right = np.float32(k), np.float32(k + 1)
         for i in range(_LANES):
@@ -275,7 +334,12 @@ def _slope_gradient(t, s, bins):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #e3d810be
 def _backward(inputs, how, arrived, gradients):
-    "The gradients of `_forward` in `value` and `theta` from those that `arrived` in `out` and `slope`."
+    """The gradients of `_forward` in `value` and `theta` from those that `arrived` in `out` and `slope`.
+
+    `inputs`, `how`: those of `_forward`; `arrived`: two arrays `(n,)`, only read; `gradients`:
+    `g_value` `(n,)` and `g_theta` `(n, 3 bins - 1)`, all written. Outside `(-bound, bound)` the
+    gradient passes to `value` as it is, and that in `theta` is 0.
+    """
     value, theta = inputs
     g_out, g_slope = arrived
     g_value, g_theta = gradients
@@ -301,7 +365,11 @@ def _backward(inputs, how, arrived, gradients):
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #e3f933de
 @functools.cache
 def spline_kernels():
-    "Both kernels as machine code, by name; `None` without numba."
+    """Both kernels as machine code, by name; `None` without numba.
+
+    Attributes `_forward` and `_backward`, called as the functions of this page; built at the first call
+    and kept.
+    """
     helpers = _load, _exponentiate, _find_bins, _load_bins, _lane_gradients, _share_gradient, _slope_gradient
     inline = _bin_slopes, _solve_position, _locate, _bin_gradient, _pass_bin, _evaluate_lanes
     return compile_together(
@@ -310,11 +378,16 @@ def spline_kernels():
 
 
 def _flat(value: Tensor) -> np.ndarray:
+    "The numbers of a tensor of any shape as a flat array, a view where it is contiguous; no gradient."
     return value.detach().contiguous().view(-1).numpy()
 
 
 def _arrays(value, theta):
-    "`(n,)` and `(n, 3 bins - 1)`, as the kernels read them."
+    """`(n,)` and `(n, 3 bins - 1)`, as the kernels read them.
+
+    `value`: `(...)`, `n` numbers in all; `theta`: `(..., 3 bins - 1)`. Views of contiguous tensors, so
+    that the kernels can write into them too.
+    """
     return _flat(value), theta.detach().contiguous().view(-1, theta.shape[-1]).numpy()
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #8dd6585b
@@ -332,7 +405,12 @@ def spline_numba(value: Tensor, theta: Tensor, how: tuple[int, float, bool]) -> 
 def spline_gradients_numba(
     inputs: tuple[Tensor, Tensor], arrived: tuple[Tensor, Tensor], how: tuple[int, float, bool]
 ) -> list[Tensor]:
-    "The gradients in both `inputs` of `spline_numba`, from those that `arrived` in its results."
+    """The gradients in both `inputs` of `spline_numba`, from those that `arrived` in its results.
+
+    `inputs`: `value` `(...)` and `theta` `(..., 3 bins - 1)`; `arrived`: two tensors of the shape of
+    `value`; `how`: `bins`, `bound` and whether in inverse. Returns two tensors of the shapes of
+    `inputs`.
+    """
     found = [torch.empty(t.shape, dtype=t.dtype) for t in inputs]
     spline_kernels()._backward(_arrays(*inputs), how, tuple(map(_flat, arrived)), _arrays(*found))
     return found

@@ -35,14 +35,22 @@ TOLERANCE = 1e-6
 
 # %% ../../nbs/90_engine/57_certify.ipynb #66e97b0f
 def _numbers(tree):
-    "The numbers in nested lists of hexadecimal text."
+    """The numbers in nested lists of hexadecimal text, in one flat list of floats.
+
+    `tree`: a text as of `float.hex`, a list of such, at any depth, or `None`, which becomes nan.
+    """
     if isinstance(tree, list):
         return [x for part in tree for x in _numbers(part)]
     return [math.nan if tree is None else float.fromhex(tree)]
 
 
 def _difference(old, new, least=0.0):
-    "The largest difference of two lists of numbers, relative to the largest number or to `least`."
+    """The largest difference of two lists of numbers, relative to the largest number or to `least`.
+
+    `old`, `new`: nested lists of hexadecimal text; the size is that of the finite numbers of `old`.
+    Returns 0 for equal bits (nan equals nan), infinity for lists of other lengths or a nan on one side
+    only.
+    """
     old, new = _numbers(old), _numbers(new)
     if len(old) != len(new):
         return math.inf
@@ -56,12 +64,20 @@ def _difference(old, new, least=0.0):
 
 
 def _compared(old, new, measure):
-    "`{name: difference}` of two dicts; one that only the old side has differs by infinity."
+    """`{name: difference}` of two dicts; one that only the old side has differs by infinity.
+
+    `measure(old, new)`: how far two entries of a name are apart, as a number. What only `new` has is
+    not looked at.
+    """
     return {name: measure(old[name], new[name]) if name in new else math.inf for name in old}
 
-
+# %% ../../nbs/90_engine/57_certify.ipynb #fdcba5e7
 def _array_difference(old, new):
-    "How far two summaries of an array are apart; infinity where only hashes can say."
+    """How far two summaries of an array are apart; infinity where only hashes can say.
+
+    `old`, `new`: `{"sha256"}` with `"sizes"`, mean and root mean square, for arrays of numbers. Returns
+    0 for equal hashes, else the relative difference of the sizes, or 1e-16 at least: bits do differ.
+    """
     if old["sha256"] == new["sha256"]:
         return 0.0
     if "sizes" not in old or "sizes" not in new:
@@ -70,7 +86,12 @@ def _array_difference(old, new):
 
 # %% ../../nbs/90_engine/57_certify.ipynb #08733f90
 def _training_differences(old, new):
-    "`{what: difference}` of the trainings of two probes."
+    """`{what: difference}` of the trainings of two probes, infinity where they are not comparable.
+
+    `old`, `new`: probes, `{"trainings", "told", ...}`. Looked at are the number of trainings, each
+    learning curve, the hash of final tensors (1e-16 where it differs), and the steps at which progress
+    was told.
+    """
     trainings = list(zip(old["trainings"], new["trainings"], strict=False))
     found = {"trainings": 0.0 if len(old["trainings"]) == len(new["trainings"]) else math.inf}
     for number, (a, b) in enumerate(trainings):
@@ -82,9 +103,14 @@ def _training_differences(old, new):
         found["steps that were told"] = math.inf
     return found
 
-
+# %% ../../nbs/90_engine/57_certify.ipynb #c6f211ad
 def compare(old: dict, new: dict, index: int) -> dict:
-    "`{finding, largest, where}` for the run number `index` of two probes."
+    """`{finding, largest, where}` for the run number `index` of two probes.
+
+    `old`, `new`: probes, or `{"error": text}`, which is a difference. The finding is "bitwise" (then
+    alone), or by the largest difference: within `TOLERANCE`, relative, or different; `where` names what
+    differs most.
+    """
     for side, answer in (("old", old), ("new", new)):
         if "error" in answer:
             return {"finding": provenance.DIFFERENT, "largest": "inf", "where": f"{side}: {answer['error']}"}
@@ -123,12 +149,17 @@ class Task:
         return json.dumps([self.experiment, small, [run.key for run in self.weights]], sort_keys=True)
 
     def to_dict(self):
+        'What the probing process reads: `{"name", "runs", "weights"}`, runs as dicts.'
         runs = [run.to_dict() for run in self.runs]
         return {"name": self.name, "runs": runs, "weights": [run.to_dict() for run in self.weights]}
 
 
 def _program(run, info):
-    "What the runs of one probe have in common, besides their code."
+    """What the runs of one probe have in common, besides their code; equal values share a probe.
+
+    `run`: a `Run`; `info`: that of its record. For a batched training the run without what is trained
+    together, with the seeds and models of the training as text; else the run's shape.
+    """
     if info.get("engine") != "batched":
         return run.shape
     together = experiments.get(run.experiment).together
@@ -136,7 +167,11 @@ def _program(run, info):
 
 
 def _base_of(info):
-    "The commit that has the code of a record, or `None`."
+    """The commit that has the code of a record, or `None`.
+
+    `info`: that of the record. Old records know the hash of a text, which `commits.json` ties to a
+    commit; the others know the commit, which is of no use where a `+` says that the tree had changes.
+    """
     if "code_sha256" in info and "meaning_sha256" not in info:
         return provenance.known_texts().get(info["code_sha256"], {}).get("commit")
     noted = str(info.get("commit") or "+")
@@ -163,7 +198,12 @@ def tasks_of(experiment: str, headers: list, base: str | None = None, old: str |
 
 
 def _task(experiment, headers, old, new, base):
-    "The task of the records of one program, or of one shape."
+    """The task of the records of one program, or of one shape.
+
+    `headers`: those of the records, `{run, info, ...}`; `old`, `new`: hashes of meaning; `base`: a
+    commit or `None`. All runs are probed where they were trained together; else the first stands for
+    all.
+    """
     headers = sorted(headers, key=lambda h: (h["run"].model, h["run"].seed))
     probed = headers if headers[0]["info"].get("engine") == "batched" else headers[:1]
     runs = [h["run"] for h in probed]
@@ -175,6 +215,7 @@ def _task(experiment, headers, old, new, base):
 
 # %% ../../nbs/90_engine/57_certify.ipynb #aab85909
 def worktrees() -> Path:
+    "The folder of checked-out commits, `runs/worktrees` below the project's root; it need not exist."
     return project_root() / "runs/worktrees"
 
 
@@ -194,7 +235,7 @@ def open_worktree(commit: str, name: str) -> Path:
 
 @contextmanager
 def _checkout(commit):
-    "A worktree of a commit for the length of a `with` block."
+    "A worktree of a commit for the length of a `with` block, as the path of its folder; then removed."
     folder = open_worktree(commit, f"certify-{commit[:12]}-{os.getpid()}")
     try:
         yield folder
@@ -204,7 +245,11 @@ def _checkout(commit):
 
 
 def environment_of(top, root):
-    "What a process needs to run the package below `top` in the checkout `root`."
+    """What a process needs to run the package below `top` in the checkout `root`: its environment, a dict.
+
+    That of this process, with one thread, `PYTHONPATH` at `top`, the project's root at `root`, and the
+    data of this tree.
+    """
     single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     data = os.environ.get("NORMFLOW_VI_DATA", str(project_root() / "data"))
     given = {"PYTHONPATH": str(top), "NORMFLOW_VI_ROOT": str(root), "NORMFLOW_VI_DATA": data}
@@ -221,6 +266,7 @@ class _Side:
     tasks: list
 
     def start(self, folder, number):
+        "Start the process: `folder/NUMBER.tasks` is what it reads, `.answers` and `.log` what it writes."
         self.answers, self.log = folder / f"{number}.answers", folder / f"{number}.log"
         file = folder / f"{number}.tasks"
         file.write_text(json.dumps([task.to_dict() for task in self.tasks]))
@@ -235,16 +281,23 @@ class _Side:
             )
 
     def read(self):
-        "`{(commit, task's name): answer}`; a process that died answers with its last line."
+        """`{(commit, task's name): answer}`; a process that died answers with its last line.
+
+        To be called when the process has ended; a task without an answer gets `{"error": text}`.
+        """
         lines = self.answers.read_text().splitlines() if self.answers.exists() else []
         found = {answer["name"]: answer for answer in map(json.loads, lines)}
         log = self.log.read_text().strip().splitlines()
         silent = {"error": log[-1] if log else "no answer"}
         return {(self.commit, task.name): found.get(task.name, silent) for task in self.tasks}
 
-
+# %% ../../nbs/90_engine/57_certify.ipynb #942ed338
 def _run_sides(sides, at_once=2):
-    "The answers of all sides, a few processes at a time."
+    """The answers of all sides, `{(commit, task's name): answer}`, by `at_once` processes at a time.
+
+    `sides`: a list of `_Side`, the longest started first. Their files are removed at the end, and if
+    this is interrupted the processes that still run are killed.
+    """
     answers, running = {}, []
     folder = project_root() / "runs/certify" / str(os.getpid())
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +320,11 @@ def _run_sides(sides, at_once=2):
 
 # %% ../../nbs/90_engine/57_certify.ipynb #638d002d
 def _share(tasks, most=16):
-    "Tasks by what they do, once each, in lists of one experiment and at most so many."
+    """Tasks by what they do, once each, in lists of one experiment and at most so many.
+
+    `tasks`: a list of `Task`; tasks of one experiment and one name do the same. Yields lists of at most
+    `most` tasks, of about the same length, each for one process.
+    """
     named = defaultdict(dict)
     for task in tasks:
         named[task.experiment].setdefault(task.name, task)
@@ -295,9 +352,13 @@ def answer(tasks: list[Task]) -> dict:
             sides += [_Side(commit, tree, tree, part) for part in _share(some)]
         return answers | _run_sides(sides)
 
-
+# %% ../../nbs/90_engine/57_certify.ipynb #819c50eb
 def _as_noted(task, now):
-    "Whether the records of all runs of a task noted the probe that the present code gives."
+    """Whether the records of all runs of a task noted the probe that the present code gives.
+
+    `now`: the task's answer by the present tree. False after an error, if a record has no probe, or if
+    one keeps weights, which only the old code can judge.
+    """
     if "error" in now or len(task.noted) < len(task.runs) or task.weights:
         return False
     return all(digest(now, index) == noted for index, noted in task.noted)
@@ -312,14 +373,21 @@ print(json.dumps([code_sha256(f"normflow_vi.experiments.{name}") for name in nam
 
 
 def _texts_of(tree):
-    "The hashes of text of a checkout's experiments; empty where that commit has none."
+    """The hashes of text of a checkout's experiments, a list; empty where that commit has none.
+
+    `tree`: the folder of the checkout, whose own package is asked, in a process of its own.
+    """
     command = [sys.executable, "-c", _ASK]
     asked = subprocess.run(command, cwd=tree, env=environment_of(tree, tree), capture_output=True, text=True)
     return json.loads(asked.stdout) if asked.returncode == 0 else []
 
 
 def tie(headers: list) -> None:
-    "Find a commit for each hash of text, among records' headers, that is not in `commits.json` yet."
+    """Find a commit for each hash of text, among records' headers, that is not in `commits.json` yet.
+
+    `headers`: `{run, info, ...}` each. Writes `{text: {"commit", "meaning"}}` to `commits.json`, both
+    `None` for a text that no commit has; does nothing where all are known.
+    """
     noted = {h["info"].get("code_sha256"): h["run"].experiment for h in headers}
     wanted = {text: name for text, name in noted.items() if text and text not in provenance.known_texts()}
     if not wanted:
@@ -341,7 +409,12 @@ _RANK = (provenance.BITWISE, provenance.WITHIN, provenance.DIFFERENT)
 
 
 def _findings(tasks, answers):
-    "`{(old, base): {shape: finding}}`; the worst of those that concern one shape."
+    """`{(old, base): {shape: finding}}`; the worst of those that concern one shape.
+
+    `tasks`: a list of `Task`; `answers`: as of `answer`, where a missing old side means the present
+    one, bit by bit. A finding is that of `compare`, and the `name` of the shape, flow, length, model
+    and profile.
+    """
     found = defaultdict(dict)
     for task in tasks:
         now = answers[None, task.name]
@@ -356,7 +429,11 @@ def _findings(tasks, answers):
 
 
 def _write(experiment, tasks, answers):
-    "Write the certificates of an experiment; returns `{finding: names of shapes}`."
+    """Write the certificates of an experiment; returns `{finding: names of shapes}`.
+
+    `tasks`: those of the experiment, at least one; `answers`: as of `answer`. One certificate for each
+    pair of old code and base; a name is followed by where, and by how much, its shape differs.
+    """
     counted = defaultdict(list)
     platform = next((a["platform"] for a in answers.values() if "platform" in a), {})
     for (old, base), shapes in _findings(tasks, answers).items():
@@ -371,12 +448,15 @@ def _write(experiment, tasks, answers):
 
 # %% ../../nbs/90_engine/57_certify.ipynb #1496b9bd
 def _headers(experiment):
-    "The headers of all records of an experiment."
+    "The headers of all records of an experiment, a list of `{run, info, ...}`."
     return [read_header(folder) for folder in Store()._folders(experiment, "record.json")]
 
 
 def _line(experiment, headers, counted):
-    "One line about an experiment, after its certificates were written."
+    """One line about an experiment, after its certificates were written.
+
+    `headers`: those of its records; `counted`: `{finding: names of shapes}`, as of `_write`, or empty.
+    """
     states = [state for _, state in provenance.states_of((h["run"], h["info"]) for h in headers)]
     parts = [f"{len(names)} shapes {finding}" for finding, names in counted.items()]
     now = [f"{states.count(state)} {state}" for state in provenance.STATES if state in states]

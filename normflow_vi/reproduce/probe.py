@@ -43,7 +43,11 @@ WALL_CLOCK = {"seconds", "step_ms", "flow_ms"}  # differ from run to run
 
 
 def in_small(run: dict) -> dict:
-    "A run, as a dict, with its budget cut down."
+    """A run, as a dict, with its budget cut down: a new dict, `run` stays as it is.
+
+    `run`: `{"budget": {name: number or tuple}, ...}`. A number becomes the smaller of it and its bound
+    in `SMALL`, a tuple the one there; what `SMALL` does not name stays.
+    """
     budget = dict(run["budget"])
     for name, bound in SMALL.items():
         if name in budget:
@@ -61,7 +65,10 @@ _HOMES = {
 
 
 def _get(name):
-    "A name of the package, from the first of its homes that this commit has."
+    """A name of the package, from the first of its homes that this commit has.
+
+    `name`: a key of `_HOMES`. Returns the class or function; raises `ImportError` where no home has it.
+    """
     import normflow_vi
 
     top = Path(normflow_vi.__file__).parent  # looked up in the files: another copy may be installed as well
@@ -75,27 +82,37 @@ def _get(name):
 
 # %% ../../nbs/90_engine/53_probe.ipynb #a9b9c285
 def _hexed(x):
-    "Numbers as nested lists of hexadecimal text, exact to the last bit."
+    """Numbers as nested lists of hexadecimal text, exact to the last bit.
+
+    `x`: a number, or an array or nested lists of any shape; one number gives one text.
+    """
     array = np.asarray(x, dtype=np.float64)
     return float(array).hex() if array.ndim == 0 else [_hexed(row) for row in array]
 
 
 def _bytes_sha256(array):
+    "The hash, as hexadecimal text, of an array's type, shape and bytes."
     array = np.ascontiguousarray(array)
     head = f"{array.dtype.str} {array.shape} ".encode()
     return hashlib.sha256(head + array.tobytes()).hexdigest()
 
 
 def _fingerprint(model):
-    "One hash over the parameters and buffers of a model, whatever they are called."
+    """One hash over the parameters and buffers of a model, whatever they are called.
+
+    Their own hashes are sorted, so that neither names nor order count; text of 64 hexadecimal digits.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     parts = sorted(_bytes_sha256(t.detach().cpu().numpy()) for t in tensors)
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
-
+# %% ../../nbs/90_engine/53_probe.ipynb #1eb39be8
 @contextmanager
 def _watched(seen):
-    "Within a `with` block, what every `Trainer.run` ends with is added to the list `seen`."
+    """Within a `with` block, what every `Trainer.run` ends with is added to the list `seen`.
+
+    An entry is `{"parameters": a hash for each model, "curves": {name: hexadecimal numbers}}`.
+    """
     trainer = _get("Trainer")
     original = trainer.run
 
@@ -120,11 +137,16 @@ class _Told:
         self.lines = []
 
     def __call__(self, step, steps, seconds, values):
+        "Remember `[step, {name: hexadecimal numbers}]`; `steps` and `seconds` are not kept."
         self.lines.append([int(step), {name: _hexed(v) for name, v in sorted(values.items())}])
 
 
 def _summary(array):
-    "An array's hash, and its mean and root mean square: whether two that differ do so by rounding."
+    """An array's hash, and its mean and root mean square: whether two that differ do so by rounding.
+
+    Returns `{"sha256", "sizes": [mean, root mean square]}`, sizes as hexadecimal text; without `sizes`
+    for an array that is empty or holds no real numbers.
+    """
     array = np.asarray(array)
     if array.dtype.kind not in "biuf" or not array.size:
         return {"sha256": _bytes_sha256(array)}
@@ -133,7 +155,11 @@ def _summary(array):
 
 
 def _of_record(record):
-    "The values and arrays of a small record, but for the times in it."
+    """The values and arrays of a small record, but for the times in it.
+
+    Returns `{"values": {name: [value, std_error]}, "arrays": {name: summary}}`, numbers as hexadecimal
+    text, `None` where there is none.
+    """
     values = {
         name: [None if v[part] is None else _hexed(v[part]) for part in ("value", "std_error")]
         for name, v in record.values.items()
@@ -144,7 +170,11 @@ def _of_record(record):
 
 # %% ../../nbs/90_engine/53_probe.ipynb #7d66828f
 def _platform():
-    "What the bits of a result depend on besides the code."
+    """What the bits of a result depend on besides the code.
+
+    Returns `{"processor", "vectors", "torch", "numpy", "threads"}`: names, the vector instructions that
+    torch uses, versions, and the number of threads.
+    """
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -176,7 +206,11 @@ def probe(runs: list[dict], device: str = "cpu") -> dict:
 
 # %% ../../nbs/90_engine/53_probe.ipynb #bc996e6a
 def judge_again(run: dict, images: int = 100, samples: int = 10) -> dict:
-    "What the importance-weighted evaluator says of the weights that the record of `run` keeps."
+    """What the importance-weighted evaluator says of the weights that the record of `run` keeps.
+
+    `run`: as a dict; `images`: how many of the first test images are judged; `samples`: importance
+    samples an image. Returns summaries `{"log_p", "elbo"}` of the two arrays `(images,)`, in nats.
+    """
     from normflow_vi import experiments
     from normflow_vi.data import load_data
 
@@ -193,7 +227,11 @@ def judge_again(run: dict, images: int = 100, samples: int = 10) -> dict:
 
 # %% ../../nbs/90_engine/53_probe.ipynb #2a691d95
 def digest(found: dict, index: int) -> dict:
-    "A probe, as the record of its run number `index` keeps it: hashes, the small record's values."
+    """A probe, as the record of its run number `index` keeps it: hashes, the small record's values.
+
+    `found`: as `probe` returns it. Returns `{"trainings", "values", "arrays", "platform"}`, the first
+    and the third as hashes.
+    """
     record = found["records"][index]
 
     def hashed(part):
@@ -208,7 +246,11 @@ def digest(found: dict, index: int) -> dict:
 
 # %% ../../nbs/90_engine/53_probe.ipynb #e0a5d84d
 def _answer(task):
-    "One task's answer: a probe, with `again` where weights are kept; or what went wrong."
+    """One task's answer: a probe, with `again` where weights are kept; or what went wrong.
+
+    `task`: `{"name", "runs", "weights"}`, runs as dicts. Returns a dict; an exception becomes
+    `{"error": text}`.
+    """
     try:
         found = probe(task["runs"])
         found["again"] = [judge_again(run) for run in task["weights"]]
@@ -218,7 +260,11 @@ def _answer(task):
 
 
 def main(tasks: str, answers: str) -> None:
-    "Work through a file of tasks."
+    """Work through a file of tasks, with one thread.
+
+    `tasks`: the path of a JSON list of `{"name", "runs", "weights"}`; `answers`: the path of the file
+    to write, a JSON object with the task's `name` and its answer a line, as soon as it is there.
+    """
     import torch
 
     torch.set_num_threads(1)
