@@ -24,7 +24,8 @@ _BLOCK = np.uint64(256)  # points side by side where a group has many
 def _dot(left, right, n):
     """The product of two rows, `sum_s x[i + s] y[j + s]` for `s < n`.
 
-    `left`, `right`: rows `(x, i)` and `(y, j)`, a flat array and where in it the row begins; `n`: how
+    `left`, `right`: rows `(x, i)` and `(y, j)`, a flat array and where in it the row begins;
+    `n`: how
     many numbers, at least 1. Returns one number in the precision of the arrays.
     """
     x, i = left
@@ -49,7 +50,8 @@ def _add(row, factor, other, n):
 def _to_columns(row, columns, n, D):
     """Copy `n` points to `columns`, a dimension each: `columns[256 d + s] = x[i + s D + d]`.
 
-    `row`: `(x, i)`, where `n <= 256` points of `D` numbers lie one after another; `columns`: scratch of
+    `row`: `(x, i)`, where `n <= 256` points of `D` numbers lie one after another; `columns`:
+    scratch of
     `256 D` numbers, 256 to a dimension, of which the first `n` are written.
     """
     x, i = row
@@ -61,7 +63,8 @@ def _to_columns(row, columns, n, D):
 def _from_columns(columns, row, n, D):
     """Copy `n` points from `columns` to where they belong: `x[i + s D + d] = columns[256 d + s]`.
 
-    `columns`: `256 D` numbers as `_to_columns` leaves them; `row`: `(x, i)`, written from `x[i]` on.
+    `columns`: `256 D` numbers as `_to_columns` leaves them; `row`: `(x, i)`, written from `x[i]`
+    on.
     """
     x, i = row
     for d in range(D):
@@ -72,7 +75,8 @@ def _from_columns(columns, row, n, D):
 def _constrain(alpha, norm2, n, how):
     """In the place of `w.u` and `|w|^2` of `n` layers: `rho` and the slope.
 
-    `alpha`: `(n,)`, `w.u`, becomes `rho = (softplus(w.u + c) - 1 - w.u) / max(|w|^2, floor)`; `norm2`:
+    `alpha`: `(n,)`, `w.u`, becomes `rho = (softplus(w.u + c) - 1 - w.u) / max(|w|^2, floor)`;
+    `norm2`:
     `(n,)`, `|w|^2`, becomes `f softplus(w.u + c) + (1 - f) (1 + w.u)`, `f = min(|w|^2 / floor, 1)`,
     which is `1 + w.u_hat` with `u_hat = u + rho w`; `how`: `c`, tiny, floor, one.
     """
@@ -87,10 +91,12 @@ def _constrain(alpha, norm2, n, how):
 
 
 def _constrain_back(alpha, norm2, g_rho, g_slope, n, how):
-    """In the place of the gradients in `rho` and the slope of `n` layers: those in `w.u` and `|w|^2`.
+    """In the place of the gradients in `rho` and the slope of `n` layers: those in `w.u` and
+    `|w|^2`.
 
     `alpha`, `norm2`: `(n,)`, `w.u` and `|w|^2`, only read; `g_rho`: `(n,)`, becomes the gradient in
-    `w.u`; `g_slope`: `(n,)`, becomes the gradient in `|w|^2`; `how`: as in `_constrain`, which this is
+    `w.u`; `g_slope`: `(n,)`, becomes the gradient in `|w|^2`; `how`: as in `_constrain`, which
+    this is
     the reverse of. A slope under the smallest normal number is clamped in the log-det and has no
     gradient.
     """
@@ -108,9 +114,11 @@ def _constrain_back(alpha, norm2, g_rho, g_slope, n, how):
 
 # %% ../../nbs/90_engine/12_planar_loops.ipynb #e3fcd12e
 def _activate(row, total, slope, n, how):
-    """Activate a row in place, `h = tanh(a)`, and add log-slopes `log(h^2 + (1 - h^2) slope)` to `total`.
+    """Activate a row in place, `h = tanh(a)`, and add log-slopes `log(h^2 + (1 - h^2) slope)` to
+    `total`.
 
-    `row`: `(a, i)`, `n` numbers `w.z + b` that become the hidden units; `total`: `(n,)` or longer, in
+    `row`: `(a, i)`, `n` numbers `w.z + b` that become the hidden units; `total`: `(n,)` or
+    longer, in
     nats; `slope`: `1 + w.u_hat` for each of the `n`, taken as `tiny` where it is less; `how`: `c`,
     tiny, floor, one.
     """
@@ -123,10 +131,12 @@ def _activate(row, total, slope, n, how):
 
 
 def _activate_back(a, hidden, gl, in_slope, slope, n, how):
-    """From `a = g.u_hat` the gradients in `w.z + b`, in the place of `a`, and in the slope, into `in_slope`.
+    """From `a = g.u_hat` the gradients in `w.z + b`, in the place of `a`, and in the slope, into
+    `in_slope`.
 
     With `q = gl / (h^2 + (1 - h^2) p)` they are `(1 - h^2) (a + 2 h (1 - p) q)` and `(1 - h^2) q`.
-    `hidden`: the row `(array, start)` of units `h`; `gl`: gradients in the log-det; `slope`: `p`, at
+    `hidden`: the row `(array, start)` of units `h`; `gl`: gradients in the log-det; `slope`:
+    `p`, at
     least tiny; `a`, `gl`, `in_slope`, `slope` hold a number for each of `n` points, from their
     beginning on.
     """
@@ -144,8 +154,10 @@ def _activate_back(a, hidden, gl, in_slope, slope, n, how):
 def _wide_forward(sizes, how, inputs, outputs):
     """The kernel for many points a group: all points through all layers.
 
-    `sizes`: `G, S, K, D, in_u, in_w, in_b`; `how`: `c`, tiny, floor, one; `inputs`: `z, u, w, b`, flat,
-    only read; `outputs`: `y` `(G, S, D)`, `log_det` `(G, S)` in nats and `hidden` `(G, K, S)`, flat,
+    `sizes`: `G, S, K, D, in_u, in_w, in_b`; `how`: `c`, tiny, floor, one; `inputs`: `z, u, w,
+    b`, flat,
+    only read; `outputs`: `y` `(G, S, D)`, `log_det` `(G, S)` in nats and `hidden` `(G, K, S)`,
+    flat,
     all written.
     """
     G, S, K, D, in_u, in_w, in_b = sizes
@@ -178,7 +190,8 @@ def _forward_group(g, sizes, how, inputs, outputs, block, stack):
     """The points of group `g` through all layers, 256 at a time; its part of `outputs` is written.
 
     `inputs`: `z, u, w, b`; `outputs`: `y, log_det, hidden`, flat, as in `_wide_forward`; `block`:
-    scratch `rows` `(256 D)`, a dimension each, `total` `(256)` and `slope` `(256)`; `stack`: scratch
+    scratch `rows` `(256 D)`, a dimension each, `total` `(256)` and `slope` `(256)`; `stack`:
+    scratch
     `rho, slope`, each `(K,)`.
     """
     G, S, K, D, in_u, in_w, in_b = sizes
@@ -199,9 +212,11 @@ def _forward_group(g, sizes, how, inputs, outputs, block, stack):
 
 # %% ../../nbs/90_engine/12_planar_loops.ipynb #4d0b73b4
 def _forward_layer(where, sizes, how, inputs, hidden, block, stack):
-    """One layer, `n` points: `h = tanh(w.z + b)`, `z <- z + h u_hat`, `total += log(h^2 + (1 - h^2) slope)`.
+    """One layer, `n` points: `h = tanh(w.z + b)`, `z <- z + h u_hat`, `total += log(h^2 + (1 -
+    h^2) slope)`.
 
-    `where`: group `g`, layer `k`, first point in the group, number of points; `inputs`: `z, u, w, b`;
+    `where`: group `g`, layer `k`, first point in the group, number of points; `inputs`: `z, u,
+    w, b`;
     `hidden`: its units are written from `(g K + k) S + first` on; `block`: `rows`, the points, and
     `total`, the log-dets, changed in place, and `slope`, scratch; `stack`: `rho, slope` of the `K`
     layers.
@@ -225,7 +240,8 @@ def _forward_layer(where, sizes, how, inputs, hidden, block, stack):
 def _wide_backward(sizes, how, saved, arrived, gradients):
     """The kernel for many points a group: all layers in reverse.
 
-    `sizes`, `how`: as in `_wide_forward`; `saved`: `y, u, w, b, hidden`, flat, only read; `arrived`:
+    `sizes`, `how`: as in `_wide_forward`; `saved`: `y, u, w, b, hidden`, flat, only read;
+    `arrived`:
     the gradients `gy` `(G, S, D)` and `gl` `(G, S)` in `y` and the log-det; `gradients`: `gz`
     `(G, S, D)`, `gu`, `gw` `(G, K, D)`, `gb` `(G, K)`, flat and dense, all written.
     """
@@ -247,7 +263,8 @@ def _wide_backward(sizes, how, saved, arrived, gradients):
 def _clear_group(g, sizes, gradients, g_slope):
     """Gradients of the layers of group `g` begin at zero.
 
-    `gradients`: `gz, gu, gw, gb`, of which the group's parts of `gu`, `gw` (`K D` numbers from `g K D`
+    `gradients`: `gz, gu, gw, gb`, of which the group's parts of `gu`, `gw` (`K D` numbers from
+    `g K D`
     on) and of `gb` (`K` from `g K` on) become 0, and `gz` is left; `g_slope`: `(K,)`, becomes 0.
     """
     G, S, K, D, in_u, in_w, in_b = sizes
@@ -265,7 +282,8 @@ def _backward_block(where, sizes, how, saved, given, scratch, stack):
     """All layers in reverse, for at most 256 points of group `g` from `first` on.
 
     `where`: `g, first`; `saved`: `y, u, w, b, hidden`; `given`: `(gy, gl)` and `(gz, gu, gw, gb)`;
-    `scratch`: `(rows, columns, ones)`, the points, their gradients and ones, and `(gl, a, r, p)`, 256
+    `scratch`: `(rows, columns, ones)`, the points, their gradients and ones, and `(gl, a, r,
+    p)`, 256
     each; `stack`: `rho, slope, g_slope`, each `(K,)`. Writes `gz`, and adds to `gu`, `gw`, `gb` and
     `g_slope`.
     """
@@ -286,11 +304,14 @@ def _backward_block(where, sizes, how, saved, given, scratch, stack):
 
 # %% ../../nbs/90_engine/12_planar_loops.ipynb #7bbf01a7
 def _backward_layer(where, sizes, how, saved, gradients, scratch, stack):
-    """One layer back, `n` points: `rows` become `z_(k-1) = z_k - h u_hat`, `columns` their gradients `g`.
+    """One layer back, `n` points: `rows` become `z_(k-1) = z_k - h u_hat`, `columns` their
+    gradients `g`.
 
-    `where`: `g, k, first, n`; `scratch`: `rows`, `columns` and `ones`, then `gl`, and for this layer
+    `where`: `g, k, first, n`; `scratch`: `rows`, `columns` and `ones`, then `gl`, and for this
+    layer
     `a`, `r`, `p`: the gradients in `w.z + b` and in the slope, and the slope; `stack`:
-    `rho, slope, g_slope`. Adds `sum h g` (the gradient in `u_hat`) to `gu`, `sum a z_(k-1)` to `gw`,
+    `rho, slope, g_slope`. Adds `sum h g` (the gradient in `u_hat`) to `gu`, `sum a z_(k-1)` to
+    `gw`,
     `sum a` to `gb`, `sum r` to `g_slope`, and `a w` to `g`.
     """
     g, k, first, n = where
@@ -319,7 +340,8 @@ def _backward_layer(where, sizes, how, saved, gradients, scratch, stack):
 
 # %% ../../nbs/90_engine/12_planar_loops.ipynb #42c64302
 def _backward_constraint(g, sizes, how, saved, gradients, g_slope, spare):
-    """From the gradients in `u_hat` and the slope of the layers of group `g` to those in `u` and `w`.
+    """From the gradients in `u_hat` and the slope of the layers of group `g` to those in `u` and
+    `w`.
 
     With `x` the gradient in `u_hat`: `gu = x + g_alpha w`, `gw += rho x + g_alpha u + 2 g_norm2 w`.
     `gradients`: `gz, gu, gw, gb`, where `gu` holds `x` and both `gu` and `gw` are changed in place;
@@ -351,7 +373,8 @@ def _backward_constraint(g, sizes, how, saved, gradients, g_slope, spare):
 def _three_dots(u_k, w_k, point, D):
     """`(w.u, w.w, w.z)`, three numbers in one pass over `D >= 1` dimensions.
 
-    `u_k`, `w_k`, `point`: rows `(array, start)` of `D` numbers: the layer's `u` and `w`, and the point
+    `u_k`, `w_k`, `point`: rows `(array, start)` of `D` numbers: the layer's `u` and `w`, and the
+    point
     `z`.
     """
     u, i = u_k
@@ -366,9 +389,11 @@ def _three_dots(u_k, w_k, point, D):
 
 
 def _four_dots(u_k, w_k, gradient, D):
-    """`(w.u, w.w, x.u, x.w)` with the gradient `x` of a point, in one pass over `D >= 1` dimensions.
+    """`(w.u, w.w, x.u, x.w)` with the gradient `x` of a point, in one pass over `D >= 1`
+    dimensions.
 
-    `u_k`, `w_k`, `gradient`: rows `(array, start)` of `D` numbers: the layer's `u` and `w`, and `x`.
+    `u_k`, `w_k`, `gradient`: rows `(array, start)` of `D` numbers: the layer's `u` and `w`, and
+    `x`.
     """
     u, i = u_k
     w, j = w_k
@@ -385,7 +410,8 @@ def _four_dots(u_k, w_k, gradient, D):
 def _combine(row, left, right, n, more):
     """`a x + b y` in the place of the `n` numbers of `row`, or added to them if there are `more`.
 
-    `row`: `(z, i)`, written from `z[i]` on; `left`: `(a, (x, j))` and `right`: `(b, (y, k))`, a factor
+    `row`: `(z, i)`, written from `z[i]` on; `left`: `(a, (x, j))` and `right`: `(b, (y, k))`, a
+    factor
     and the row it multiplies; `more`: true adds to what is there, false overwrites it.
     """
     z, i = row
@@ -402,7 +428,8 @@ def _combine(row, left, right, n, more):
 def _narrow_forward(sizes, how, inputs, outputs):
     """The kernel for few points a group: all points through all layers, 16 at a time.
 
-    `sizes`, `how`, `inputs`, `outputs`: as in `_wide_forward`, but that `hidden` is `(G, S, K)` here,
+    `sizes`, `how`, `inputs`, `outputs`: as in `_wide_forward`, but that `hidden` is `(G, S, K)`
+    here,
     the layers of a point side by side.
     """
     G, S, K, D, in_u, in_w, in_b = sizes
@@ -448,10 +475,13 @@ def _forward_lanes(first, sizes, how, inputs, outputs, group, lanes):
 
 # %% ../../nbs/90_engine/12_planar_loops.ipynb #e18bdce0
 def _backward_point(rows, layer, gradients, numbers, D, more):
-    """One layer of one point: `z <- z - h (u + rho w)`, then `g <- g + a w`, in the place of both `rows`.
+    """One layer of one point: `z <- z - h (u + rho w)`, then `g <- g + a w`, in the place of
+    both `rows`.
 
-    `rows`: those of `z` and of its gradient `g`; `layer`: those of `u` and `w`; `gradients`: those of
-    `gu` and `gw`, which get `h g + g_alpha w` and `a z + rho h g + g_alpha u + 2 g_norm2 w`, added if
+    `rows`: those of `z` and of its gradient `g`; `layer`: those of `u` and `w`; `gradients`:
+    those of
+    `gu` and `gw`, which get `h g + g_alpha w` and `a z + rho h g + g_alpha u + 2 g_norm2 w`,
+    added if
     there are `more`; `numbers`: `h, rho, a, g_alpha, g_norm2`, with `a` the gradient in `w.z + b`.
     """
     point, gradient = rows
@@ -490,7 +520,8 @@ def _load_lanes(where, sizes, saved, given, scratch):
 
     `where`: `first`, counted over all `G S` points, and the number `n <= 16` of lanes; `saved`:
     `y, ...`; `given`: `(gy, gl)` and `(gz, gu, gw, gb)`; `gz` starts as `gy`; `scratch`:
-    `(rows, group), (gl, h, a, r), layer, t`: `rows` `(16 D)` gets `y`, `group` and `gl` their numbers.
+    `(rows, group), (gl, h, a, r), layer, t`: `rows` `(16 D)` gets `y`, `group` and `gl` their
+    numbers.
     """
     first, n = where
     G, S, K, D, in_u, in_w, in_b = sizes
@@ -508,9 +539,11 @@ def _backward_lanes(where, sizes, how, saved, gradients, scratch):
     """Layer `k` of `n` points from `first` on, a lane each.
 
     `where`: `k, first, n`; `saved`: `y, u, w, b, hidden`; `gradients`: `gz`, changed in place, and
-    `gu, gw, gb`, written by the first point of a group and added to by its others; `scratch`: `rows`,
+    `gu, gw, gb`, written by the first point of a group and added to by its others; `scratch`:
+    `rows`,
     which go one layer back, `group`, and 16 numbers each of `gl, h, a, r`, of
-    `alpha, norm2, rho, slope` and of `t`, where `a`, `t`, `r` become the gradients in `w.z + b`, `w.u`
+    `alpha, norm2, rho, slope` and of `t`, where `a`, `t`, `r` become the gradients in `w.z + b`,
+    `w.u`
     and `|w|^2`.
     """
     k, first, n = where
@@ -544,7 +577,8 @@ def _backward_lanes(where, sizes, how, saved, gradients, scratch):
 def planar_kernels():
     """The four kernels as machine code, by name; `None` without numba.
 
-    Attributes `_wide_forward`, `_wide_backward`, `_narrow_forward`, `_narrow_backward`, called as the
+    Attributes `_wide_forward`, `_wide_backward`, `_narrow_forward`, `_narrow_backward`, called
+    as the
     functions of this page; built at the first call and then kept.
     """
     steps = (_add, _to_columns, _from_columns, _constrain, _constrain_back, _activate, _activate_back)
@@ -573,7 +607,8 @@ def _by_group(x, G, S):
 def _from_groups(flat, shape, G, S):
     """The tensor of `shape = (*samples, *batch, ...)` whose numbers come group by group.
 
-    `flat`: a flat tensor in the order `(G, S, ...)`; `G`, `S`: as in `_by_group`, which this undoes.
+    `flat`: a flat tensor in the order `(G, S, ...)`; `G`, `S`: as in `_by_group`, which this
+    undoes.
     """
     if G > 1 and S > 1:
         return flat.view(G, S, -1).transpose(0, 1).reshape(shape)
@@ -584,7 +619,8 @@ def _in_memory(t, axes):
     """The numbers of `t` as they lie in memory, and the step from group to group.
 
     `t`: `(*batch, ...)`; `axes`: how many axes it has after those of the batch. Returns
-    `(flat array, step)`, a view without a copy where `t` is contiguous, or has one batch axis and rows
+    `(flat array, step)`, a view without a copy where `t` is contiguous, or has one batch axis
+    and rows
     that are; the step is counted in numbers, and larger than a row for a slice of a wider tensor.
     """
     t = t.detach()
@@ -596,7 +632,8 @@ def _in_memory(t, axes):
 # %% ../../nbs/90_engine/12_planar_loops.ipynb #966aaffa
 @functools.lru_cache(1000)
 def _kernel_numbers(dtype, c, *sizes):
-    """`sizes` and `how`, as the kernels know them; cached, for all calls of a training have the same.
+    """`sizes` and `how`, as the kernels know them; cached, for all calls of a training have the
+    same.
 
     `dtype`: `torch.float32` or `torch.float64`; `c`: the offset in the softplus; `sizes`:
     `G, S, K, D, in_u, in_w, in_b`. Returns the sizes as unsigned integers, and `c`, smallest normal
@@ -608,10 +645,13 @@ def _kernel_numbers(dtype, c, *sizes):
 
 # %% ../../nbs/90_engine/12_planar_loops.ipynb #bec9d828
 def _prepare(direction, z, u, w, b, c) -> tuple[Callable, tuple[int, int], tuple]:
-    """The kernel for these shapes with its first two arguments, `(G, S)`, and its inputs `u`, `w`, `b`.
+    """The kernel for these shapes with its first two arguments, `(G, S)`, and its inputs `u`,
+    `w`, `b`.
 
-    `direction`: "forward" or "backward"; `z`: `(*samples, *batch, D)`; `u`, `w`: `(*batch, K, D)`; `b`:
-    `(*batch, K)`; `c`: see `constrain`. The wide kernel is taken from `S = 2 D + 4` points a group on,
+    `direction`: "forward" or "backward"; `z`: `(*samples, *batch, D)`; `u`, `w`: `(*batch, K,
+    D)`; `b`:
+    `(*batch, K)`; `c`: see `constrain`. The wide kernel is taken from `S = 2 D + 4` points a
+    group on,
     else the narrow one.
     """
     (K, D), G = u.shape[-2:], u.shape[:-2].numel()
@@ -625,7 +665,8 @@ def _prepare(direction, z, u, w, b, c) -> tuple[Callable, tuple[int, int], tuple
 def planar_numba(z: Tensor, u: Tensor, w: Tensor, b: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor]:
     """As `planar_torch`, by a compiled loop, and the hidden units.
 
-    `z`: `(*samples, *batch, D)`; `u`, `w`: `(*batch, K, D)`; `b`: `(*batch, K)`; `c`: see `constrain`.
+    `z`: `(*samples, *batch, D)`; `u`, `w`: `(*batch, K, D)`; `b`: `(*batch, K)`; `c`: see
+    `constrain`.
     Returns `(y, log_det, hidden)`, `log_det` in nats. Source: Rezende & Mohamed 2015, eqs. 10-12.
     """
     kernel, groups, tensors = _prepare("forward", z, u, w, b, c)
@@ -641,7 +682,8 @@ def gradients_numba(saved: tuple[Tensor, ...], gy: Tensor, gl: Tensor, c: float)
     """Gradients in `z`, `u`, `w`, `b` from those in `y` and the log-det, `gy` and `gl`.
 
     `saved`: `y`, `u`, `w`, `b` and the hidden units, from and as in `planar_numba`; `gy`:
-    `(*samples, *batch, D)`; `gl`: `(*samples, *batch)`; `c`: see `constrain`. The four results have the
+    `(*samples, *batch, D)`; `gl`: `(*samples, *batch)`; `c`: see `constrain`. The four results
+    have the
     shapes of `y`, `u`, `w`, `b`.
     """
     y, u, w, b, hidden = saved

@@ -23,7 +23,8 @@ def relative_position(value: Tensor, left: Tensor, right: Tensor) -> tuple[Tenso
     """The distances of `value` to `left` and to `right` as parts of the whole, each in [0, 1].
 
     All three are tensors of one shape, or plain numbers, with `left <= value <= right` and
-    `left < right`. Returns `((value - left) / (right - left), (right - value) / (right - left))`, which
+    `left < right`. Returns `((value - left) / (right - left), (right - value) / (right -
+    left))`, which
     sum to 1.
     """
     return (value - left) / (right - left), (right - value) / (right - left)
@@ -39,7 +40,8 @@ def _load(inputs, first, bound, t, s):
     """The numbers from `first` on, clipped to `[-bound, bound]`, and their parameters, a lane each.
 
     `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`, only read; `bound`: in the precision of
-    `value`; `t` `(3 bins, 128)` gets the parameters, `s` (flat) the row `VALUE`. Returns how many lanes
+    `value`; `t` `(3 bins, 128)` gets the parameters, `s` (flat) the row `VALUE`. Returns how
+    many lanes
     are taken; the others hold zeros, in `VALUE`, `OUT`, `SLOPE` and `t`.
     """
     value, theta = inputs
@@ -60,9 +62,11 @@ def _load(inputs, first, bound, t, s):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #43466970
 def _exponentiate(t, s, start, unit, bins):
-    """Rows `start, ..., start + bins - 1` become exponentials; times `s[unit]`, they sum to `1 - FLOOR bins`.
+    """Rows `start, ..., start + bins - 1` become exponentials; times `s[unit]`, they sum to `1 -
+    FLOOR bins`.
 
-    `t`: `(3 bins, 128)`, whose rows become `exp(t - max)` in place; `s`: flat, whose row that begins at
+    `t`: `(3 bins, 128)`, whose rows become `exp(t - max)` in place; `s`: flat, whose row that
+    begins at
     `unit` becomes `(1 - FLOOR bins) / sum`. The share of bin `k` is then
     `FLOOR + t[start + k] s[unit]`.
     """
@@ -87,9 +91,12 @@ def _exponentiate(t, s, start, unit, bins):
 def _find_bins(t, s, how):
     """For each lane the last bin that begins at or before its value.
 
-    `t`: `(3 bins, 128)`, widths and heights exponentiated, only read; `s`: flat, which gets the bin's
-    number, `BIN`, its ends `X0, X1, Y0, Y1`, and its slopes before the softplus, `RAW0, RAW1`; `how`:
-    `bins`, `bound`, and whether in inverse, when the value is a `y` and is compared with ends in `y`.
+    `t`: `(3 bins, 128)`, widths and heights exponentiated, only read; `s`: flat, which gets the
+    bin's
+    number, `BIN`, its ends `X0, X1, Y0, Y1`, and its slopes before the softplus, `RAW0, RAW1`;
+    `how`:
+    `bins`, `bound`, and whether in inverse, when the value is a `y` and is compared with ends in
+    `y`.
     """
     bins, bound, inverse = how
     floor = s.dtype.type(FLOOR)
@@ -106,7 +113,8 @@ def _pass_bin(k, last, t, s, how, floor):
     """Bin `k`: the lanes that have reached it keep it, in `BIN, X0, X1, Y0, Y1, RAW0, RAW1`.
 
     `last`: whether it is the last bin, which ends at `bound` exactly; `t`, `s`, `how`: as in
-    `_find_bins`; `floor`: `FLOOR` in the precision of `s`. The sums of shares `X_SUM, Y_SUM` and the
+    `_find_bins`; `floor`: `FLOOR` in the precision of `s`. The sums of shares `X_SUM, Y_SUM` and
+    the
     knots `X_END, Y_END = bound (2 sum - 1)` go one bin on in place.
     """
     bins, bound, inverse = how
@@ -145,8 +153,10 @@ def _bin_slopes(s, i):
 def _solve_position(value, y0, y1, slopes):
     """`(xi, eta)` where the spline reaches `value`, `xi + eta = 1`: see `uncurve`.
 
-    `value`: a number in `[y0, y1]`, the bin's ends in `y`; `slopes`: `(m, d0, d1)`, on average, left
-    and right. With `tau = (value - y0) / (y1 - y0)` and `b = d0 (1 - tau) - d1 tau`, `r = xi / eta` is
+    `value`: a number in `[y0, y1]`, the bin's ends in `y`; `slopes`: `(m, d0, d1)`, on average,
+    left
+    and right. With `tau = (value - y0) / (y1 - y0)` and `b = d0 (1 - tau) - d1 tau`, `r = xi /
+    eta` is
     the positive root of `m (1 - tau) r^2 + b r - m tau = 0`, in the form that does not cancel.
     """
     m, d0, d1 = slopes
@@ -163,7 +173,8 @@ def _locate(s, i, inverse):
     """Where lane `i` is in its bin, and what the bin is like.
 
     `s`: flat, as `_find_bins` leaves it, only read; `inverse`: whether the value is a `y`. Returns
-    `(xi, eta)`, the parts of the bin left and right of the point; the slopes `(m, d0, d1)` of the bin
+    `(xi, eta)`, the parts of the bin left and right of the point; the slopes `(m, d0, d1)` of
+    the bin
     on average, left and right; the derivatives of the softplus left and right; and the bin's
     `(width, height)`.
     """
@@ -182,7 +193,8 @@ def _load_bins(inputs, first, how, t, s):
     """Load the lanes from `first` on and find their bins; returns how many lanes are taken.
 
     `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`; `how`: `bins`, `bound`, and whether in
-    inverse; `t` `(3 bins, 128)` and `s` (flat) are overwritten: exponentials in `t`, bins and factors
+    inverse; `t` `(3 bins, 128)` and `s` (flat) are overwritten: exponentials in `t`, bins and
+    factors
     in `s`.
     """
     bins, bound, inverse = how
@@ -196,7 +208,8 @@ def _load_bins(inputs, first, how, t, s):
 def _evaluate_lanes(s, inverse):
     """Results and log-slopes of the spline in all lanes, as of Durkan et al. 2019, eqs. 4 and 5.
 
-    `y = y0 + h xi (m xi + d0 eta) / beta`, or `x = x0 + w xi` in `inverse`, into the row `OUT` of `s`;
+    `y = y0 + h xi (m xi + d0 eta) / beta`, or `x = x0 + w xi` in `inverse`, into the row `OUT`
+    of `s`;
     `log g' = 2 log(m / beta) + log(d1 xi^2 + 2 m xi eta + d0 eta^2)`, that of the spline in both
     directions, into `SLOPE`; `beta = m (xi^2 + eta^2) + (d0 + d1) xi eta`.
     """
@@ -214,7 +227,8 @@ def _evaluate_lanes(s, inverse):
 def _forward(inputs, how, out, slope):
     """The kernel of `rq_spline` and its inverse, 128 numbers at a time.
 
-    `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`, only read; `how`: `bins`, `bound`, whether
+    `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`, only read; `how`: `bins`, `bound`,
+    whether
     in inverse; `out`, `slope`: `(n,)`, written: results, and log-slopes in nats. Outside
     `(-bound, bound)` a number stays as it is, with log-slope 0.
     """
@@ -235,9 +249,11 @@ def _forward(inputs, how, out, slope):
 def _bin_gradient(arrived, position, slopes, size, inverse):
     """Gradients in the value, in `(x0, x1, y0, y1)`, and in the slopes `(d0, d1)`, of one lane.
 
-    `arrived`: `(a, ell)`, those in the result and in the log-slope; `position`: `(xi, eta)`; `slopes`:
+    `arrived`: `(a, ell)`, those in the result and in the log-slope; `position`: `(xi, eta)`;
+    `slopes`:
     `(m, d0, d1)`; `size`: `(width, height)`, all as `_locate` returns them; `inverse`: whether the
-    result is an `x`. The equations are those above on the page: `rate` is `d p / d xi`, `bend` is `c`,
+    result is an `x`. The equations are those above on the page: `rate` is `d p / d xi`, `bend`
+    is `c`,
     and `part` is `p`.
     """
     a, ell = arrived
@@ -268,11 +284,14 @@ def _bin_gradient(arrived, position, slopes, size, inverse):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #a942aaa7
 def _share_gradient(t, s, bins, start, rows):
-    """Rows `start, ..., start + bins - 1` of `t`, exponentials, become gradients before the softmax.
+    """Rows `start, ..., start + bins - 1` of `t`, exponentials, become gradients before the
+    softmax.
 
     With `p` the softmax and `g_j` the gradient in share `j`:
-    `(1 - FLOOR bins) p_j (g_j - sum_i p_i g_i)`. `s`: flat; `rows`: where in it begin the rows of the
-    factor, of the gradient in a share left of the bin, of that in the bin's own, and of the sum, which
+    `(1 - FLOOR bins) p_j (g_j - sum_i p_i g_i)`. `s`: flat; `rows`: where in it begin the rows
+    of the
+    factor, of the gradient in a share left of the bin, of that in the bin's own, and of the sum,
+    which
     is overwritten.
     """
     unit, low, high, total = rows
@@ -298,11 +317,14 @@ def _share_gradient(t, s, bins, start, rows):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #cdcb7d63
 def _lane_gradients(s, bound, inverse):
-    """Gradients of all lanes inside their bins, in place of what they belong to, in the flat table `s`.
+    """Gradients of all lanes inside their bins, in place of what they belong to, in the flat
+    table `s`.
 
     `OUT` and `SLOPE` hold the gradients that arrive. `OUT` becomes that in the value, `RAW0, RAW1`
-    those before the softplus. A knot is `bound (2 sum - 1)`, so `X0, Y0` become the gradient in each
-    share before the bin, `2 bound (g0 + g1)`, and `X1, Y1` that in its own, `2 bound g1`. `inverse`: as
+    those before the softplus. A knot is `bound (2 sum - 1)`, so `X0, Y0` become the gradient in
+    each
+    share before the bin, `2 bound (g0 + g1)`, and `X1, Y1` that in its own, `2 bound g1`.
+    `inverse`: as
     in `_locate`.
     """
     for i in range(_LANES):
@@ -321,8 +343,10 @@ def _lane_gradients(s, bound, inverse):
 def _slope_gradient(t, s, bins):
     """Rows of the slopes: all zero but those at the two ends of the bin.
 
-    `t`: `(3 bins, 128)`, whose row `2 bins + k` belongs to the knot between bins `k` and `k + 1` and is
-    overwritten; `s`: flat, of which `BIN` and the gradients `RAW0, RAW1` are read. The slopes at the
+    `t`: `(3 bins, 128)`, whose row `2 bins + k` belongs to the knot between bins `k` and `k + 1`
+    and is
+    overwritten; `s`: flat, of which `BIN` and the gradients `RAW0, RAW1` are read. The slopes at
+    the
     bound are fixed.
     """
     for k in range(bins - 1):
@@ -334,7 +358,8 @@ def _slope_gradient(t, s, bins):
 
 # %% ../../nbs/90_engine/14_spline_loops.ipynb #e3d810be
 def _backward(inputs, how, arrived, gradients):
-    """The gradients of `_forward` in `value` and `theta` from those that `arrived` in `out` and `slope`.
+    """The gradients of `_forward` in `value` and `theta` from those that `arrived` in `out` and
+    `slope`.
 
     `inputs`, `how`: those of `_forward`; `arrived`: two arrays `(n,)`, only read; `gradients`:
     `g_value` `(n,)` and `g_theta` `(n, 3 bins - 1)`, all written. Outside `(-bound, bound)` the
@@ -367,7 +392,8 @@ def _backward(inputs, how, arrived, gradients):
 def spline_kernels():
     """Both kernels as machine code, by name; `None` without numba.
 
-    Attributes `_forward` and `_backward`, called as the functions of this page; built at the first call
+    Attributes `_forward` and `_backward`, called as the functions of this page; built at the
+    first call
     and kept.
     """
     helpers = _load, _exponentiate, _find_bins, _load_bins, _lane_gradients, _share_gradient, _slope_gradient
@@ -378,14 +404,17 @@ def spline_kernels():
 
 
 def _flat(value: Tensor) -> np.ndarray:
-    "The numbers of a tensor of any shape as a flat array, a view where it is contiguous; no gradient."
+    """The numbers of a tensor of any shape as a flat array, a view where it is contiguous; no
+    gradient.
+    """
     return value.detach().contiguous().view(-1).numpy()
 
 
 def _arrays(value, theta):
     """`(n,)` and `(n, 3 bins - 1)`, as the kernels read them.
 
-    `value`: `(...)`, `n` numbers in all; `theta`: `(..., 3 bins - 1)`. Views of contiguous tensors, so
+    `value`: `(...)`, `n` numbers in all; `theta`: `(..., 3 bins - 1)`. Views of contiguous
+    tensors, so
     that the kernels can write into them too.
     """
     return _flat(value), theta.detach().contiguous().view(-1, theta.shape[-1]).numpy()
@@ -394,7 +423,8 @@ def _arrays(value, theta):
 def spline_numba(value: Tensor, theta: Tensor, how: tuple[int, float, bool]) -> tuple[Tensor, Tensor]:
     """`(out, log_slope)` of `rq_spline`, or of its inverse, by a compiled loop.
 
-    `value`: `(...)`; `theta`: `(..., 3 bins - 1)`; `how`: `bins`, `bound` and whether in inverse. In nats.
+    `value`: `(...)`; `theta`: `(..., 3 bins - 1)`; `how`: `bins`, `bound` and whether in
+    inverse. In nats.
     Source: Durkan et al. 2019, section 3.1.
     """
     out, slope = (torch.empty(value.shape, dtype=value.dtype) for _ in range(2))
@@ -407,7 +437,8 @@ def spline_gradients_numba(
 ) -> list[Tensor]:
     """The gradients in both `inputs` of `spline_numba`, from those that `arrived` in its results.
 
-    `inputs`: `value` `(...)` and `theta` `(..., 3 bins - 1)`; `arrived`: two tensors of the shape of
+    `inputs`: `value` `(...)` and `theta` `(..., 3 bins - 1)`; `arrived`: two tensors of the
+    shape of
     `value`; `how`: `bins`, `bound` and whether in inverse. Returns two tensors of the shapes of
     `inputs`.
     """

@@ -19,7 +19,8 @@ def _settle(acc, block, at, act):
     """Activate unit `at` of the samples of a block, in place of its column of `acc`.
 
     `acc`: `(N, columns)`; `block`: the first sample and the one after the last; `at`: a column of
-    `acc`; `act`: 0 is `max(h, 0)`, 1 is `tanh(h)`, 2 the exponential unit, `exp(h) - 1` below zero and
+    `acc`; `act`: 0 is `max(h, 0)`, 1 is `tanh(h)`, 2 the exponential unit, `exp(h) - 1` below
+    zero and
     `h` above.
     """
     first, last = block
@@ -49,12 +50,16 @@ def _spread(acc, row, block, at, to):
 
 # %% ../../nbs/90_engine/16_stagewise_loops.ipynb #e10e20f9
 def _move(acc, slopes, block, i, theta, law):
-    """Apply the law to variable `i`, in place of its column of `acc`, and add its log-slope to `slopes`.
+    """Apply the law to variable `i`, in place of its column of `acc`, and add its log-slope to
+    `slopes`.
 
     `ScaleShift` is `m + exp(l) x`, `l = t` or `limit tanh(t / limit)` if `limit > 0`; `Gate` is
-    `sigmoid(t) x + (1 - sigmoid(t)) m`. `acc`: `(N, columns)`; `slopes`: `(N,)`, nats; `block`: first
-    sample, one after last; `theta`: the column where `theta` starts, `m` and `t` of variable `i` being
-    numbers `2 i` and `2 i + 1` of it; `law`: `(gated, inverse, limit)`, `inverse` for solving the law
+    `sigmoid(t) x + (1 - sigmoid(t)) m`. `acc`: `(N, columns)`; `slopes`: `(N,)`, nats; `block`:
+    first
+    sample, one after last; `theta`: the column where `theta` starts, `m` and `t` of variable `i`
+    being
+    numbers `2 i` and `2 i + 1` of it; `law`: `(gated, inverse, limit)`, `inverse` for solving
+    the law
     for `x`.
     """
     first, last = block
@@ -79,9 +84,12 @@ def _move(acc, slopes, block, i, theta, law):
 def _sweep(acc, slopes, weights, tables, act, law):
     """All stages; level 0 are the variables, level `k` the units of hidden layer `k`.
 
-    `acc`: `(N, D + H_1 + ... + 2 D)`, which begins as the offsets and is changed in place: its first
-    `D` columns become the result; `slopes`: `(N,)`, to which log-slopes are added, in nats; `weights`:
-    `L` matrices `(in, out)`; `tables`: `edges, starts, spans, order`, see `stage_tables`; `act`: see
+    `acc`: `(N, D + H_1 + ... + 2 D)`, which begins as the offsets and is changed in place: its
+    first
+    `D` columns become the result; `slopes`: `(N,)`, to which log-slopes are added, in nats;
+    `weights`:
+    `L` matrices `(in, out)`; `tables`: `edges, starts, spans, order`, see `stage_tables`; `act`:
+    see
     `_settle`; `law`: see `_move`.
     """
     edges, starts, spans, order = tables
@@ -102,10 +110,13 @@ def _sweep(acc, slopes, weights, tables, act, law):
 # %% ../../nbs/90_engine/16_stagewise_loops.ipynb #84f395e6
 @functools.cache
 def stage_tables(edges: tuple[tuple[int, ...], ...], flipped: bool) -> tuple[np.ndarray, ...]:
-    """`(edges, starts, spans, order)` as the arrays that the loops read, from the tuple of `stage_edges`.
+    """`(edges, starts, spans, order)` as the arrays that the loops read, from the tuple of
+    `stage_edges`.
 
-    `edges`: for each of `L` levels, where its stages end; `flipped`: whether the variables are read in
-    reversed order. Returns integers `(L, stages + 1)`, `(L + 1)`, `(L, stages, 2)` and `(D)`: see the
+    `edges`: for each of `L` levels, where its stages end; `flipped`: whether the variables are
+    read in
+    reversed order. Returns integers `(L, stages + 1)`, `(L + 1)`, `(L, stages, 2)` and `(D)`:
+    see the
     table at the head of the page.
     """
     dim, stages = edges[0][-1], len(edges[0]) - 1
@@ -125,7 +136,8 @@ def stage_tables(edges: tuple[tuple[int, ...], ...], flipped: bool) -> tuple[np.
 def stage_kernel() -> Callable | None:
     """The loops as machine code, called as `_sweep`; `None` without numba.
 
-    Takes `(acc, slopes, weights, tables, act, law)`, returns nothing, and changes `acc` and `slopes` in
+    Takes `(acc, slopes, weights, tables, act, law)`, returns nothing, and changes `acc` and
+    `slopes` in
     place.
     """
     return machine_code(_sweep, _move, _settle, _spread)

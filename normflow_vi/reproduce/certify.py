@@ -48,7 +48,8 @@ def _difference(old, new, least=0.0):
     """The largest difference of two lists of numbers, relative to the largest number or to `least`.
 
     `old`, `new`: nested lists of hexadecimal text; the size is that of the finite numbers of `old`.
-    Returns 0 for equal bits (nan equals nan), infinity for lists of other lengths or a nan on one side
+    Returns 0 for equal bits (nan equals nan), infinity for lists of other lengths or a nan on
+    one side
     only.
     """
     old, new = _numbers(old), _numbers(new)
@@ -66,7 +67,8 @@ def _difference(old, new, least=0.0):
 def _compared(old, new, measure):
     """`{name: difference}` of two dicts; one that only the old side has differs by infinity.
 
-    `measure(old, new)`: how far two entries of a name are apart, as a number. What only `new` has is
+    `measure(old, new)`: how far two entries of a name are apart, as a number. What only `new`
+    has is
     not looked at.
     """
     return {name: measure(old[name], new[name]) if name in new else math.inf for name in old}
@@ -75,8 +77,10 @@ def _compared(old, new, measure):
 def _array_difference(old, new):
     """How far two summaries of an array are apart; infinity where only hashes can say.
 
-    `old`, `new`: `{"sha256"}` with `"sizes"`, mean and root mean square, for arrays of numbers. Returns
-    0 for equal hashes, else the relative difference of the sizes, or 1e-16 at least: bits do differ.
+    `old`, `new`: `{"sha256"}` with `"sizes"`, mean and root mean square, for arrays of numbers.
+    Returns
+    0 for equal hashes, else the relative difference of the sizes, or 1e-16 at least: bits do
+    differ.
     """
     if old["sha256"] == new["sha256"]:
         return 0.0
@@ -89,7 +93,8 @@ def _training_differences(old, new):
     """`{what: difference}` of the trainings of two probes, infinity where they are not comparable.
 
     `old`, `new`: probes, `{"trainings", "told", ...}`. Looked at are the number of trainings, each
-    learning curve, the hash of final tensors (1e-16 where it differs), and the steps at which progress
+    learning curve, the hash of final tensors (1e-16 where it differs), and the steps at which
+    progress
     was told.
     """
     trainings = list(zip(old["trainings"], new["trainings"], strict=False))
@@ -107,8 +112,10 @@ def _training_differences(old, new):
 def compare(old: dict, new: dict, index: int) -> dict:
     """`{finding, largest, where}` for the run number `index` of two probes.
 
-    `old`, `new`: probes, or `{"error": text}`, which is a difference. The finding is "bitwise" (then
-    alone), or by the largest difference: within `TOLERANCE`, relative, or different; `where` names what
+    `old`, `new`: probes, or `{"error": text}`, which is a difference. The finding is "bitwise"
+    (then
+    alone), or by the largest difference: within `TOLERANCE`, relative, or different; `where`
+    names what
     differs most.
     """
     for side, answer in (("old", old), ("new", new)):
@@ -157,7 +164,8 @@ class Task:
 def _program(run, info):
     """What the runs of one probe have in common, besides their code; equal values share a probe.
 
-    `run`: a `Run`; `info`: that of its record. For a batched training the run without what is trained
+    `run`: a `Run`; `info`: that of its record. For a batched training the run without what is
+    trained
     together, with the seeds and models of the training as text; else the run's shape.
     """
     if info.get("engine") != "batched":
@@ -170,7 +178,8 @@ def _base_of(info):
     """The commit that has the code of a record, or `None`.
 
     `info`: that of the record. Old records know the hash of a text, which `commits.json` ties to a
-    commit; the others know the commit, which is of no use where a `+` says that the tree had changes.
+    commit; the others know the commit, which is of no use where a `+` says that the tree had
+    changes.
     """
     if "code_sha256" in info and "meaning_sha256" not in info:
         return provenance.known_texts().get(info["code_sha256"], {}).get("commit")
@@ -181,7 +190,8 @@ def _base_of(info):
 def tasks_of(experiment: str, headers: list, base: str | None = None, old: str | None = None) -> list[Task]:
     """What has to be probed of an experiment's records, given as their headers `{run, info, ...}`.
 
-    With a commit `base` (and the hash `old` of its code) all of them, against it; otherwise those that are
+    With a commit `base` (and the hash `old` of its code) all of them, against it; otherwise
+    those that are
     not of the present code, each against the commit that made it.
     """
     new, grouped = meaning_sha256(experiment), defaultdict(list)
@@ -201,7 +211,8 @@ def _task(experiment, headers, old, new, base):
     """The task of the records of one program, or of one shape.
 
     `headers`: those of the records, `{run, info, ...}`; `old`, `new`: hashes of meaning; `base`: a
-    commit or `None`. All runs are probed where they were trained together; else the first stands for
+    commit or `None`. All runs are probed where they were trained together; else the first stands
+    for
     all.
     """
     headers = sorted(headers, key=lambda h: (h["run"].model, h["run"].seed))
@@ -215,7 +226,9 @@ def _task(experiment, headers, old, new, base):
 
 # %% ../../nbs/90_engine/57_certify.ipynb #aab85909
 def worktrees() -> Path:
-    "The folder of checked-out commits, `runs/worktrees` below the project's root; it need not exist."
+    """The folder of checked-out commits, `runs/worktrees` below the project's root; it need not
+    exist.
+    """
     return project_root() / "runs/worktrees"
 
 
@@ -235,7 +248,9 @@ def open_worktree(commit: str, name: str) -> Path:
 
 @contextmanager
 def _checkout(commit):
-    "A worktree of a commit for the length of a `with` block, as the path of its folder; then removed."
+    """A worktree of a commit for the length of a `with` block, as the path of its folder; then
+    removed.
+    """
     folder = open_worktree(commit, f"certify-{commit[:12]}-{os.getpid()}")
     try:
         yield folder
@@ -243,11 +258,13 @@ def _checkout(commit):
         (folder / "results").unlink(missing_ok=True)
         provenance.git("worktree", "remove", "--force", str(folder))
 
-
+# %% ../../nbs/90_engine/57_certify.ipynb #632fce6e
 def environment_of(top, root):
-    """What a process needs to run the package below `top` in the checkout `root`: its environment, a dict.
+    """What a process needs to run the package below `top` in the checkout `root`: its
+    environment, a dict.
 
-    That of this process, with one thread, `PYTHONPATH` at `top`, the project's root at `root`, and the
+    That of this process, with one thread, `PYTHONPATH` at `top`, the project's root at `root`,
+    and the
     data of this tree.
     """
     single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -266,7 +283,9 @@ class _Side:
     tasks: list
 
     def start(self, folder, number):
-        "Start the process: `folder/NUMBER.tasks` is what it reads, `.answers` and `.log` what it writes."
+        """Start the process: `folder/NUMBER.tasks` is what it reads, `.answers` and `.log` what
+        it writes.
+        """
         self.answers, self.log = folder / f"{number}.answers", folder / f"{number}.log"
         file = folder / f"{number}.tasks"
         file.write_text(json.dumps([task.to_dict() for task in self.tasks]))
@@ -293,9 +312,11 @@ class _Side:
 
 # %% ../../nbs/90_engine/57_certify.ipynb #942ed338
 def _run_sides(sides, at_once=2):
-    """The answers of all sides, `{(commit, task's name): answer}`, by `at_once` processes at a time.
+    """The answers of all sides, `{(commit, task's name): answer}`, by `at_once` processes at a
+    time.
 
-    `sides`: a list of `_Side`, the longest started first. Their files are removed at the end, and if
+    `sides`: a list of `_Side`, the longest started first. Their files are removed at the end,
+    and if
     this is interrupted the processes that still run are killed.
     """
     answers, running = {}, []
@@ -322,7 +343,8 @@ def _run_sides(sides, at_once=2):
 def _share(tasks, most=16):
     """Tasks by what they do, once each, in lists of one experiment and at most so many.
 
-    `tasks`: a list of `Task`; tasks of one experiment and one name do the same. Yields lists of at most
+    `tasks`: a list of `Task`; tasks of one experiment and one name do the same. Yields lists of
+    at most
     `most` tasks, of about the same length, each for one process.
     """
     named = defaultdict(dict)
@@ -337,7 +359,8 @@ def _share(tasks, most=16):
 def answer(tasks: list[Task]) -> dict:
     """The probes of tasks, `{(commit or None for the present tree, task's name): answer}`.
 
-    The old side is left out where records noted their own probe, and it is the present one bit by bit.
+    The old side is left out where records noted their own probe, and it is the present one bit
+    by bit.
     """
     top = Path(find_spec("normflow_vi").origin).parents[1]
     answers = _run_sides([_Side(None, top, project_root(), some) for some in _share(tasks)])
@@ -356,7 +379,8 @@ def answer(tasks: list[Task]) -> dict:
 def _as_noted(task, now):
     """Whether the records of all runs of a task noted the probe that the present code gives.
 
-    `now`: the task's answer by the present tree. False after an error, if a record has no probe, or if
+    `now`: the task's answer by the present tree. False after an error, if a record has no probe,
+    or if
     one keeps weights, which only the old code can judge.
     """
     if "error" in now or len(task.noted) < len(task.runs) or task.weights:
@@ -381,11 +405,13 @@ def _texts_of(tree):
     asked = subprocess.run(command, cwd=tree, env=environment_of(tree, tree), capture_output=True, text=True)
     return json.loads(asked.stdout) if asked.returncode == 0 else []
 
-
+# %% ../../nbs/90_engine/57_certify.ipynb #a5e7acdf
 def tie(headers: list) -> None:
-    """Find a commit for each hash of text, among records' headers, that is not in `commits.json` yet.
+    """Find a commit for each hash of text, among records' headers, that is not in `commits.json`
+    yet.
 
-    `headers`: `{run, info, ...}` each. Writes `{text: {"commit", "meaning"}}` to `commits.json`, both
+    `headers`: `{run, info, ...}` each. Writes `{text: {"commit", "meaning"}}` to `commits.json`,
+    both
     `None` for a text that no commit has; does nothing where all are known.
     """
     noted = {h["info"].get("code_sha256"): h["run"].experiment for h in headers}
@@ -412,7 +438,8 @@ def _findings(tasks, answers):
     """`{(old, base): {shape: finding}}`; the worst of those that concern one shape.
 
     `tasks`: a list of `Task`; `answers`: as of `answer`, where a missing old side means the present
-    one, bit by bit. A finding is that of `compare`, and the `name` of the shape, flow, length, model
+    one, bit by bit. A finding is that of `compare`, and the `name` of the shape, flow, length,
+    model
     and profile.
     """
     found = defaultdict(dict)
@@ -427,11 +454,12 @@ def _findings(tasks, answers):
             shapes[key] = max(known, one, key=lambda f: _RANK.index(f["finding"]))
     return found
 
-
+# %% ../../nbs/90_engine/57_certify.ipynb #c886562d
 def _write(experiment, tasks, answers):
     """Write the certificates of an experiment; returns `{finding: names of shapes}`.
 
-    `tasks`: those of the experiment, at least one; `answers`: as of `answer`. One certificate for each
+    `tasks`: those of the experiment, at least one; `answers`: as of `answer`. One certificate
+    for each
     pair of old code and base; a name is followed by where, and by how much, its shape differs.
     """
     counted = defaultdict(list)
@@ -455,7 +483,8 @@ def _headers(experiment):
 def _line(experiment, headers, counted):
     """One line about an experiment, after its certificates were written.
 
-    `headers`: those of its records; `counted`: `{finding: names of shapes}`, as of `_write`, or empty.
+    `headers`: those of its records; `counted`: `{finding: names of shapes}`, as of `_write`, or
+    empty.
     """
     states = [state for _, state in provenance.states_of((h["run"], h["info"]) for h in headers)]
     parts = [f"{len(names)} shapes {finding}" for finding, names in counted.items()]
@@ -467,7 +496,8 @@ def _line(experiment, headers, counted):
 def certify(names: list[str], base: str | None = None) -> Iterator[tuple[str, list[str]]]:
     """Certify the records of experiments; `(line, problems)` for each that has any.
 
-    `base`: the commit to compare with; by default each record's own. A problem names a shape that differs.
+    `base`: the commit to compare with; by default each record's own. A problem names a shape
+    that differs.
     """
     given = {name: headers for name in names if (headers := _headers(name))}
     tie([header for headers in given.values() for header in headers])

@@ -45,7 +45,8 @@ WALL_CLOCK = {"seconds", "step_ms", "flow_ms"}  # differ from run to run
 def in_small(run: dict) -> dict:
     """A run, as a dict, with its budget cut down: a new dict, `run` stays as it is.
 
-    `run`: `{"budget": {name: number or tuple}, ...}`. A number becomes the smaller of it and its bound
+    `run`: `{"budget": {name: number or tuple}, ...}`. A number becomes the smaller of it and its
+    bound
     in `SMALL`, a tuple the one there; what `SMALL` does not name stays.
     """
     budget = dict(run["budget"])
@@ -67,7 +68,8 @@ _HOMES = {
 def _get(name):
     """A name of the package, from the first of its homes that this commit has.
 
-    `name`: a key of `_HOMES`. Returns the class or function; raises `ImportError` where no home has it.
+    `name`: a key of `_HOMES`. Returns the class or function; raises `ImportError` where no home
+    has it.
     """
     import normflow_vi
 
@@ -100,7 +102,8 @@ def _bytes_sha256(array):
 def _fingerprint(model):
     """One hash over the parameters and buffers of a model, whatever they are called.
 
-    Their own hashes are sorted, so that neither names nor order count; text of 64 hexadecimal digits.
+    Their own hashes are sorted, so that neither names nor order count; text of 64 hexadecimal
+    digits.
     """
     tensors = [*model.parameters(), *model.buffers()]
     parts = sorted(_bytes_sha256(t.detach().cpu().numpy()) for t in tensors)
@@ -142,9 +145,11 @@ class _Told:
 
 
 def _summary(array):
-    """An array's hash, and its mean and root mean square: whether two that differ do so by rounding.
+    """An array's hash, and its mean and root mean square: whether two that differ do so by
+    rounding.
 
-    Returns `{"sha256", "sizes": [mean, root mean square]}`, sizes as hexadecimal text; without `sizes`
+    Returns `{"sha256", "sizes": [mean, root mean square]}`, sizes as hexadecimal text; without
+    `sizes`
     for an array that is empty or holds no real numbers.
     """
     array = np.asarray(array)
@@ -157,7 +162,8 @@ def _summary(array):
 def _of_record(record):
     """The values and arrays of a small record, but for the times in it.
 
-    Returns `{"values": {name: [value, std_error]}, "arrays": {name: summary}}`, numbers as hexadecimal
+    Returns `{"values": {name: [value, std_error]}, "arrays": {name: summary}}`, numbers as
+    hexadecimal
     text, `None` where there is none.
     """
     values = {
@@ -172,7 +178,8 @@ def _of_record(record):
 def _platform():
     """What the bits of a result depend on besides the code.
 
-    Returns `{"processor", "vectors", "torch", "numpy", "threads"}`: names, the vector instructions that
+    Returns `{"processor", "vectors", "torch", "numpy", "threads"}`: names, the vector
+    instructions that
     torch uses, versions, and the number of threads.
     """
     import torch
@@ -190,7 +197,8 @@ def _platform():
 
 # %% ../../nbs/90_engine/53_probe.ipynb #575a3919
 def probe(runs: list[dict], device: str = "cpu") -> dict:
-    """Train runs of one program in small; `{"trainings", "told", "records", "platform"}`, numbers as hex.
+    """Train runs of one program in small; `{"trainings", "told", "records", "platform"}`,
+    numbers as hex.
 
     `runs`: as dicts (`Run.to_dict`). Nothing is written anywhere.
     """
@@ -229,7 +237,8 @@ def judge_again(run: dict, images: int = 100, samples: int = 10) -> dict:
 def digest(found: dict, index: int) -> dict:
     """A probe, as the record of its run number `index` keeps it: hashes, the small record's values.
 
-    `found`: as `probe` returns it. Returns `{"trainings", "values", "arrays", "platform"}`, the first
+    `found`: as `probe` returns it. Returns `{"trainings", "values", "arrays", "platform"}`, the
+    first
     and the third as hashes.
     """
     record = found["records"][index]
@@ -262,7 +271,8 @@ def _answer(task):
 def main(tasks: str, answers: str) -> None:
     """Work through a file of tasks, with one thread.
 
-    `tasks`: the path of a JSON list of `{"name", "runs", "weights"}`; `answers`: the path of the file
+    `tasks`: the path of a JSON list of `{"name", "runs", "weights"}`; `answers`: the path of the
+    file
     to write, a JSON object with the task's `name` and its answer a line, as soon as it is there.
     """
     import torch

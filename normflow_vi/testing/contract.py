@@ -40,7 +40,8 @@ C = 4  # width of the contexts that the checks use
 # %% ../../nbs/01_flows/80_contract.ipynb #53f5e504
 @dataclass(frozen=True)
 class Case:
-    """A transform to check: its `name`, how to `make(dim, length, context_dim)` it, and what it cannot meet.
+    """A transform to check: its `name`, how to `make(dim, length, context_dim)` it, and what it
+    cannot meet.
 
     `exceptions`: `{check: (tolerance or None, reason)}`; `dims`: the dimensions to look at;
     `jitter`: the relative size of the random change to each starting tensor. Raises `ValueError`
@@ -72,7 +73,9 @@ class Case:
         scale: float = 1.0,
         dtype: torch.dtype = torch.float64,
     ) -> nn.Module:
-        "A transform of this case in evaluation mode with parameters drawn anew, and multiplied by `scale`."
+        """A transform of this case in evaluation mode with parameters drawn anew, and multiplied
+        by `scale`.
+        """
         transform = self.make(dim, length, context_dim).to(dtype).eval()
         with torch.no_grad():
             for parameter in transform.parameters():
@@ -83,7 +86,9 @@ class Case:
 
 # %% ../../nbs/01_flows/80_contract.ipynb #3d099e52
 def _directions(transform):
-    'The names, of "forward" and "inverse", of the directions that a transform has (kind not "none").'
+    """The names, of "forward" and "inverse", of the directions that a transform has (kind not
+    "none").
+    """
     return [name for name in ("forward", "inverse") if getattr(transform, f"{name}_kind") != "none"]
 
 
@@ -93,9 +98,11 @@ def draw_context(n: int, context_dim: int | None, dtype: torch.dtype = torch.flo
 
 
 def _check_close(found, expected, tolerance, what):
-    """Raise `AssertionError` unless `|found - expected| <= tolerance * (1 + |expected|)` everywhere.
+    """Raise `AssertionError` unless `|found - expected| <= tolerance * (1 + |expected|)`
+    everywhere.
 
-    `found`, `expected`: tensors of shapes that broadcast; empty ones pass, nan fails. `what`: the words
+    `found`, `expected`: tensors of shapes that broadcast; empty ones pass, nan fails. `what`:
+    the words
     that begin the message. The 1 makes the test absolute for small numbers.
     """
     gap = ((found - expected).abs() / (1 + expected.abs())).max().item() if found.numel() else 0.0
@@ -119,7 +126,8 @@ SCALES = (1.0, 3.0, 10.0, 100.0)
 def _check_log_det(case, context_dim, draws=20):
     """The log-det is that of the Jacobian, within 1e-10 (1 + |it|) by default, in double precision.
 
-    `draws` of the parameters in each dimension of the `case`, at 100 points of each scale in `SCALES`.
+    `draws` of the parameters in each dimension of the `case`, at 100 points of each scale in
+    `SCALES`.
     With a context each of the 400 points has parameters of its own, and two draws of the head are
     enough.
     """
@@ -135,7 +143,8 @@ def _check_log_det(case, context_dim, draws=20):
 def _check_refusal(call, *arguments):
     """Raise `AssertionError` unless `call(*arguments)` raises `NotImplementedError`.
 
-    For a direction that is declared not to exist: to run and return something would be worse than to
+    For a direction that is declared not to exist: to run and return something would be worse
+    than to
     fail.
     """
     try:
@@ -148,8 +157,10 @@ def _check_refusal(call, *arguments):
 def _check_inverse(case, context_dim):
     """`f(f^{-1}(y)) = y`, and the two log-dets are opposite; a direction of kind "none" raises.
 
-    At 200 points of scale 3, six draws in each dimension, of lengths 1 and 3 in turn. The residual has
-    the tolerance `inverse`, 1e-10; the log-dets `inverse_log_det`, 1e-7, as they carry the error in `z`
+    At 200 points of scale 3, six draws in each dimension, of lengths 1 and 3 in turn. The
+    residual has
+    the tolerance `inverse`, 1e-10; the log-dets `inverse_log_det`, 1e-7, as they carry the error
+    in `z`
     times their slope.
     """
     for dim in case.dims:
@@ -166,9 +177,11 @@ def _check_inverse(case, context_dim):
 
 # %% ../../nbs/01_flows/80_contract.ipynb #c3a0c1bb
 def _check_single(case, context_dim):
-    """Single precision against double, values and log-dets, in each direction: within 1e-4 by default.
+    """Single precision against double, values and log-dets, in each direction: within 1e-4 by
+    default.
 
-    500 standard normal points, drawn in single precision, go through both, and so do the contexts: what
+    500 standard normal points, drawn in single precision, go through both, and so do the
+    contexts: what
     differs is the arithmetic and the rounding of the parameters.
     """
     wide = case.draw(case.dims[-1], context_dim=context_dim)
@@ -183,10 +196,13 @@ def _check_single(case, context_dim):
 
 
 def _check_double(case, context_dim):
-    """Double-precision values or parameters get that arithmetic; a context may have either precision.
+    """Double-precision values or parameters get that arithmetic; a context may have either
+    precision.
 
-    Asserts `float64` results from `float64` values and `float32` parameters, with log-dets that are the
-    Jacobian's within 1e-10 by default, so that nothing was rounded on the way; and `float64` results
+    Asserts `float64` results from `float64` values and `float32` parameters, with log-dets that
+    are the
+    Jacobian's within 1e-10 by default, so that nothing was rounded on the way; and `float64`
+    results
     from `float64` parameters.
     """
     transform = case.make(case.dims[-1], 3, context_dim).eval()
@@ -204,7 +220,8 @@ def _check_double(case, context_dim):
 def _check_axes(case, context_dim):
     """`(sample, batch, D)` is the same as sample by sample, and no batch axis the same as one.
 
-    Within 1e-12 by default. Five samples of a batch of seven, in each direction there is; shapes are
+    Within 1e-12 by default. Five samples of a batch of seven, in each direction there is; shapes
+    are
     compared too. An empty batch is one. All of it is the same when nobody wants gradients, where a
     transform may take another path.
     """
@@ -225,11 +242,13 @@ def _check_axes(case, context_dim):
             _check_pairs(found, expected, case.tolerance("axes"), f"axes, {name}")
         assert call(value[:, :0], none)[0].shape == (5, 0, transform.dim), "an empty batch"
 
-
+# %% ../../nbs/01_flows/80_contract.ipynb #281f8121
 def _check_rows(case, context_dim):
-    """Each row of a context has a transform of its own: alone it gives the same, within 1e-12 by default.
+    """Each row of a context has a transform of its own: alone it gives the same, within 1e-12 by
+    default.
 
-    Six points with six contexts, forward only; without a context there is nothing to look at. A layer
+    Six points with six contexts, forward only; without a context there is nothing to look at. A
+    layer
     that mixed the rows of a batch would fail here.
     """
     if context_dim is None:
@@ -257,8 +276,10 @@ class Direction(nn.Module):
 def stack_calls(runs: list[nn.Module], name: str) -> Callable:
     """`call(*arguments)` maps the method `name` of modules over stacked parameters and arguments.
 
-    `runs`: `R` modules of one shape; `name`: as "forward" or "inverse". Each tensor argument of `call`
-    has the axis of runs first, `(R, ...)`, and so have the results; run `r` sees parameters and buffers
+    `runs`: `R` modules of one shape; `name`: as "forward" or "inverse". Each tensor argument of
+    `call`
+    has the axis of runs first, `(R, ...)`, and so have the results; run `r` sees parameters and
+    buffers
     of `runs[r]` only.
     """
     parameters, buffers = stack_module_state([Direction(run, name) for run in runs])
@@ -273,7 +294,8 @@ def _check_runs(case, context_dim):
     """`vmap` over stacked parameters equals the loop over modules, in both directions.
 
     Within 1e-12 by default. Three draws, seven points each. A case may ask for equality bit by bit,
-    which holds for owned tensors only: with a context the head is a matrix product, and `vmap` may sum
+    which holds for owned tensors only: with a context the head is a matrix product, and `vmap`
+    may sum
     it in another order.
     """
     many = [case.draw(case.dims[-1], context_dim=context_dim) for _ in range(3)]
@@ -289,9 +311,11 @@ def _check_runs(case, context_dim):
 
 # %% ../../nbs/01_flows/80_contract.ipynb #830c99f0
 def _check_graph(case, context_dim):
-    """Both directions trace to one graph, which gives what the transform gives, within 1e-12 by default.
+    """Both directions trace to one graph, which gives what the transform gives, within 1e-12 by
+    default.
 
-    `fullgraph=True` raises at anything that the tracer would have to leave to Python; the backend runs
+    `fullgraph=True` raises at anything that the tracer would have to leave to Python; the
+    backend runs
     the graph as it is, so nothing is compiled. Seven points, length 2.
     """
     transform, context = case.draw(case.dims[-1], 2, context_dim), draw_context(7, context_dim)
@@ -307,9 +331,11 @@ def _check_graph(case, context_dim):
 
 # %% ../../nbs/01_flows/80_contract.ipynb #0fe2c468
 def _check_slopes(case, context_dim):
-    """`grad`, `vmap(grad)` and `jacrev` of the log-det agree with each other and with central differences.
+    """`grad`, `vmap(grad)` and `jacrev` of the log-det agree with each other and with central
+    differences.
 
-    Of `log_det + sum sin(y)` in `z`, so that values are looked at too: to 1e-12 among themselves at the
+    Of `log_det + sum sin(y)` in `z`, so that values are looked at too: to 1e-12 among themselves
+    at the
     first point, and to the tolerance `slopes`, 1e-5, from differences of step 1e-5. Six points; a
     context, if any, is one row for all.
     """
@@ -329,10 +355,13 @@ def _check_slopes(case, context_dim):
 
 # %% ../../nbs/01_flows/80_contract.ipynb #a8d93f61
 def _shifted_total(module, y, context, own):
-    """The sum that a direction makes of `y`, when one number is added to all it reads, or to the context.
+    """The sum that a direction makes of `y`, when one number is added to all it reads, or to the
+    context.
 
-    `module`: a `Direction`; `y`: `(n, D)`; `context`: `(n, width)` or `None`; `own`: whether values and
-    parameters are shifted too. Returns `total(shift)`, `sum sin(value) + sum log_det`, a number that is
+    `module`: a `Direction`; `y`: `(n, D)`; `context`: `(n, width)` or `None`; `own`: whether
+    values and
+    parameters are shifted too. Returns `total(shift)`, `sum sin(value) + sum log_det`, a number
+    that is
     differentiable in `shift`, a tensor without axes.
     """
 
@@ -346,13 +375,16 @@ def _shifted_total(module, y, context, own):
 
     return total
 
-
+# %% ../../nbs/01_flows/80_contract.ipynb #df6f071c
 def _check_parameter_slopes(case, context_dim):
-    """Both directions have gradients in values, parameters and context together, and in the context alone.
+    """Both directions have gradients in values, parameters and context together, and in the
+    context alone.
 
     Also where a root is solved for, whose gradient is not that of the steps taken. The slope of
-    `_shifted_total` at 0 against central differences of step 1e-6, within 1e-5 by default. One number
-    is shifted, so one slope is a sum over all gradients: a wrong one shows, unless another cancels it.
+    `_shifted_total` at 0 against central differences of step 1e-6, within 1e-5 by default. One
+    number
+    is shifted, so one slope is a sum over all gradients: a wrong one shows, unless another
+    cancels it.
     """
     transform, context = case.draw(case.dims[-1], 2, context_dim), draw_context(5, context_dim)
     y, step = torch.randn(5, transform.dim, dtype=torch.float64), torch.tensor(1e-6)
@@ -369,7 +401,8 @@ def _check_parameter_slopes(case, context_dim):
 def _check_reaches(case, context_dim):
     """A loss in values and log-dets has a finite gradient in every parameter, not zero throughout.
 
-    Nine points, `sum sin(y) + sum log_det`. No tolerance: a parameter whose gradient is missing, 0 or
+    Nine points, `sum sin(y) + sum log_det`. No tolerance: a parameter whose gradient is missing,
+    0 or
     not finite would never be trained, and its name is in the message.
     """
     transform, context = case.draw(case.dims[-1], context_dim=context_dim), draw_context(9, context_dim)
@@ -388,7 +421,8 @@ POINTS = {1: 10_000, 2: 300}  # of the grid along each axis, by dimension
 def _midpoints(low, width, n):
     """A grid `(n^D, D)` of midpoints over a box, in double precision.
 
-    `low`, `width`: `(D,)`, where the box begins and how long its sides are; `n`: cells along each axis.
+    `low`, `width`: `(D,)`, where the box begins and how long its sides are; `n`: cells along
+    each axis.
     Number `i` of an axis is `low + width (i + 1/2) / n`.
     """
     fractions = (torch.arange(n, dtype=torch.float64) + 0.5) / n
@@ -397,9 +431,11 @@ def _midpoints(low, width, n):
 
 
 def _check_normalised(case, context_dim):
-    """`q(y) = N(f^{-1}(y); 0, I) |det df^{-1}/dy|` integrates to 1, within the tolerance `normalised`, 1e-3.
+    """`q(y) = N(f^{-1}(y); 0, I) |det df^{-1}/dy|` integrates to 1, within the tolerance
+    `normalised`, 1e-3.
 
-    By midpoints, `POINTS` an axis, over the window that holds 20,000 draws, with a quarter of its width
+    By midpoints, `POINTS` an axis, over the window that holds 20,000 draws, with a quarter of
+    its width
     more on each side; in one and two dimensions, where the case has them and an inverse.
     """
     for dim, n in POINTS.items():
@@ -417,9 +453,11 @@ def _check_normalised(case, context_dim):
 
 # %% ../../nbs/01_flows/80_contract.ipynb #d0a6c8b5
 def _check_saved(case, context_dim):
-    """`state_dict` carries everything that a value depends on: loaded, the same come out, bit by bit.
+    """`state_dict` carries everything that a value depends on: loaded, the same come out, bit by
+    bit.
 
-    Two draws of the case, the second with the first's `state_dict`; values and log-dets at five points
+    Two draws of the case, the second with the first's `state_dict`; values and log-dets at five
+    points
     differ by 0. A constant that is drawn at construction and is no buffer would show.
     """
     one, other = (case.draw(case.dims[-1], context_dim=context_dim) for _ in range(2))
@@ -432,7 +470,8 @@ def _wrong_calls(case, transform, good, context, context_dim):
     """`(error, word, call)`: what the call must raise, and the word that the message must have.
 
     `transform`: one that `case` made; `good`: `(5, dim)`, a value it takes; `context`:
-    `(5, context_dim)` or `None`. Wrong are sizes and types of values, arguments of the constructor, and
+    `(5, context_dim)` or `None`. Wrong are sizes and types of values, arguments of the
+    constructor, and
     contexts, if there are any.
     """
     forward, make, dim = transform.forward, case.make, transform.dim
@@ -483,7 +522,8 @@ CHECKS = {
 
 # %% ../../nbs/01_flows/80_contract.ipynb #df54eec5
 def walk(case: Case, names: Iterable[str] = tuple(CHECKS)) -> None:
-    """Run the checks `names` with owned and with amortised tensors, but those that the case excepts.
+    """Run the checks `names` with owned and with amortised tensors, but those that the case
+    excepts.
 
     Raises `AssertionError` at the first that fails.
 
