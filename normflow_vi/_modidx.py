@@ -2203,6 +2203,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'normflow_vi/results/meaning.py'),
                                              'normflow_vi.results.meaning._patched': ( '90_engine/meaning.html#_patched',
                                                                                        'normflow_vi/results/meaning.py'),
+                                             'normflow_vi.results.meaning._reach': ( '90_engine/meaning.html#_reach',
+                                                                                     'normflow_vi/results/meaning.py'),
                                              'normflow_vi.results.meaning._registered_at': ( '90_engine/meaning.html#_registered_at',
                                                                                              'normflow_vi/results/meaning.py'),
                                              'normflow_vi.results.meaning._root': ( '90_engine/meaning.html#_root',

@@ -210,7 +210,8 @@ class _Package:
         paths = _module_paths(top) | more
         files = tuple((name, str(path), path.stat().st_mtime_ns) for name, path in paths.items())
         self.modules = _modules_of(files)
-        self.written, self.effects, self.patches = {}, defaultdict(list), defaultdict(list)
+        self.written, self.reached = {}, {}  # words of definitions, hashes of experiments
+        self.effects, self.patches = defaultdict(list), defaultdict(list)
         for module in self.modules.values():
             if not self.keeps_books(module.name):
                 self.attach(module)
@@ -709,12 +710,8 @@ def _package_at(top=None):
     return _package(top, stamp, outside)
 
 
-def reached_by(experiment: str, top: Path | None = None) -> tuple[str, list]:
-    """The hash of what an experiment means, and the definitions `(module, name)` that count, by first use.
-
-    `top`: the package's folder in another checkout. Raises `KeyError` if there is no such experiment.
-    """
-    package = _package_at(top)
+def _reach(package, experiment):
+    "The hash of an experiment and the definitions it reaches, in a package."
     module, given = _find_experiment(package, experiment, _experiments_of(package))
     writer = _Writer(package, module)
     for name in ("train", "trainer"):
@@ -725,6 +722,17 @@ def reached_by(experiment: str, top: Path | None = None) -> tuple[str, list]:
         if name in module.defined:
             writer.refer(("definition", module.name, name))
     return _hash_from(package, writer.words)
+
+
+def reached_by(experiment: str, top: Path | None = None) -> tuple[str, list]:
+    """The hash of what an experiment means, and the definitions `(module, name)` that count, by first use.
+
+    `top`: the package's folder in another checkout. Raises `KeyError` if there is no such experiment.
+    """
+    package = _package_at(top)
+    if experiment not in package.reached:
+        package.reached[experiment] = _reach(package, experiment)
+    return package.reached[experiment]
 
 # %% ../../nbs/90_engine/36_meaning.ipynb #031c02a9
 def meaning_sha256(experiment: str, top: Path | None = None) -> str:
