@@ -117,8 +117,8 @@ def test_a_training_that_is_interrupted_ends_with_the_same_bits(tmp_path):
     half.good = half.state()
     for _ in range(5):
         half.advance()
-    half.mark = 0.0
-    half.settle(stop=True)
+    half.clock = 0.0
+    half._settle(stop=True)
     resumed = vae_cifar.trainer([run], data=data, folder=tmp_path)
     resumed.run()
     assert resumed.step == whole.step and all(

@@ -384,8 +384,8 @@ BUGS = {
     "softmax: mean with the wrong factor": ("_share_gradient", "1 / (1 - FLOOR * bins)", "1"),
     "softmax: the bin counts as before": (
         "_share_gradient",
-        "g = before if this < at else (own if this == at else _ZERO)\n            s[total",
-        "g = before if this <= at else (own if this == at else _ZERO)\n            s[total",
+        "g = before if this < at else here\n            s[total",
+        "g = before if this <= at else here\n            s[total",
     ),
     "the share of the bin moves its left end": (
         "_lane_gradients",
@@ -395,8 +395,8 @@ BUGS = {
     "softplus without its derivative": ("_lane_gradients", "g_d1 * turn1", "g_d1"),
     "gradients of the slopes swapped": (
         "_slope_gradient",
-        "left_end if at == right else (right_end if at == this",
-        "right_end if at == right else (left_end if at == this",
+        "here = right_end if at == this else _ZERO\n            t[2 * bins + k, i] = left_end if",
+        "here = left_end if at == this else _ZERO\n            t[2 * bins + k, i] = right_end if",
     ),
     "outside the bound not the identity": ("_backward", "else g_out[first + i]", "else _ZERO"),
     "gradient of one result only": ("_backward", "b if inside else _ZERO", "_ZERO"),
