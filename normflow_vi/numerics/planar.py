@@ -24,9 +24,8 @@ _BLOCK = np.uint64(256)  # points side by side where a group has many
 def _dot(left, right, n):
     """The product of two rows, `sum_s x[i + s] y[j + s]` for `s < n`.
 
-    `left`, `right`: rows `(x, i)` and `(y, j)`, a flat array and where in it the row begins;
-    `n`: how
-    many numbers, at least 1. Returns one number in the precision of the arrays.
+    `left`, `right`: rows `(x, i)` and `(y, j)`, a flat array and where in it the row begins; `n`:
+    how many numbers, at least 1. Returns one number in the precision of the arrays.
     """
     x, i = left
     y, j = right
@@ -51,8 +50,7 @@ def _to_columns(row, columns, n, D):
     """Copy `n` points to `columns`, a dimension each: `columns[256 d + s] = x[i + s D + d]`.
 
     `row`: `(x, i)`, where `n <= 256` points of `D` numbers lie one after another; `columns`:
-    scratch of
-    `256 D` numbers, 256 to a dimension, of which the first `n` are written.
+    scratch of `256 D` numbers, 256 to a dimension, of which the first `n` are written.
     """
     x, i = row
     for d in range(D):
@@ -94,11 +92,10 @@ def _constrain_back(alpha, norm2, g_rho, g_slope, n, how):
     """In the place of the gradients in `rho` and the slope of `n` layers: those in `w.u` and
     `|w|^2`.
 
-    `alpha`, `norm2`: `(n,)`, `w.u` and `|w|^2`, only read; `g_rho`: `(n,)`, becomes the gradient in
-    `w.u`; `g_slope`: `(n,)`, becomes the gradient in `|w|^2`; `how`: as in `_constrain`, which
-    this is
-    the reverse of. A slope under the smallest normal number is clamped in the log-det and has no
-    gradient.
+    `alpha`, `norm2`: `(n,)`, `w.u` and `|w|^2`, only read; `g_rho`: `(n,)`, becomes the gradient
+    in `w.u`; `g_slope`: `(n,)`, becomes the gradient in `|w|^2`; `how`: as in `_constrain`, which
+    this is the reverse of. A slope under the smallest normal number is clamped in the log-det and
+    has no gradient.
     """
     c, tiny, floor, one = how
     for k in range(n):
@@ -118,9 +115,8 @@ def _activate(row, total, slope, n, how):
     `total`.
 
     `row`: `(a, i)`, `n` numbers `w.z + b` that become the hidden units; `total`: `(n,)` or
-    longer, in
-    nats; `slope`: `1 + w.u_hat` for each of the `n`, taken as `tiny` where it is less; `how`: `c`,
-    tiny, floor, one.
+    longer, in nats; `slope`: `1 + w.u_hat` for each of the `n`, taken as `tiny` where it is less;
+    `how`: `c`, tiny, floor, one.
     """
     a, i = row
     c, tiny, floor, one = how
@@ -134,11 +130,10 @@ def _activate_back(a, hidden, gl, in_slope, slope, n, how):
     """From `a = g.u_hat` the gradients in `w.z + b`, in the place of `a`, and in the slope, into
     `in_slope`.
 
-    With `q = gl / (h^2 + (1 - h^2) p)` they are `(1 - h^2) (a + 2 h (1 - p) q)` and `(1 - h^2) q`.
-    `hidden`: the row `(array, start)` of units `h`; `gl`: gradients in the log-det; `slope`:
-    `p`, at
-    least tiny; `a`, `gl`, `in_slope`, `slope` hold a number for each of `n` points, from their
-    beginning on.
+    With `q = gl / (h^2 + (1 - h^2) p)` they are `(1 - h^2) (a + 2 h (1 - p) q)` and `(1 - h^2)
+    q`. `hidden`: the row `(array, start)` of units `h`; `gl`: gradients in the log-det; `slope`:
+    `p`, at least tiny; `a`, `gl`, `in_slope`, `slope` hold a number for each of `n` points, from
+    their beginning on.
     """
     h, i = hidden
     c, tiny, floor, one = how
@@ -154,11 +149,9 @@ def _activate_back(a, hidden, gl, in_slope, slope, n, how):
 def _wide_forward(sizes, how, inputs, outputs):
     """The kernel for many points a group: all points through all layers.
 
-    `sizes`: `G, S, K, D, in_u, in_w, in_b`; `how`: `c`, tiny, floor, one; `inputs`: `z, u, w,
-    b`, flat,
-    only read; `outputs`: `y` `(G, S, D)`, `log_det` `(G, S)` in nats and `hidden` `(G, K, S)`,
-    flat,
-    all written.
+    `sizes`: `G, S, K, D, in_u, in_w, in_b`; `how`: `c`, tiny, floor, one; `inputs`: `z, u, w, b`,
+    flat, only read; `outputs`: `y` `(G, S, D)`, `log_det` `(G, S)` in nats and `hidden` `(G, K,
+    S)`, flat, all written.
     """
     G, S, K, D, in_u, in_w, in_b = sizes
     dtype = inputs[0].dtype
@@ -187,12 +180,12 @@ def _constrain_group(g, sizes, how, layers, stack):
 
 # %% ../../nbs/90_engine/12_planar_loops.ipynb #7d597d05
 def _forward_group(g, sizes, how, inputs, outputs, block, stack):
-    """The points of group `g` through all layers, 256 at a time; its part of `outputs` is written.
+    """The points of group `g` through all layers, 256 at a time; its part of `outputs` is
+    written.
 
     `inputs`: `z, u, w, b`; `outputs`: `y, log_det, hidden`, flat, as in `_wide_forward`; `block`:
     scratch `rows` `(256 D)`, a dimension each, `total` `(256)` and `slope` `(256)`; `stack`:
-    scratch
-    `rho, slope`, each `(K,)`.
+    scratch `rho, slope`, each `(K,)`.
     """
     G, S, K, D, in_u, in_w, in_b = sizes
     y, log_det, hidden = outputs
@@ -263,9 +256,9 @@ def _wide_backward(sizes, how, saved, arrived, gradients):
 def _clear_group(g, sizes, gradients, g_slope):
     """Gradients of the layers of group `g` begin at zero.
 
-    `gradients`: `gz, gu, gw, gb`, of which the group's parts of `gu`, `gw` (`K D` numbers from
-    `g K D`
-    on) and of `gb` (`K` from `g K` on) become 0, and `gz` is left; `g_slope`: `(K,)`, becomes 0.
+    `gradients`: `gz, gu, gw, gb`, of which the group's parts of `gu`, `gw` (`K D` numbers from `g
+    K D` on) and of `gb` (`K` from `g K` on) become 0, and `gz` is left; `g_slope`: `(K,)`,
+    becomes 0.
     """
     G, S, K, D, in_u, in_w, in_b = sizes
     gz, gu, gw, gb = gradients
@@ -281,11 +274,10 @@ def _clear_group(g, sizes, gradients, g_slope):
 def _backward_block(where, sizes, how, saved, given, scratch, stack):
     """All layers in reverse, for at most 256 points of group `g` from `first` on.
 
-    `where`: `g, first`; `saved`: `y, u, w, b, hidden`; `given`: `(gy, gl)` and `(gz, gu, gw, gb)`;
-    `scratch`: `(rows, columns, ones)`, the points, their gradients and ones, and `(gl, a, r,
-    p)`, 256
-    each; `stack`: `rho, slope, g_slope`, each `(K,)`. Writes `gz`, and adds to `gu`, `gw`, `gb` and
-    `g_slope`.
+    `where`: `g, first`; `saved`: `y, u, w, b, hidden`; `given`: `(gy, gl)` and `(gz, gu, gw,
+    gb)`; `scratch`: `(rows, columns, ones)`, the points, their gradients and ones, and `(gl, a,
+    r, p)`, 256 each; `stack`: `rho, slope, g_slope`, each `(K,)`. Writes `gz`, and adds to `gu`,
+    `gw`, `gb` and `g_slope`.
     """
     g, first = where
     G, S, K, D, in_u, in_w, in_b = sizes
@@ -308,11 +300,9 @@ def _backward_layer(where, sizes, how, saved, gradients, scratch, stack):
     gradients `g`.
 
     `where`: `g, k, first, n`; `scratch`: `rows`, `columns` and `ones`, then `gl`, and for this
-    layer
-    `a`, `r`, `p`: the gradients in `w.z + b` and in the slope, and the slope; `stack`:
+    layer `a`, `r`, `p`: the gradients in `w.z + b` and in the slope, and the slope; `stack`:
     `rho, slope, g_slope`. Adds `sum h g` (the gradient in `u_hat`) to `gu`, `sum a z_(k-1)` to
-    `gw`,
-    `sum a` to `gb`, `sum r` to `g_slope`, and `a w` to `g`.
+    `gw`, `sum a` to `gb`, `sum r` to `g_slope`, and `a w` to `g`.
     """
     g, k, first, n = where
     G, S, K, D, in_u, in_w, in_b = sizes
@@ -374,8 +364,7 @@ def _three_dots(u_k, w_k, point, D):
     """`(w.u, w.w, w.z)`, three numbers in one pass over `D >= 1` dimensions.
 
     `u_k`, `w_k`, `point`: rows `(array, start)` of `D` numbers: the layer's `u` and `w`, and the
-    point
-    `z`.
+    point `z`.
     """
     u, i = u_k
     w, j = w_k
@@ -411,8 +400,7 @@ def _combine(row, left, right, n, more):
     """`a x + b y` in the place of the `n` numbers of `row`, or added to them if there are `more`.
 
     `row`: `(z, i)`, written from `z[i]` on; `left`: `(a, (x, j))` and `right`: `(b, (y, k))`, a
-    factor
-    and the row it multiplies; `more`: true adds to what is there, false overwrites it.
+    factor and the row it multiplies; `more`: true adds to what is there, false overwrites it.
     """
     z, i = row
     a, (x, j) = left
@@ -429,8 +417,7 @@ def _narrow_forward(sizes, how, inputs, outputs):
     """The kernel for few points a group: all points through all layers, 16 at a time.
 
     `sizes`, `how`, `inputs`, `outputs`: as in `_wide_forward`, but that `hidden` is `(G, S, K)`
-    here,
-    the layers of a point side by side.
+    here, the layers of a point side by side.
     """
     G, S, K, D, in_u, in_w, in_b = sizes
     dtype = inputs[0].dtype
@@ -475,14 +462,13 @@ def _forward_lanes(first, sizes, how, inputs, outputs, group, lanes):
 
 # %% ../../nbs/90_engine/12_planar_loops.ipynb #e18bdce0
 def _backward_point(rows, layer, gradients, numbers, D, more):
-    """One layer of one point: `z <- z - h (u + rho w)`, then `g <- g + a w`, in the place of
-    both `rows`.
+    """One layer of one point: `z <- z - h (u + rho w)`, then `g <- g + a w`, in the place of both
+    `rows`.
 
     `rows`: those of `z` and of its gradient `g`; `layer`: those of `u` and `w`; `gradients`:
-    those of
-    `gu` and `gw`, which get `h g + g_alpha w` and `a z + rho h g + g_alpha u + 2 g_norm2 w`,
-    added if
-    there are `more`; `numbers`: `h, rho, a, g_alpha, g_norm2`, with `a` the gradient in `w.z + b`.
+    those of `gu` and `gw`, which get `h g + g_alpha w` and `a z + rho h g + g_alpha u + 2 g_norm2
+    w`, added if there are `more`; `numbers`: `h, rho, a, g_alpha, g_norm2`, with `a` the gradient
+    in `w.z + b`.
     """
     point, gradient = rows
     u_k, w_k = layer
@@ -538,12 +524,10 @@ def _load_lanes(where, sizes, saved, given, scratch):
 def _backward_lanes(where, sizes, how, saved, gradients, scratch):
     """Layer `k` of `n` points from `first` on, a lane each.
 
-    `where`: `k, first, n`; `saved`: `y, u, w, b, hidden`; `gradients`: `gz`, changed in place, and
-    `gu, gw, gb`, written by the first point of a group and added to by its others; `scratch`:
-    `rows`,
-    which go one layer back, `group`, and 16 numbers each of `gl, h, a, r`, of
-    `alpha, norm2, rho, slope` and of `t`, where `a`, `t`, `r` become the gradients in `w.z + b`,
-    `w.u`
+    `where`: `k, first, n`; `saved`: `y, u, w, b, hidden`; `gradients`: `gz`, changed in place,
+    and `gu, gw, gb`, written by the first point of a group and added to by its others; `scratch`:
+    `rows`, which go one layer back, `group`, and 16 numbers each of `gl, h, a, r`, of `alpha,
+    norm2, rho, slope` and of `t`, where `a`, `t`, `r` become the gradients in `w.z + b`, `w.u`
     and `|w|^2`.
     """
     k, first, n = where
@@ -577,9 +561,8 @@ def _backward_lanes(where, sizes, how, saved, gradients, scratch):
 def planar_kernels():
     """The four kernels as machine code, by name; `None` without numba.
 
-    Attributes `_wide_forward`, `_wide_backward`, `_narrow_forward`, `_narrow_backward`, called
-    as the
-    functions of this page; built at the first call and then kept.
+    Attributes `_wide_forward`, `_wide_backward`, `_narrow_forward`, `_narrow_backward`, called as
+    the functions of this page; built at the first call and then kept.
     """
     steps = (_add, _to_columns, _from_columns, _constrain, _constrain_back, _activate, _activate_back)
     parts = (_constrain_group, _clear_group, _forward_group, _forward_layer)
@@ -618,9 +601,8 @@ def _from_groups(flat, shape, G, S):
 def _in_memory(t, axes):
     """The numbers of `t` as they lie in memory, and the step from group to group.
 
-    `t`: `(*batch, ...)`; `axes`: how many axes it has after those of the batch. Returns
-    `(flat array, step)`, a view without a copy where `t` is contiguous, or has one batch axis
-    and rows
+    `t`: `(*batch, ...)`; `axes`: how many axes it has after those of the batch. Returns `(flat
+    array, step)`, a view without a copy where `t` is contiguous, or has one batch axis and rows
     that are; the step is counted in numbers, and larger than a row for a slice of a wider tensor.
     """
     t = t.detach()
@@ -649,10 +631,8 @@ def _prepare(direction, z, u, w, b, c) -> tuple[Callable, tuple[int, int], tuple
     `w`, `b`.
 
     `direction`: "forward" or "backward"; `z`: `(*samples, *batch, D)`; `u`, `w`: `(*batch, K,
-    D)`; `b`:
-    `(*batch, K)`; `c`: see `constrain`. The wide kernel is taken from `S = 2 D + 4` points a
-    group on,
-    else the narrow one.
+    D)`; `b`: `(*batch, K)`; `c`: see `constrain`. The wide kernel is taken from `S = 2 D + 4`
+    points a group on, else the narrow one.
     """
     (K, D), G = u.shape[-2:], u.shape[:-2].numel()
     S = z.shape[:-1].numel() // G
@@ -683,8 +663,7 @@ def gradients_numba(saved: tuple[Tensor, ...], gy: Tensor, gl: Tensor, c: float)
 
     `saved`: `y`, `u`, `w`, `b` and the hidden units, from and as in `planar_numba`; `gy`:
     `(*samples, *batch, D)`; `gl`: `(*samples, *batch)`; `c`: see `constrain`. The four results
-    have the
-    shapes of `y`, `u`, `w`, `b`.
+    have the shapes of `y`, `u`, `w`, `b`.
     """
     y, u, w, b, hidden = saved
     kernel, groups, tensors = _prepare("backward", y, u, w, b, c)

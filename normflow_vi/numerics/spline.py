@@ -22,9 +22,8 @@ OFFSET = math.log(math.expm1(1 - FLOOR))  # softplus(OFFSET) + FLOOR = 1
 def relative_position(value: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The distances of `value` to `left` and to `right` as parts of the whole, each in [0, 1].
 
-    All three are tensors of one shape, or plain numbers, with `left <= value <= right` and
-    `left < right`. Returns `((value - left) / (right - left), (right - value) / (right -
-    left))`, which
+    All three are tensors of one shape, or plain numbers, with `left <= value <= right` and `left
+    < right`. Returns `((value - left) / (right - left), (right - value) / (right - left))`, which
     sum to 1.
     """
     return (value - left) / (right - left), (right - value) / (right - left)
@@ -37,12 +36,12 @@ _ZERO, _ONE = np.float32(0), np.float32(1)  # exact, and of either precision
 
 
 def _load(inputs, first, bound, t, s):
-    """The numbers from `first` on, clipped to `[-bound, bound]`, and their parameters, a lane each.
+    """The numbers from `first` on, clipped to `[-bound, bound]`, and their parameters, a lane
+    each.
 
-    `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`, only read; `bound`: in the precision of
-    `value`; `t` `(3 bins, 128)` gets the parameters, `s` (flat) the row `VALUE`. Returns how
-    many lanes
-    are taken; the others hold zeros, in `VALUE`, `OUT`, `SLOPE` and `t`.
+    `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`, only read; `bound`: in the precision
+    of `value`; `t` `(3 bins, 128)` gets the parameters, `s` (flat) the row `VALUE`. Returns how
+    many lanes are taken; the others hold zeros, in `VALUE`, `OUT`, `SLOPE` and `t`.
     """
     value, theta = inputs
     n = min(len(value) - first, _LANES)
@@ -66,9 +65,8 @@ def _exponentiate(t, s, start, unit, bins):
     FLOOR bins`.
 
     `t`: `(3 bins, 128)`, whose rows become `exp(t - max)` in place; `s`: flat, whose row that
-    begins at
-    `unit` becomes `(1 - FLOOR bins) / sum`. The share of bin `k` is then
-    `FLOOR + t[start + k] s[unit]`.
+    begins at `unit` becomes `(1 - FLOOR bins) / sum`. The share of bin `k` is then `FLOOR +
+    t[start + k] s[unit]`.
     """
     rest = s.dtype.type(1 - FLOOR * bins)
     for i in range(_LANES):
@@ -92,11 +90,9 @@ def _find_bins(t, s, how):
     """For each lane the last bin that begins at or before its value.
 
     `t`: `(3 bins, 128)`, widths and heights exponentiated, only read; `s`: flat, which gets the
-    bin's
-    number, `BIN`, its ends `X0, X1, Y0, Y1`, and its slopes before the softplus, `RAW0, RAW1`;
-    `how`:
-    `bins`, `bound`, and whether in inverse, when the value is a `y` and is compared with ends in
-    `y`.
+    bin's number, `BIN`, its ends `X0, X1, Y0, Y1`, and its slopes before the softplus, `RAW0,
+    RAW1`; `how`: `bins`, `bound`, and whether in inverse, when the value is a `y` and is compared
+    with ends in `y`.
     """
     bins, bound, inverse = how
     floor = s.dtype.type(FLOOR)
@@ -114,8 +110,7 @@ def _pass_bin(k, last, t, s, how, floor):
 
     `last`: whether it is the last bin, which ends at `bound` exactly; `t`, `s`, `how`: as in
     `_find_bins`; `floor`: `FLOOR` in the precision of `s`. The sums of shares `X_SUM, Y_SUM` and
-    the
-    knots `X_END, Y_END = bound (2 sum - 1)` go one bin on in place.
+    the knots `X_END, Y_END = bound (2 sum - 1)` go one bin on in place.
     """
     bins, bound, inverse = how
     this, opens = np.float32(k), _ONE if k > 0 else _ZERO
@@ -141,8 +136,8 @@ def _pass_bin(k, last, t, s, how, floor):
 def _bin_slopes(s, i):
     """Of the bin of lane `i`: the slopes at its ends, and the derivatives of the softplus there.
 
-    `s`: flat, of which `RAW0` and `RAW1` are read. Returns `(d0, d1)`,
-    `d = softplus(raw + OFFSET) + FLOOR`, and `(turn0, turn1)`, each the `d d / d raw` of its end.
+    `s`: flat, of which `RAW0` and `RAW1` are read. Returns `(d0, d1)`, `d = softplus(raw +
+    OFFSET) + FLOOR`, and `(turn0, turn1)`, each the `d d / d raw` of its end.
     """
     real = s.dtype.type
     d0, turn0 = softplus_slope(s[_RAW0 + i] + real(OFFSET), real(1))
@@ -154,10 +149,9 @@ def _solve_position(value, y0, y1, slopes):
     """`(xi, eta)` where the spline reaches `value`, `xi + eta = 1`: see `uncurve`.
 
     `value`: a number in `[y0, y1]`, the bin's ends in `y`; `slopes`: `(m, d0, d1)`, on average,
-    left
-    and right. With `tau = (value - y0) / (y1 - y0)` and `b = d0 (1 - tau) - d1 tau`, `r = xi /
-    eta` is
-    the positive root of `m (1 - tau) r^2 + b r - m tau = 0`, in the form that does not cancel.
+    left and right. With `tau = (value - y0) / (y1 - y0)` and `b = d0 (1 - tau) - d1 tau`, `r = xi
+    / eta` is the positive root of `m (1 - tau) r^2 + b r - m tau = 0`, in the form that does not
+    cancel.
     """
     m, d0, d1 = slopes
     tau, rest = relative_position(value, y0, y1)
@@ -172,11 +166,10 @@ def _solve_position(value, y0, y1, slopes):
 def _locate(s, i, inverse):
     """Where lane `i` is in its bin, and what the bin is like.
 
-    `s`: flat, as `_find_bins` leaves it, only read; `inverse`: whether the value is a `y`. Returns
-    `(xi, eta)`, the parts of the bin left and right of the point; the slopes `(m, d0, d1)` of
-    the bin
-    on average, left and right; the derivatives of the softplus left and right; and the bin's
-    `(width, height)`.
+    `s`: flat, as `_find_bins` leaves it, only read; `inverse`: whether the value is a `y`.
+    Returns `(xi, eta)`, the parts of the bin left and right of the point; the slopes `(m, d0,
+    d1)` of the bin on average, left and right; the derivatives of the softplus left and right;
+    and the bin's `(width, height)`.
     """
     value = s[_VALUE + i]
     x0, x1, y0, y1 = s[_X0 + i], s[_X1 + i], s[_Y0 + i], s[_Y1 + i]
@@ -194,8 +187,7 @@ def _load_bins(inputs, first, how, t, s):
 
     `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`; `how`: `bins`, `bound`, and whether in
     inverse; `t` `(3 bins, 128)` and `s` (flat) are overwritten: exponentials in `t`, bins and
-    factors
-    in `s`.
+    factors in `s`.
     """
     bins, bound, inverse = how
     n = _load(inputs, first, bound, t, s)
@@ -228,8 +220,7 @@ def _forward(inputs, how, out, slope):
     """The kernel of `rq_spline` and its inverse, 128 numbers at a time.
 
     `inputs`: `value` `(n,)` and `theta` `(n, 3 bins - 1)`, only read; `how`: `bins`, `bound`,
-    whether
-    in inverse; `out`, `slope`: `(n,)`, written: results, and log-slopes in nats. Outside
+    whether in inverse; `out`, `slope`: `(n,)`, written: results, and log-slopes in nats. Outside
     `(-bound, bound)` a number stays as it is, with log-slope 0.
     """
     value, theta = inputs
@@ -250,11 +241,9 @@ def _bin_gradient(arrived, position, slopes, size, inverse):
     """Gradients in the value, in `(x0, x1, y0, y1)`, and in the slopes `(d0, d1)`, of one lane.
 
     `arrived`: `(a, ell)`, those in the result and in the log-slope; `position`: `(xi, eta)`;
-    `slopes`:
-    `(m, d0, d1)`; `size`: `(width, height)`, all as `_locate` returns them; `inverse`: whether the
-    result is an `x`. The equations are those above on the page: `rate` is `d p / d xi`, `bend`
-    is `c`,
-    and `part` is `p`.
+    `slopes`: `(m, d0, d1)`; `size`: `(width, height)`, all as `_locate` returns them; `inverse`:
+    whether the result is an `x`. The equations are those above on the page: `rate` is `d p / d
+    xi`, `bend` is `c`, and `part` is `p`.
     """
     a, ell = arrived
     xi, eta = position
@@ -287,12 +276,9 @@ def _share_gradient(t, s, bins, start, rows):
     """Rows `start, ..., start + bins - 1` of `t`, exponentials, become gradients before the
     softmax.
 
-    With `p` the softmax and `g_j` the gradient in share `j`:
-    `(1 - FLOOR bins) p_j (g_j - sum_i p_i g_i)`. `s`: flat; `rows`: where in it begin the rows
-    of the
-    factor, of the gradient in a share left of the bin, of that in the bin's own, and of the sum,
-    which
-    is overwritten.
+    With `p` the softmax and `g_j` the gradient in share `j`: `(1 - FLOOR bins) p_j (g_j - sum_i
+    p_i g_i)`. `s`: flat; `rows`: where in it begin the rows of the factor, of the gradient in a
+    share left of the bin, of that in the bin's own, and of the sum, which is overwritten.
     """
     unit, low, high, total = rows
     per_rest = s.dtype.type(1 / (1 - FLOOR * bins))
@@ -320,12 +306,10 @@ def _lane_gradients(s, bound, inverse):
     """Gradients of all lanes inside their bins, in place of what they belong to, in the flat
     table `s`.
 
-    `OUT` and `SLOPE` hold the gradients that arrive. `OUT` becomes that in the value, `RAW0, RAW1`
-    those before the softplus. A knot is `bound (2 sum - 1)`, so `X0, Y0` become the gradient in
-    each
-    share before the bin, `2 bound (g0 + g1)`, and `X1, Y1` that in its own, `2 bound g1`.
-    `inverse`: as
-    in `_locate`.
+    `OUT` and `SLOPE` hold the gradients that arrive. `OUT` becomes that in the value, `RAW0,
+    RAW1` those before the softplus. A knot is `bound (2 sum - 1)`, so `X0, Y0` become the
+    gradient in each share before the bin, `2 bound (g0 + g1)`, and `X1, Y1` that in its own, `2
+    bound g1`. `inverse`: as in `_locate`.
     """
     for i in range(_LANES):
         position, slopes, (turn0, turn1), size = _locate(s, i, inverse)
@@ -344,10 +328,8 @@ def _slope_gradient(t, s, bins):
     """Rows of the slopes: all zero but those at the two ends of the bin.
 
     `t`: `(3 bins, 128)`, whose row `2 bins + k` belongs to the knot between bins `k` and `k + 1`
-    and is
-    overwritten; `s`: flat, of which `BIN` and the gradients `RAW0, RAW1` are read. The slopes at
-    the
-    bound are fixed.
+    and is overwritten; `s`: flat, of which `BIN` and the gradients `RAW0, RAW1` are read. The
+    slopes at the bound are fixed.
     """
     for k in range(bins - 1):
         this, right = np.float32(k), np.float32(k + 1)
@@ -393,8 +375,7 @@ def spline_kernels():
     """Both kernels as machine code, by name; `None` without numba.
 
     Attributes `_forward` and `_backward`, called as the functions of this page; built at the
-    first call
-    and kept.
+    first call and kept.
     """
     helpers = _load, _exponentiate, _find_bins, _load_bins, _lane_gradients, _share_gradient, _slope_gradient
     inline = _bin_slopes, _solve_position, _locate, _bin_gradient, _pass_bin, _evaluate_lanes
@@ -414,8 +395,7 @@ def _arrays(value, theta):
     """`(n,)` and `(n, 3 bins - 1)`, as the kernels read them.
 
     `value`: `(...)`, `n` numbers in all; `theta`: `(..., 3 bins - 1)`. Views of contiguous
-    tensors, so
-    that the kernels can write into them too.
+    tensors, so that the kernels can write into them too.
     """
     return _flat(value), theta.detach().contiguous().view(-1, theta.shape[-1]).numpy()
 
@@ -437,10 +417,9 @@ def spline_gradients_numba(
 ) -> list[Tensor]:
     """The gradients in both `inputs` of `spline_numba`, from those that `arrived` in its results.
 
-    `inputs`: `value` `(...)` and `theta` `(..., 3 bins - 1)`; `arrived`: two tensors of the
-    shape of
-    `value`; `how`: `bins`, `bound` and whether in inverse. Returns two tensors of the shapes of
-    `inputs`.
+    `inputs`: `value` `(...)` and `theta` `(..., 3 bins - 1)`; `arrived`: two tensors of the shape
+    of `value`; `how`: `bins`, `bound` and whether in inverse. Returns two tensors of the shapes
+    of `inputs`.
     """
     found = [torch.empty(t.shape, dtype=t.dtype) for t in inputs]
     spline_kernels()._backward(_arrays(*inputs), how, tuple(map(_flat, arrived)), _arrays(*found))

@@ -20,8 +20,7 @@ def _settle(acc, block, at, act):
 
     `acc`: `(N, columns)`; `block`: the first sample and the one after the last; `at`: a column of
     `acc`; `act`: 0 is `max(h, 0)`, 1 is `tanh(h)`, 2 the exponential unit, `exp(h) - 1` below
-    zero and
-    `h` above.
+    zero and `h` above.
     """
     first, last = block
     for n in range(first, last):
@@ -55,12 +54,9 @@ def _move(acc, slopes, block, i, theta, law):
 
     `ScaleShift` is `m + exp(l) x`, `l = t` or `limit tanh(t / limit)` if `limit > 0`; `Gate` is
     `sigmoid(t) x + (1 - sigmoid(t)) m`. `acc`: `(N, columns)`; `slopes`: `(N,)`, nats; `block`:
-    first
-    sample, one after last; `theta`: the column where `theta` starts, `m` and `t` of variable `i`
-    being
-    numbers `2 i` and `2 i + 1` of it; `law`: `(gated, inverse, limit)`, `inverse` for solving
-    the law
-    for `x`.
+    first sample, one after last; `theta`: the column where `theta` starts, `m` and `t` of
+    variable `i` being numbers `2 i` and `2 i + 1` of it; `law`: `(gated, inverse, limit)`,
+    `inverse` for solving the law for `x`.
     """
     first, last = block
     gated, inverse, limit = law
@@ -85,12 +81,9 @@ def _sweep(acc, slopes, weights, tables, act, law):
     """All stages; level 0 are the variables, level `k` the units of hidden layer `k`.
 
     `acc`: `(N, D + H_1 + ... + 2 D)`, which begins as the offsets and is changed in place: its
-    first
-    `D` columns become the result; `slopes`: `(N,)`, to which log-slopes are added, in nats;
-    `weights`:
-    `L` matrices `(in, out)`; `tables`: `edges, starts, spans, order`, see `stage_tables`; `act`:
-    see
-    `_settle`; `law`: see `_move`.
+    first `D` columns become the result; `slopes`: `(N,)`, to which log-slopes are added, in nats;
+    `weights`: `L` matrices `(in, out)`; `tables`: `edges, starts, spans, order`, see
+    `stage_tables`; `act`: see `_settle`; `law`: see `_move`.
     """
     edges, starts, spans, order = tables
     for first in range(0, len(acc), 16):
@@ -114,10 +107,8 @@ def stage_tables(edges: tuple[tuple[int, ...], ...], flipped: bool) -> tuple[np.
     `stage_edges`.
 
     `edges`: for each of `L` levels, where its stages end; `flipped`: whether the variables are
-    read in
-    reversed order. Returns integers `(L, stages + 1)`, `(L + 1)`, `(L, stages, 2)` and `(D)`:
-    see the
-    table at the head of the page.
+    read in reversed order. Returns integers `(L, stages + 1)`, `(L + 1)`, `(L, stages, 2)` and
+    `(D)`: see the table at the head of the page.
     """
     dim, stages = edges[0][-1], len(edges[0]) - 1
     padded = [edges[0], *(units + units[-1:] for units in edges[1:])]
@@ -137,7 +128,6 @@ def stage_kernel() -> Callable | None:
     """The loops as machine code, called as `_sweep`; `None` without numba.
 
     Takes `(acc, slopes, weights, tables, act, law)`, returns nothing, and changes `acc` and
-    `slopes` in
-    place.
+    `slopes` in place.
     """
     return machine_code(_sweep, _move, _settle, _spread)

@@ -45,12 +45,12 @@ def _numbers(tree):
 
 
 def _difference(old, new, least=0.0):
-    """The largest difference of two lists of numbers, relative to the largest number or to `least`.
+    """The largest difference of two lists of numbers, relative to the largest number or to
+    `least`.
 
-    `old`, `new`: nested lists of hexadecimal text; the size is that of the finite numbers of `old`.
-    Returns 0 for equal bits (nan equals nan), infinity for lists of other lengths or a nan on
-    one side
-    only.
+    `old`, `new`: nested lists of hexadecimal text; the size is that of the finite numbers of
+    `old`. Returns 0 for equal bits (nan equals nan), infinity for lists of other lengths or a nan
+    on one side only.
     """
     old, new = _numbers(old), _numbers(new)
     if len(old) != len(new):
@@ -67,9 +67,8 @@ def _difference(old, new, least=0.0):
 def _compared(old, new, measure):
     """`{name: difference}` of two dicts; one that only the old side has differs by infinity.
 
-    `measure(old, new)`: how far two entries of a name are apart, as a number. What only `new`
-    has is
-    not looked at.
+    `measure(old, new)`: how far two entries of a name are apart, as a number. What only `new` has
+    is not looked at.
     """
     return {name: measure(old[name], new[name]) if name in new else math.inf for name in old}
 
@@ -78,9 +77,8 @@ def _array_difference(old, new):
     """How far two summaries of an array are apart; infinity where only hashes can say.
 
     `old`, `new`: `{"sha256"}` with `"sizes"`, mean and root mean square, for arrays of numbers.
-    Returns
-    0 for equal hashes, else the relative difference of the sizes, or 1e-16 at least: bits do
-    differ.
+    Returns 0 for equal hashes, else the relative difference of the sizes, or 1e-16 at least: bits
+    do differ.
     """
     if old["sha256"] == new["sha256"]:
         return 0.0
@@ -90,12 +88,12 @@ def _array_difference(old, new):
 
 # %% ../../nbs/90_engine/57_certify.ipynb #08733f90
 def _training_differences(old, new):
-    """`{what: difference}` of the trainings of two probes, infinity where they are not comparable.
+    """`{what: difference}` of the trainings of two probes, infinity where they are not
+    comparable.
 
-    `old`, `new`: probes, `{"trainings", "told", ...}`. Looked at are the number of trainings, each
-    learning curve, the hash of final tensors (1e-16 where it differs), and the steps at which
-    progress
-    was told.
+    `old`, `new`: probes, `{"trainings", "told", ...}`. Looked at are the number of trainings,
+    each learning curve, the hash of final tensors (1e-16 where it differs), and the steps at
+    which progress was told.
     """
     trainings = list(zip(old["trainings"], new["trainings"], strict=False))
     found = {"trainings": 0.0 if len(old["trainings"]) == len(new["trainings"]) else math.inf}
@@ -113,10 +111,8 @@ def compare(old: dict, new: dict, index: int) -> dict:
     """`{finding, largest, where}` for the run number `index` of two probes.
 
     `old`, `new`: probes, or `{"error": text}`, which is a difference. The finding is "bitwise"
-    (then
-    alone), or by the largest difference: within `TOLERANCE`, relative, or different; `where`
-    names what
-    differs most.
+    (then alone), or by the largest difference: within `TOLERANCE`, relative, or different;
+    `where` names what differs most.
     """
     for side, answer in (("old", old), ("new", new)):
         if "error" in answer:
@@ -165,8 +161,7 @@ def _program(run, info):
     """What the runs of one probe have in common, besides their code; equal values share a probe.
 
     `run`: a `Run`; `info`: that of its record. For a batched training the run without what is
-    trained
-    together, with the seeds and models of the training as text; else the run's shape.
+    trained together, with the seeds and models of the training as text; else the run's shape.
     """
     if info.get("engine") != "batched":
         return run.shape
@@ -188,11 +183,11 @@ def _base_of(info):
 
 # %% ../../nbs/90_engine/57_certify.ipynb #cebf06c5
 def tasks_of(experiment: str, headers: list, base: str | None = None, old: str | None = None) -> list[Task]:
-    """What has to be probed of an experiment's records, given as their headers `{run, info, ...}`.
+    """What has to be probed of an experiment's records, given as their headers `{run, info,
+    ...}`.
 
-    With a commit `base` (and the hash `old` of its code) all of them, against it; otherwise
-    those that are
-    not of the present code, each against the commit that made it.
+    With a commit `base` (and the hash `old` of its code) all of them, against it; otherwise those
+    that are not of the present code, each against the commit that made it.
     """
     new, grouped = meaning_sha256(experiment), defaultdict(list)
     for header in headers:
@@ -210,10 +205,9 @@ def tasks_of(experiment: str, headers: list, base: str | None = None, old: str |
 def _task(experiment, headers, old, new, base):
     """The task of the records of one program, or of one shape.
 
-    `headers`: those of the records, `{run, info, ...}`; `old`, `new`: hashes of meaning; `base`: a
-    commit or `None`. All runs are probed where they were trained together; else the first stands
-    for
-    all.
+    `headers`: those of the records, `{run, info, ...}`; `old`, `new`: hashes of meaning; `base`:
+    a commit or `None`. All runs are probed where they were trained together; else the first
+    stands for all.
     """
     headers = sorted(headers, key=lambda h: (h["run"].model, h["run"].seed))
     probed = headers if headers[0]["info"].get("engine") == "batched" else headers[:1]
@@ -264,8 +258,7 @@ def environment_of(top, root):
     environment, a dict.
 
     That of this process, with one thread, `PYTHONPATH` at `top`, the project's root at `root`,
-    and the
-    data of this tree.
+    and the data of this tree.
     """
     single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     data = os.environ.get("NORMFLOW_VI_DATA", str(project_root() / "data"))
@@ -315,9 +308,8 @@ def _run_sides(sides, at_once=2):
     """The answers of all sides, `{(commit, task's name): answer}`, by `at_once` processes at a
     time.
 
-    `sides`: a list of `_Side`, the longest started first. Their files are removed at the end,
-    and if
-    this is interrupted the processes that still run are killed.
+    `sides`: a list of `_Side`, the longest started first. Their files are removed at the end, and
+    if this is interrupted the processes that still run are killed.
     """
     answers, running = {}, []
     folder = project_root() / "runs/certify" / str(os.getpid())
@@ -344,8 +336,7 @@ def _share(tasks, most=16):
     """Tasks by what they do, once each, in lists of one experiment and at most so many.
 
     `tasks`: a list of `Task`; tasks of one experiment and one name do the same. Yields lists of
-    at most
-    `most` tasks, of about the same length, each for one process.
+    at most `most` tasks, of about the same length, each for one process.
     """
     named = defaultdict(dict)
     for task in tasks:
@@ -380,8 +371,7 @@ def _as_noted(task, now):
     """Whether the records of all runs of a task noted the probe that the present code gives.
 
     `now`: the task's answer by the present tree. False after an error, if a record has no probe,
-    or if
-    one keeps weights, which only the old code can judge.
+    or if one keeps weights, which only the old code can judge.
     """
     if "error" in now or len(task.noted) < len(task.runs) or task.weights:
         return False
@@ -411,8 +401,7 @@ def tie(headers: list) -> None:
     yet.
 
     `headers`: `{run, info, ...}` each. Writes `{text: {"commit", "meaning"}}` to `commits.json`,
-    both
-    `None` for a text that no commit has; does nothing where all are known.
+    both `None` for a text that no commit has; does nothing where all are known.
     """
     noted = {h["info"].get("code_sha256"): h["run"].experiment for h in headers}
     wanted = {text: name for text, name in noted.items() if text and text not in provenance.known_texts()}
@@ -437,10 +426,9 @@ _RANK = (provenance.BITWISE, provenance.WITHIN, provenance.DIFFERENT)
 def _findings(tasks, answers):
     """`{(old, base): {shape: finding}}`; the worst of those that concern one shape.
 
-    `tasks`: a list of `Task`; `answers`: as of `answer`, where a missing old side means the present
-    one, bit by bit. A finding is that of `compare`, and the `name` of the shape, flow, length,
-    model
-    and profile.
+    `tasks`: a list of `Task`; `answers`: as of `answer`, where a missing old side means the
+    present one, bit by bit. A finding is that of `compare`, and the `name` of the shape, flow,
+    length, model and profile.
     """
     found = defaultdict(dict)
     for task in tasks:
@@ -458,9 +446,9 @@ def _findings(tasks, answers):
 def _write(experiment, tasks, answers):
     """Write the certificates of an experiment; returns `{finding: names of shapes}`.
 
-    `tasks`: those of the experiment, at least one; `answers`: as of `answer`. One certificate
-    for each
-    pair of old code and base; a name is followed by where, and by how much, its shape differs.
+    `tasks`: those of the experiment, at least one; `answers`: as of `answer`. One certificate for
+    each pair of old code and base; a name is followed by where, and by how much, its shape
+    differs.
     """
     counted = defaultdict(list)
     platform = next((a["platform"] for a in answers.values() if "platform" in a), {})

@@ -46,8 +46,7 @@ def in_small(run: dict) -> dict:
     """A run, as a dict, with its budget cut down: a new dict, `run` stays as it is.
 
     `run`: `{"budget": {name: number or tuple}, ...}`. A number becomes the smaller of it and its
-    bound
-    in `SMALL`, a tuple the one there; what `SMALL` does not name stays.
+    bound in `SMALL`, a tuple the one there; what `SMALL` does not name stays.
     """
     budget = dict(run["budget"])
     for name, bound in SMALL.items():
@@ -149,8 +148,7 @@ def _summary(array):
     rounding.
 
     Returns `{"sha256", "sizes": [mean, root mean square]}`, sizes as hexadecimal text; without
-    `sizes`
-    for an array that is empty or holds no real numbers.
+    `sizes` for an array that is empty or holds no real numbers.
     """
     array = np.asarray(array)
     if array.dtype.kind not in "biuf" or not array.size:
@@ -163,8 +161,7 @@ def _of_record(record):
     """The values and arrays of a small record, but for the times in it.
 
     Returns `{"values": {name: [value, std_error]}, "arrays": {name: summary}}`, numbers as
-    hexadecimal
-    text, `None` where there is none.
+    hexadecimal text, `None` where there is none.
     """
     values = {
         name: [None if v[part] is None else _hexed(v[part]) for part in ("value", "std_error")]
@@ -179,8 +176,7 @@ def _platform():
     """What the bits of a result depend on besides the code.
 
     Returns `{"processor", "vectors", "torch", "numpy", "threads"}`: names, the vector
-    instructions that
-    torch uses, versions, and the number of threads.
+    instructions that torch uses, versions, and the number of threads.
     """
     import torch
 
@@ -235,11 +231,11 @@ def judge_again(run: dict, images: int = 100, samples: int = 10) -> dict:
 
 # %% ../../nbs/90_engine/53_probe.ipynb #2a691d95
 def digest(found: dict, index: int) -> dict:
-    """A probe, as the record of its run number `index` keeps it: hashes, the small record's values.
+    """A probe, as the record of its run number `index` keeps it: hashes, the small record's
+    values.
 
     `found`: as `probe` returns it. Returns `{"trainings", "values", "arrays", "platform"}`, the
-    first
-    and the third as hashes.
+    first and the third as hashes.
     """
     record = found["records"][index]
 
@@ -272,8 +268,8 @@ def main(tasks: str, answers: str) -> None:
     """Work through a file of tasks, with one thread.
 
     `tasks`: the path of a JSON list of `{"name", "runs", "weights"}`; `answers`: the path of the
-    file
-    to write, a JSON object with the task's `name` and its answer a line, as soon as it is there.
+    file to write, a JSON object with the task's `name` and its answer a line, as soon as it is
+    there.
     """
     import torch
 

@@ -101,9 +101,8 @@ def _check_close(found, expected, tolerance, what):
     """Raise `AssertionError` unless `|found - expected| <= tolerance * (1 + |expected|)`
     everywhere.
 
-    `found`, `expected`: tensors of shapes that broadcast; empty ones pass, nan fails. `what`:
-    the words
-    that begin the message. The 1 makes the test absolute for small numbers.
+    `found`, `expected`: tensors of shapes that broadcast; empty ones pass, nan fails. `what`: the
+    words that begin the message. The 1 makes the test absolute for small numbers.
     """
     gap = ((found - expected).abs() / (1 + expected.abs())).max().item() if found.numel() else 0.0
     if not gap <= tolerance:
@@ -143,9 +142,8 @@ def _check_log_det(case, context_dim, draws=20):
 def _check_refusal(call, *arguments):
     """Raise `AssertionError` unless `call(*arguments)` raises `NotImplementedError`.
 
-    For a direction that is declared not to exist: to run and return something would be worse
-    than to
-    fail.
+    For a direction that is declared not to exist: to run and return something would be worse than
+    to fail.
     """
     try:
         call(*arguments)
@@ -158,10 +156,8 @@ def _check_inverse(case, context_dim):
     """`f(f^{-1}(y)) = y`, and the two log-dets are opposite; a direction of kind "none" raises.
 
     At 200 points of scale 3, six draws in each dimension, of lengths 1 and 3 in turn. The
-    residual has
-    the tolerance `inverse`, 1e-10; the log-dets `inverse_log_det`, 1e-7, as they carry the error
-    in `z`
-    times their slope.
+    residual has the tolerance `inverse`, 1e-10; the log-dets `inverse_log_det`, 1e-7, as they
+    carry the error in `z` times their slope.
     """
     for dim in case.dims:
         for length in (1, 3) * 3:
@@ -181,8 +177,7 @@ def _check_single(case, context_dim):
     default.
 
     500 standard normal points, drawn in single precision, go through both, and so do the
-    contexts: what
-    differs is the arithmetic and the rounding of the parameters.
+    contexts: what differs is the arithmetic and the rounding of the parameters.
     """
     wide = case.draw(case.dims[-1], context_dim=context_dim)
     narrow = case.make(case.dims[-1], 3, context_dim).eval()
@@ -200,10 +195,8 @@ def _check_double(case, context_dim):
     precision.
 
     Asserts `float64` results from `float64` values and `float32` parameters, with log-dets that
-    are the
-    Jacobian's within 1e-10 by default, so that nothing was rounded on the way; and `float64`
-    results
-    from `float64` parameters.
+    are the Jacobian's within 1e-10 by default, so that nothing was rounded on the way; and
+    `float64` results from `float64` parameters.
     """
     transform = case.make(case.dims[-1], 3, context_dim).eval()
     z = torch.randn(5, transform.dim, dtype=torch.float64)
@@ -221,9 +214,8 @@ def _check_axes(case, context_dim):
     """`(sample, batch, D)` is the same as sample by sample, and no batch axis the same as one.
 
     Within 1e-12 by default. Five samples of a batch of seven, in each direction there is; shapes
-    are
-    compared too. An empty batch is one. All of it is the same when nobody wants gradients, where a
-    transform may take another path.
+    are compared too. An empty batch is one. All of it is the same when nobody wants gradients,
+    where a transform may take another path.
     """
     transform, context = case.draw(case.dims[-1], context_dim=context_dim), draw_context(7, context_dim)
     first, none = (None, None) if context is None else (context[0], context[:0])
@@ -248,8 +240,7 @@ def _check_rows(case, context_dim):
     default.
 
     Six points with six contexts, forward only; without a context there is nothing to look at. A
-    layer
-    that mixed the rows of a batch would fail here.
+    layer that mixed the rows of a batch would fail here.
     """
     if context_dim is None:
         return
@@ -277,10 +268,8 @@ def stack_calls(runs: list[nn.Module], name: str) -> Callable:
     """`call(*arguments)` maps the method `name` of modules over stacked parameters and arguments.
 
     `runs`: `R` modules of one shape; `name`: as "forward" or "inverse". Each tensor argument of
-    `call`
-    has the axis of runs first, `(R, ...)`, and so have the results; run `r` sees parameters and
-    buffers
-    of `runs[r]` only.
+    `call` has the axis of runs first, `(R, ...)`, and so have the results; run `r` sees
+    parameters and buffers of `runs[r]` only.
     """
     parameters, buffers = stack_module_state([Direction(run, name) for run in runs])
 
@@ -293,10 +282,9 @@ def stack_calls(runs: list[nn.Module], name: str) -> Callable:
 def _check_runs(case, context_dim):
     """`vmap` over stacked parameters equals the loop over modules, in both directions.
 
-    Within 1e-12 by default. Three draws, seven points each. A case may ask for equality bit by bit,
-    which holds for owned tensors only: with a context the head is a matrix product, and `vmap`
-    may sum
-    it in another order.
+    Within 1e-12 by default. Three draws, seven points each. A case may ask for equality bit by
+    bit, which holds for owned tensors only: with a context the head is a matrix product, and
+    `vmap` may sum it in another order.
     """
     many = [case.draw(case.dims[-1], context_dim=context_dim) for _ in range(3)]
     # the head is a matrix product: never bitwise
@@ -314,9 +302,8 @@ def _check_graph(case, context_dim):
     """Both directions trace to one graph, which gives what the transform gives, within 1e-12 by
     default.
 
-    `fullgraph=True` raises at anything that the tracer would have to leave to Python; the
-    backend runs
-    the graph as it is, so nothing is compiled. Seven points, length 2.
+    `fullgraph=True` raises at anything that the tracer would have to leave to Python; the backend
+    runs the graph as it is, so nothing is compiled. Seven points, length 2.
     """
     transform, context = case.draw(case.dims[-1], 2, context_dim), draw_context(7, context_dim)
     z = torch.randn(7, transform.dim, dtype=torch.float64)
@@ -335,9 +322,8 @@ def _check_slopes(case, context_dim):
     differences.
 
     Of `log_det + sum sin(y)` in `z`, so that values are looked at too: to 1e-12 among themselves
-    at the
-    first point, and to the tolerance `slopes`, 1e-5, from differences of step 1e-5. Six points; a
-    context, if any, is one row for all.
+    at the first point, and to the tolerance `slopes`, 1e-5, from differences of step 1e-5. Six
+    points; a context, if any, is one row for all.
     """
     transform, context = case.draw(case.dims[-1], context_dim=context_dim), draw_context(1, context_dim)
 
@@ -359,10 +345,8 @@ def _shifted_total(module, y, context, own):
     context.
 
     `module`: a `Direction`; `y`: `(n, D)`; `context`: `(n, width)` or `None`; `own`: whether
-    values and
-    parameters are shifted too. Returns `total(shift)`, `sum sin(value) + sum log_det`, a number
-    that is
-    differentiable in `shift`, a tensor without axes.
+    values and parameters are shifted too. Returns `total(shift)`, `sum sin(value) + sum log_det`,
+    a number that is differentiable in `shift`, a tensor without axes.
     """
 
     def total(shift):
@@ -382,8 +366,7 @@ def _check_parameter_slopes(case, context_dim):
 
     Also where a root is solved for, whose gradient is not that of the steps taken. The slope of
     `_shifted_total` at 0 against central differences of step 1e-6, within 1e-5 by default. One
-    number
-    is shifted, so one slope is a sum over all gradients: a wrong one shows, unless another
+    number is shifted, so one slope is a sum over all gradients: a wrong one shows, unless another
     cancels it.
     """
     transform, context = case.draw(case.dims[-1], 2, context_dim), draw_context(5, context_dim)
@@ -399,11 +382,11 @@ def _check_parameter_slopes(case, context_dim):
 
 # %% ../../nbs/01_flows/80_contract.ipynb #b340aaf9
 def _check_reaches(case, context_dim):
-    """A loss in values and log-dets has a finite gradient in every parameter, not zero throughout.
+    """A loss in values and log-dets has a finite gradient in every parameter, not zero
+    throughout.
 
     Nine points, `sum sin(y) + sum log_det`. No tolerance: a parameter whose gradient is missing,
-    0 or
-    not finite would never be trained, and its name is in the message.
+    0 or not finite would never be trained, and its name is in the message.
     """
     transform, context = case.draw(case.dims[-1], context_dim=context_dim), draw_context(9, context_dim)
     y, log_det = transform.forward(torch.randn(9, transform.dim, dtype=torch.float64), context)
@@ -434,9 +417,8 @@ def _check_normalised(case, context_dim):
     """`q(y) = N(f^{-1}(y); 0, I) |det df^{-1}/dy|` integrates to 1, within the tolerance
     `normalised`, 1e-3.
 
-    By midpoints, `POINTS` an axis, over the window that holds 20,000 draws, with a quarter of
-    its width
-    more on each side; in one and two dimensions, where the case has them and an inverse.
+    By midpoints, `POINTS` an axis, over the window that holds 20,000 draws, with a quarter of its
+    width more on each side; in one and two dimensions, where the case has them and an inverse.
     """
     for dim, n in POINTS.items():
         transform, context = case.draw(dim, 2, context_dim), draw_context(1, context_dim)
@@ -457,8 +439,7 @@ def _check_saved(case, context_dim):
     bit.
 
     Two draws of the case, the second with the first's `state_dict`; values and log-dets at five
-    points
-    differ by 0. A constant that is drawn at construction and is no buffer would show.
+    points differ by 0. A constant that is drawn at construction and is no buffer would show.
     """
     one, other = (case.draw(case.dims[-1], context_dim=context_dim) for _ in range(2))
     z, context = torch.randn(5, one.dim, dtype=torch.float64), draw_context(5, context_dim)
@@ -469,10 +450,9 @@ def _check_saved(case, context_dim):
 def _wrong_calls(case, transform, good, context, context_dim):
     """`(error, word, call)`: what the call must raise, and the word that the message must have.
 
-    `transform`: one that `case` made; `good`: `(5, dim)`, a value it takes; `context`:
-    `(5, context_dim)` or `None`. Wrong are sizes and types of values, arguments of the
-    constructor, and
-    contexts, if there are any.
+    `transform`: one that `case` made; `good`: `(5, dim)`, a value it takes; `context`: `(5,
+    context_dim)` or `None`. Wrong are sizes and types of values, arguments of the constructor,
+    and contexts, if there are any.
     """
     forward, make, dim = transform.forward, case.make, transform.dim
     yield ValueError, "dim", lambda: forward(torch.randn(5, dim + 1), context)
