@@ -17,6 +17,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from normflow_vi.utils.patching import patch
+
 VERSION = 1  # raised when this page changes what counts as meaning: hashes of two versions cannot be compared
 
 # %% ../../nbs/90_engine/36_meaning.ipynb #27a10c8f
@@ -277,6 +279,7 @@ class _Writer:
     def __init__(self, package, module):
         self.package, self.module = package, module
         self.words, self.scopes, self.locals = [], [], {}
+        self.in_exception = self.in_try = False
 
     def lookup(self, name):
         "What stands for a name: a local variable's word, or where it leads."
@@ -332,27 +335,21 @@ class _Writer:
 _LEFT_OUT = {"ctx", "kind", "type_comment", "type_ignores", "type_params", "annotation", "returns"}
 
 
-def _patch_writer(function):
-    "Add a method to `_Writer`; the class goes on over several cells."
-    setattr(_Writer, function.__name__, function)
-    return function
-
-
-@_patch_writer
-def write_Name(self, node):
+@patch
+def write_Name(self: _Writer, node):
     self.refer(self.lookup(node.id))
 
 
-@_patch_writer
-def write_Attribute(self, node):
+@patch
+def write_Attribute(self: _Writer, node):
     if target := self.target(node):
         self.refer(target)
     else:
         self.write_fields(node)
 
 
-@_patch_writer
-def write_body(self, statements):
+@patch
+def write_body(self: _Writer, statements):
     "Write statements without those that do nothing."
     self.words.append("{")
     for statement in statements:
@@ -362,21 +359,21 @@ def write_body(self, statements):
     self.words.append("}")
 
 # %% ../../nbs/90_engine/36_meaning.ipynb #40c0c0b9
-@_patch_writer
-def write_Raise(self, node):
+@patch
+def write_Raise(self: _Writer, node):
     self.words.append("raise")
     if node.exc is not None:
         self.write(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
 
 
-@_patch_writer
-def write_Assert(self, node):
+@patch
+def write_Assert(self: _Writer, node):
     self.words.append("assert")
     self.write(node.test)
 
 
-@_patch_writer
-def write_Call(self, node):
+@patch
+def write_Call(self: _Writer, node):
     target = self.target(node.func)
     if target == ("external", "warnings.warn"):
         self.words.append("warn")
@@ -385,12 +382,9 @@ def write_Call(self, node):
     else:
         self.write_fields(node)
 
-
-_Writer.in_exception = False
-
 # %% ../../nbs/90_engine/36_meaning.ipynb #1ac44b89
-@_patch_writer
-def write_JoinedStr(self, node):
+@patch
+def write_JoinedStr(self: _Writer, node):
     "An f-string, however its pieces were split over lines."
     text = ""
     self.words.append("text")
@@ -404,44 +398,46 @@ def write_JoinedStr(self, node):
     self.words.append(repr(text))
 
 
-@_patch_writer
-def write_AnnAssign(self, node):
+@patch
+def write_AnnAssign(self: _Writer, node):
     self.write(ast.Assign([node.target], node.value))
 
 
-@_patch_writer
-def write_Global(self, node):
+@patch
+def write_Global(self: _Writer, node):
     self.words.append("global")
     for name in node.names:
         self.refer(self.package.resolve(self.module.name, name))
 
 
-@_patch_writer
-def write_Nonlocal(self, node):
+@patch
+def write_Nonlocal(self: _Writer, node):
     "Nothing: where a name belongs is written at its use."
 
 
-@_patch_writer
-def write_Import(self, node):
+@patch
+def write_Import(self: _Writer, node):
     "Nothing either; but whether something can be imported may be what a `try` is about."
     outside = [target for target in _import_targets(node, self.module.package).values()]
     self.words += [str(t) for t in outside if t[1].split(".")[0] != self.package.name and self.in_try]
 
 
-_Writer.write_ImportFrom, _Writer.in_try = write_Import, False
+_Writer.write_ImportFrom = write_Import
 
 # %% ../../nbs/90_engine/36_meaning.ipynb #8623fc4e
-@_patch_writer
-def write_Try(self, node):
+@patch
+def write_Try(self: _Writer, node):
     before, self.in_try = self.in_try, True
     self.write_fields(node)
     self.in_try = before
 
 # %% ../../nbs/90_engine/36_meaning.ipynb #31f161a1
-@_patch_writer
-def enter(self, nodes, names=(), is_class=False):
+@patch
+def enter(self: _Writer, nodes, names=(), is_class=False):
     "Begin a scope in which `nodes` bind names; those in `names` are written as they are."
-    place, outside, bound = (len(self.scopes), len(self.words)), set(), {}
+    place = len(self.scopes), len(self.words)
+    outside: set[str] = set()
+    bound: dict[str, tuple] = {}
     for node in _nodes_here(nodes):
         if isinstance(node, (ast.Global, ast.Nonlocal)):
             outside |= set(node.names)
@@ -454,8 +450,8 @@ def enter(self, nodes, names=(), is_class=False):
     self.scopes.append(_Scope(bound | {name: ("argument", name) for name in names}, is_class))
 
 
-@_patch_writer
-def write_function(self, arguments, body):
+@patch
+def write_function(self: _Writer, arguments, body):
     "A function without its name."
     self.words.append("function")
     self.write([*arguments.defaults, *[d or ast.Constant(None) for d in arguments.kw_defaults]])
@@ -471,21 +467,21 @@ def write_function(self, arguments, body):
     self.scopes.pop()
 
 
-@_patch_writer
-def write_Lambda(self, node):
+@patch
+def write_Lambda(self: _Writer, node):
     self.write_function(node.args, [ast.Return(node.body)])
 
 # %% ../../nbs/90_engine/36_meaning.ipynb #b4b77771
-@_patch_writer
-def write_FunctionDef(self, node):
+@patch
+def write_FunctionDef(self: _Writer, node):
     "A function that is bound to a name, like a lambda that is assigned to one."
     self.words += ["Assign", type(node).__name__ if isinstance(node, ast.AsyncFunctionDef) else ""]
     self.refer(self.lookup(node.name))
     self.write_decorated(node)
 
 
-@_patch_writer
-def write_decorated(self, node):
+@patch
+def write_decorated(self: _Writer, node):
     if node.decorator_list:
         self.words.append("decorated")
         self.write(node.decorator_list)
@@ -496,8 +492,8 @@ def write_decorated(self, node):
 _Writer.write_AsyncFunctionDef = write_FunctionDef
 
 # %% ../../nbs/90_engine/36_meaning.ipynb #5503f8b4
-@_patch_writer
-def write_Assign(self, node):
+@patch
+def write_Assign(self: _Writer, node):
     "An assignment; of a lambda, it is a function."
     self.words += ["Assign", ""] if isinstance(node.value, ast.Lambda) else ["Assign"]
     for target in node.targets:
@@ -505,8 +501,8 @@ def write_Assign(self, node):
     self.write(node.value)
 
 
-@_patch_writer
-def write_comprehension(self, node):
+@patch
+def write_comprehension(self: _Writer, node):
     "A comprehension; its variables are its own."
     self.words.append(type(node).__name__)
     self.write(node.generators[0].iter)
@@ -528,8 +524,8 @@ for _kind in _COMPREHENSIONS:
     setattr(_Writer, f"write_{_kind.__name__}", write_comprehension)
 
 
-@_patch_writer
-def write_ExceptHandler(self, node):
+@patch
+def write_ExceptHandler(self: _Writer, node):
     self.words.append("except")
     if node.type is not None:
         self.write(node.type)
@@ -541,19 +537,19 @@ def write_ExceptHandler(self, node):
 _FIELD_KINDS = ("KW_ONLY", "ClassVar", "InitVar")
 
 
-@_patch_writer
-def write_ClassDef(self, node):
+@patch
+def write_ClassDef(self: _Writer, node):
     self.words.append("class")
     self.refer(self.lookup(node.name))
     self.write_class(node, ())
 
 
-@_patch_writer
-def write_class(self, node, patches):
+@patch
+def write_class(self: _Writer, node, patches):
     "A class without its name; `patches`: `(module, function)` of the methods that are added to it."
     for part in (node.decorator_list, node.bases, node.keywords):
         self.write(part)
-    before, self.in_exception = self.in_exception, self.package.is_exception(self, node)
+    before, self.in_exception = self.in_exception, _is_exception(self.package, self, node)
     self.enter(node.body, is_class=True)
     methods = [(self.module, part) for part in node.body if isinstance(part, _SCOPES[:2])]
     has_fields = bool(node.decorator_list) or any(ast.unparse(b).endswith("NamedTuple") for b in node.bases)
@@ -567,8 +563,8 @@ def write_class(self, node, patches):
     self.in_exception = before
 
 
-@_patch_writer
-def write_attribute(self, part, has_fields):
+@patch
+def write_attribute(self: _Writer, part, has_fields):
     "A statement of a class's body that is no method."
     if isinstance(part, ast.AnnAssign) and has_fields:
         kinds = [kind for kind in _FIELD_KINDS if kind in ast.unparse(part.annotation)]
@@ -579,8 +575,8 @@ def write_attribute(self, part, has_fields):
             self.write(statement)
 
 # %% ../../nbs/90_engine/36_meaning.ipynb #3b5d87c9
-@_patch_writer
-def write_method(self, module, method):
+@patch
+def write_method(self: _Writer, module, method):
     "A method, with its name; one from elsewhere is read with the names of its own module."
     self.words += ["method", method.name]
     if any(_is_patch(d) for d in method.decorator_list):
@@ -608,9 +604,6 @@ def _is_exception(package, writer, node):
             if any(_is_exception(package, _Writer(package, module), part) for part in classes):
                 return True
     return False
-
-
-_Package.is_exception = _is_exception
 
 # %% ../../nbs/90_engine/36_meaning.ipynb #c2e3f881
 def _words_of(package, module, name):
