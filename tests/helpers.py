@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.func import functional_call, vmap
 
+import normflow_vi
 from normflow_vi.testing.cases import CASES
 from normflow_vi.testing.contract import Case, Direction
 
+MODULES = sorted(module.name for module in pkgutil.walk_packages(normflow_vi.__path__, "normflow_vi."))
 CASE = {case.name: case for case in CASES}
 
 scales = pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])

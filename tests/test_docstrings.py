@@ -2,14 +2,13 @@
 
 import doctest
 import importlib
-import pkgutil
 
 import pytest
 import torch
 
 import normflow_vi
+from helpers import MODULES
 
-MODULES = sorted(module.name for module in pkgutil.walk_packages(normflow_vi.__path__, "normflow_vi."))
 FINDER = doctest.DocTestFinder(exclude_empty=True)
 
 

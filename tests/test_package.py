@@ -3,7 +3,6 @@
 import ast
 import importlib
 import json
-import pkgutil
 import shutil
 import statistics
 import subprocess
@@ -14,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import normflow_vi
+from helpers import MODULES
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(module.name for module in pkgutil.walk_packages(normflow_vi.__path__, "normflow_vi."))
 
 
 def python(code):

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/80_plans/10_energies.ipynb #e3f6eecc
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -273,40 +274,37 @@ def _by_energy(records):
     return by_energy
 
 # %% ../../nbs/80_plans/10_energies.ipynb #7951d781
-def _rows_of_fig_3d(store, fits, suffix=""):
-    "The rows of Fig. 3(d); `suffix` is added to the names of the families."
+@dataclass(frozen=True)
+class _Figure:
+    "A published figure of bounds: what it is called, which of our families it shows, and its budget."
+
+    source: str
+    item: str
+    metric: str
+    families: dict  # {its name of a family: ours}
+    energies: tuple
+    updates: int  # published; a fit of fewer is shortened
+
+
+_FIG_3D = _Figure(REZENDE, "Fig 3d", "variational bound as plotted (nats)", FIG_3D, TARGETS[:3], 500_000)
+_FIG_41 = _Figure(_GROUP, "elbos.csv / Fig 4.1", "F on literal energy (nats)", FIG_41, TARGETS, 5_000)
+
+
+def _rows_of(store, fits, figure, suffix=""):
+    "The rows of a figure; `suffix` is added to the names of the families."
     rows = []
-    for name, K, energy, records in _in_figure(fits, FIG_3D, TARGETS[:3]):
+    for name, K, energy, records in _in_figure(fits, figure.families, figure.energies):
+        is_plotted = figure is _FIG_3D and energy == "U1"
         row = measured(
             store,
             records,
-            "as_plotted" if energy == "U1" else "F",
-            source=REZENDE,
-            item="Fig 3d",
+            "as_plotted" if is_plotted else "F",
+            source=figure.source,
+            item=figure.item,
             row=f"{name}{suffix} K={K}",
-            metric="variational bound as plotted (nats)",
+            metric=figure.metric,
             data=f"2-D energy {energy}",
-            shortened=records[0].run.get("updates") < 500_000,
-            comparable=energy == "U1",
-        )
-        rows.append(row)
-    return rows
-
-
-def _rows_of_fig_41(store, fits):
-    "The rows of the group report's Fig. 4.1."
-    rows = []
-    for name, K, energy, records in _in_figure(fits, FIG_41, TARGETS):
-        row = measured(
-            store,
-            records,
-            "F",
-            source=_GROUP,
-            item="elbos.csv / Fig 4.1",
-            row=f"{name} K={K}",
-            metric="F on literal energy (nats)",
-            data=f"2-D energy {energy}",
-            shortened=records[0].run.get("updates") < 5_000,
+            shortened=records[0].run.get("updates") < figure.updates,
             comparable=energy == "U1",
         )
         rows.append(row)
@@ -330,9 +328,9 @@ def rows(store: Store) -> list[Measured]:
     ours, theirs = best_fits(store), best_fits(store, "rmsprop")
     besides = {key: ours[key] for key in theirs.keys() & ours.keys()}
     return [
-        *_rows_of_fig_3d(store, ours | theirs),
-        *_rows_of_fig_3d(store, besides, " (Adam)"),
-        *_rows_of_fig_41(store, ours),
+        *_rows_of(store, ours | theirs, _FIG_3D),
+        *_rows_of(store, besides, _FIG_3D, " (Adam)"),
+        *_rows_of(store, ours, _FIG_41),
     ]
 
 

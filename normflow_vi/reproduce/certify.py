@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from normflow_vi import experiments
+from normflow_vi.reproduce.parameters import ONE_THREAD
 from normflow_vi.reproduce.probe import digest, in_small
 from normflow_vi.results import provenance
 from normflow_vi.results.meaning import meaning_sha256
@@ -260,10 +261,9 @@ def environment_of(top, root):
     That of this process, with one thread, `PYTHONPATH` at `top`, the project's root at `root`,
     and the data of this tree.
     """
-    single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     data = os.environ.get("NORMFLOW_VI_DATA", str(project_root() / "data"))
     given = {"PYTHONPATH": str(top), "NORMFLOW_VI_ROOT": str(root), "NORMFLOW_VI_DATA": data}
-    return os.environ | single | given
+    return os.environ | ONE_THREAD | given
 
 # %% ../../nbs/90_engine/57_certify.ipynb #c3961c7b
 @dataclass

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import experiments
-from .parameters import resolve_device
+from .parameters import ONE_THREAD, resolve_device
 from .probe import digest, probe
 from ..results import provenance
 from ..results.information import information
@@ -260,7 +260,7 @@ def _job_environment(device, slot):
         "PYTHONUNBUFFERED": "1",
     }
     if device == "cpu":
-        return known | {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        return known | ONE_THREAD
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return known | {"CUDA_VISIBLE_DEVICES": given.split(",")[slot] if given else str(slot)}
 

@@ -16,6 +16,7 @@ from ..results.store import Store, records_root
 from ..utils.settings import PROFILES, describe_rule, obeys, project_root
 
 # %% ../../nbs/90_engine/50_parameters.ipynb #21198104
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 DATA = ("auto", "mnist", "digits")
 DEVICES = ("auto", "cpu", "cuda")
 RULES = {"profile": PROFILES, "data": DATA, "device": DEVICES, "output": "folder"}

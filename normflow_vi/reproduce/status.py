@@ -250,19 +250,19 @@ def figure_row(line: dict[str, str]) -> Row:
     )
 
 
-def _with_state(m):
-    "A row with the worst state of its records."
-    return replace(m, state=worst_state(state for _, state in states_of(m.records)))
+def _with_state(m, present):
+    "A row with the worst state of its records; `present`: see `states_of`."
+    return replace(m, state=worst_state(state for _, state in states_of(m.records, present)))
 
 # %% ../../nbs/90_engine/60_status.ipynb #b8df40ca
 def rows(store: Store | None = None) -> tuple[list[Row], list[str]]:
     "All status rows, and a line for each damaged record, which is left out of the rows."
-    measured: list
-    problems: list[str]
-    measured, problems = [], []
+    measured: list[Measured] = []
+    problems: list[str] = []
+    present: dict[str, str] = {}
     roots = store.roots if store else Store().roots
     for experiment in experiments.all():
-        measured += map(_with_state, experiment.rows(Store(roots, problems)))
+        measured += [_with_state(m, present) for m in experiment.rows(Store(roots, problems))]
     figures = [figure_row(line) for line in read_csv("figures.csv")]
     return join(published(), measured) + figures, problems
 

@@ -164,9 +164,12 @@ def worst_state(states: Iterable[str]) -> str:
     return max(states, key=STATES.index, default=STATES[0])
 
 
-def states_of(headers: Iterable[tuple]) -> Iterator[tuple]:
-    "`(run, state)` of records, given as `(run, info)`."
-    present = {}
+def states_of(headers: Iterable[tuple], present: dict[str, str] | None = None) -> Iterator[tuple]:
+    """`(run, state)` of records, given as `(run, info)`.
+
+    `present`: the hashes of experiments that were taken already; those that are taken now are added.
+    """
+    present = {} if present is None else present
     for run, info in headers:
         if run.experiment not in present:
             present[run.experiment] = _present(run.experiment)
