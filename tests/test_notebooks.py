@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
 MAX_LINES, MAX_CLASS_LINES, MAX_COLUMNS = 40, 60, 110  # of an export cell
+APPENDIX = ("80_plans", "90_engine")
 LINES_AN_ASSERTION = 60  # of exported code, at most, for each cell that asserts, and one besides
 
 
@@ -113,6 +114,8 @@ def test_is_written_to_be_read(path):
         check_size(text)
     code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
     asserting = sum(bool(re.search(r"\bassert\b|expect_fail", text)) for text in code)
+    if path.parent.name not in APPENDIX:
+        assert asserting >= 0.5 * len(exports), f"{len(exports)} export cells, {asserting} cells that assert"
     lines = sum(map(count_code, exports))
     assert lines <= LINES_AN_ASSERTION * (asserting + 1), (
         f"{lines} exported lines, {asserting} cells that assert"
@@ -180,7 +183,6 @@ def forward_imports(pages, modules):
     return wrong
 
 
-APPENDIX = ("80_plans", "90_engine")
 CHAPTERS = [path for path in NOTEBOOKS if path.parent.name not in APPENDIX and path.parent.name != "nbs"]
 
 
