@@ -7,7 +7,6 @@ __all__ = ['Autoregressive', 'InverseAutoregressive', 'MaskedAutoregressive']
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #45db74aa
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,8 +177,7 @@ class InverseAutoregressive(Autoregressive):
         max_log_scale: float | None = None,
     ):
         law = _affine_law(form, max_log_scale)
-        how: dict[str, Any] = {"order": order, "residual": residual}
-        super().__init__(dim, law, length, context_dim, hidden, activation, **how)
+        super().__init__(dim, law, length, context_dim, hidden, activation, order, residual)
 
 # %% ../../nbs/03_iaf/10_autoregressive.ipynb #1d58e5c3
 class MaskedAutoregressive(Autoregressive):
@@ -214,5 +212,4 @@ class MaskedAutoregressive(Autoregressive):
         max_log_scale: float | None = None,
     ):
         law = _affine_law(form, max_log_scale)
-        how: dict[str, Any] = {"order": order, "residual": residual}
-        super().__init__(dim, law, length, context_dim, hidden, activation, **how)
+        super().__init__(dim, law, length, context_dim, hidden, activation, order, residual)

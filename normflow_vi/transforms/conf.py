@@ -6,8 +6,6 @@
 __all__ = ['Convolve', 'ConvolutionCoupling']
 
 # %% ../../nbs/01_flows/23_conf.ipynb #d605a6b9
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -73,6 +71,5 @@ class ConvolutionCoupling(Coupling):
         *,
         max_log_scale: float | None = None,
     ):
-        where: dict[str, Any] = dict(mask=mask, shape=shape, mix=mix)
         law = Convolve(max_log_scale)
-        super().__init__(dim, law, length, context_dim, hidden, activation, **where)
+        super().__init__(dim, law, length, context_dim, hidden, activation, mask, shape, mix=mix)

@@ -7,7 +7,6 @@ __all__ = ['Coupling', 'AdditiveCoupling', 'AffineCoupling']
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #709407f8
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,8 +202,7 @@ class AdditiveCoupling(Coupling):
         shape: tuple[int, ...] | None = None,
         mix: str | None = None,
     ):
-        where: dict[str, Any] = dict(mask=mask, shape=shape, mix=mix)
-        super().__init__(dim, Shift(), length, context_dim, hidden, activation, **where)
+        super().__init__(dim, Shift(), length, context_dim, hidden, activation, mask, shape, mix=mix)
 
 # %% ../../nbs/01_flows/20_coupling.ipynb #a89376b2
 class AffineCoupling(Coupling):
@@ -232,6 +230,5 @@ class AffineCoupling(Coupling):
         *,
         max_log_scale: float | None = None,
     ):
-        where: dict[str, Any] = dict(mask=mask, shape=shape, mix=mix)
         law = ScaleShift(max_log_scale)
-        super().__init__(dim, law, length, context_dim, hidden, activation, **where)
+        super().__init__(dim, law, length, context_dim, hidden, activation, mask, shape, mix=mix)

@@ -88,10 +88,11 @@ def RealNVP(
     >>> RealNVP(dim=4, length=3).inverse_kind
     'closed form'
     """
-    how: dict[str, Any] = {"mask": mask, "shape": shape, "max_log_scale": max_log_scale}
-    return AffineCoupling(dim, length, context_dim, hidden, activation, **how)
+    return AffineCoupling(
+        dim, length, context_dim, hidden, activation, mask, shape, max_log_scale=max_log_scale
+    )
 
-
+# %% ../../nbs/04_cif/20_factories.ipynb #4ef4a164
 def MAF(
     dim: int,
     length: int,
@@ -132,8 +133,9 @@ def IAF(
     >>> iaf.forward_kind, iaf.inverse_kind
     ('closed form', 'sequential')
     """
-    how: dict[str, Any] = {"form": form, "max_log_scale": max_log_scale}
-    return InverseAutoregressive(dim, length, context_dim, hidden, activation, **how)
+    return InverseAutoregressive(
+        dim, length, context_dim, hidden, activation, form=form, max_log_scale=max_log_scale
+    )
 
 # %% ../../nbs/04_cif/20_factories.ipynb #a8df7b61
 def NSF(

@@ -6,9 +6,6 @@
 __all__ = ['SplineCoupling', 'SplineAutoregressive']
 
 # %% ../../nbs/04_cif/10_spline_layers.ipynb #6048a71c
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor
 
 from .autoregressive import Autoregressive
@@ -40,14 +37,13 @@ class SplineCoupling(Coupling):
         activation: str = "relu",
         bins: int = 8,
         bound: float = 3.0,
-        mask: str | Sequence[bool] | Tensor = "half",
+        mask: str | Tensor = "half",
         *,
         shape: tuple[int, ...] | None = None,
         mix: str | None = None,
     ):
         law = Spline(bins, bound)
-        how: dict[str, Any] = {"mask": mask, "shape": shape, "mix": mix}
-        super().__init__(dim, law, length, context_dim, hidden, activation, **how)
+        super().__init__(dim, law, length, context_dim, hidden, activation, mask, shape, mix=mix)
 
 # %% ../../nbs/04_cif/10_spline_layers.ipynb #9a66a388
 class SplineAutoregressive(Autoregressive):
@@ -81,5 +77,4 @@ class SplineAutoregressive(Autoregressive):
         residual: bool = False,
     ):
         law = Spline(bins, bound)
-        how: dict[str, Any] = {"order": order, "residual": residual}
-        super().__init__(dim, law, length, context_dim, hidden, activation, **how)
+        super().__init__(dim, law, length, context_dim, hidden, activation, order, residual)
