@@ -1,11 +1,15 @@
 """One thread a process, one seed a test; `--fast` leaves out the tests that `slow.txt` names."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 # The suite runs as several processes, and results must not depend on how many cores there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Ctrl-C is ignored in what a shell runs in the background, and by what that starts; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

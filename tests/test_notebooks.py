@@ -236,23 +236,10 @@ def test_an_edited_module_is_noticed(tmp_path, monkeypatch):
         test_the_package_is_what_the_notebooks_export(tmp_path / "again")
 
 
-# Pages that change folders, signals or the environment run in a process of their own. Of the others six
-# share one, and import torch once.
-CHANGES = r"os\.environ|chdir|signal|NORMFLOW_VI|subprocess|_environment\(|set_num_threads|setattr\("
-
-
-def changes_its_process(path):
-    """Whether a page of the engine may leave traces that another page would see."""
-    return path.parent.name == "90_engine" and bool(re.search(CHANGES, path.read_text()))
-
-
-ENGINE = [path for path in LIBRARY if changes_its_process(path)]
-OTHERS = [path for path in LIBRARY + SHOWS if path not in ENGINE]
-GROUPS = [[path] for path in ENGINE] + [OTHERS[i : i + 6] for i in range(0, len(OTHERS), 6)]
-RUN = (
-    "import sys; from nbdev.test import test_nb; sys.exit(' '.join(path for path in sys.argv[1:] if "
-    "not test_nb(path)[0]) or 0)"
-)
+# Twelve pages share one process, which imports torch once and runs each of them in a fork.
+PAGES = LIBRARY + SHOWS
+GROUPS = [PAGES[i : i + 12] for i in range(0, len(PAGES), 12)]
+RUN = sys.executable, "-m", "tests.run_pages"
 
 
 @pytest.mark.parametrize(
@@ -260,15 +247,13 @@ RUN = (
 )
 def test_library_notebooks_run(paths):
     """As nbdev-test runs them; the names of those that fail come last."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *map(str, paths)], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([*RUN, *paths], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def test_a_page_that_fails_is_named(tmp_path):
     """The check above can fail."""
-    good = OTHERS[0]
+    good = PAGES[0]
     bad = tmp_path / "bad.ipynb"
     book = json.loads(good.read_text())
     next(cell for cell in book["cells"] if cell["cell_type"] == "code" and not is_export(cell))["source"] = [
@@ -276,7 +261,7 @@ def test_a_page_that_fails_is_named(tmp_path):
     ]
     bad.write_text(json.dumps(book))
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(bad), str(good)],
+        [*RUN, bad, good],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -126,12 +126,7 @@ def _prepare_checkpoints(folder, code, retrain):
         print("begun with other code: it goes on, and its record will name both", flush=True)
     (folder / "progress.json").unlink(missing_ok=True)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    atomic_write(
-        folder / "codes.json",
-        json.dumps(codes)
-        + "\
-",
-    )
+    atomic_write(folder / "codes.json", json.dumps(codes))
     return checkpoints, codes
 
 # %% ../../nbs/90_engine/52_jobs.ipynb #0d655457
