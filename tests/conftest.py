@@ -8,12 +8,12 @@ from pathlib import Path
 # The suite runs as several processes, and results must not depend on how many cores there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Ctrl-C is ignored in what a shell runs in the background, and by what that starts; some tests send it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 import torch
 from small_project import make_project
+
+# Ctrl-C is ignored in what a shell runs in the background, and by what that starts; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW = Path(__file__).parent / "slow.txt"
 SECONDS = 0.3  # a test that takes longer, over all its parameters together, is slow
