@@ -26,7 +26,7 @@ from normflow_vi.engine import checkpoint
 from normflow_vi.engine.checkpoint import Missing
 from normflow_vi.engine.choosing import choose_engine
 from normflow_vi.engine.errors import Interrupted, NonFinite
-from normflow_vi.engine.optimizer import Optimizer, clip_gradients
+from normflow_vi.engine.optimizer import Optimizer, Updater, clip_gradients
 from normflow_vi.engine.trainer import Trainer, fingerprint
 from normflow_vi.transforms import Planar
 from normflow_vi.utils import files
@@ -106,6 +106,7 @@ def validate(model, step):
 
 
 ADAM = Optimizer("adam", 0.02, weight_decay=0.1, clip=1.0, warmup=20)
+AVERAGED = Optimizer("adamax", 0.01, clip=1.0, average=0.95)
 RMSPROP = Optimizer("rmsprop", 0.002, momentum=0.9, clip=1.0)
 
 
@@ -338,8 +339,8 @@ def test_runs_outside_the_main_thread():
 
 @pytest.fixture(
     scope="module",
-    params=[(1, ADAM), (3, ADAM), (1, RMSPROP)],
-    ids=["adam", "adam x 3", "rmsprop"],
+    params=[(1, ADAM), (3, ADAM), (1, RMSPROP), (3, AVERAGED)],
+    ids=["adam", "adam x 3", "rmsprop", "adamax, averaged, x 3"],
 )
 def half_way(request, tmp_path_factory):
     """Options of a training, the state at step 150, ten steps after a log point, and the fingerprint at the
@@ -897,7 +898,7 @@ def test_the_gradients_of_stacked_runs_are_each_runs_own():
             torch.testing.assert_close(trainer.runs.parameters()[name].grad[s], p.grad, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("optimizer", [ADAM, RMSPROP], ids=["adam", "rmsprop"])
+@pytest.mark.parametrize("optimizer", [ADAM, RMSPROP, AVERAGED], ids=["adam", "rmsprop", "adamax"])
 def test_stacked_runs_go_where_single_runs_go(optimizer):
     together = make(3, loss=quiet_loss, dtype=torch.float64, optimizer=optimizer)
     history = together.run()
@@ -912,6 +913,37 @@ def test_stacked_runs_go_where_single_runs_go(optimizer):
         )
         np.testing.assert_allclose(history.values["loss"][:, s], alone.values["loss"][:, 0], atol=1e-10)
         assert history.best_step[s] == alone.best_step[0]
+
+
+def test_adamax_is_that_of_its_paper():
+    """Kingma and Ba 2015, algorithm 2, by hand: ten updates of one number."""
+    p = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    update = Updater(Optimizer("adamax", 0.1, schedule="constant"), {"p": p}, [], runs=1, steps=10)
+    theta, m, u = 1.0, 0.0, 0.0
+    for t in range(1, 11):
+        g = 2 * theta * math.sin(t)
+        m = 0.9 * m + 0.1 * g
+        u = max(0.999 * u, abs(g) + 1e-8)
+        theta -= 0.1 / (1 - 0.9**t) * m / u
+        (p.square().sum() * math.sin(t)).backward()
+        update(t - 1)
+    assert p.item() == pytest.approx(theta, abs=1e-12)
+
+
+def test_validation_and_the_best_are_of_the_average_and_training_goes_on_without_it():
+    plain = make(optimizer=Optimizer("adamax", 0.01))
+    averaged = make(optimizer=Optimizer("adamax", 0.01, average=0.9))
+    curves = [trainer.run() for trainer in (plain, averaged)]
+    np.testing.assert_array_equal(curves[0].values["loss"], curves[1].values["loss"])
+    judged = [curve.valid["distance"] for curve in curves]
+    assert (judged[0] != judged[1]).any()
+    last = {name: t.clone() for name, t in averaged.models[0].named_parameters()}
+    averaged.load_average()
+    means = dict(averaged.models[0].named_parameters())
+    assert all((last[name] != means[name]).any() for name in last)
+    torch.testing.assert_close(last, dict(plain.models[0].named_parameters()), atol=0, rtol=0)
+    with pytest.raises(ValueError, match="average=0.0"):
+        plain.load_average()
 
 
 @pytest.mark.parametrize("in_place", [True, False])

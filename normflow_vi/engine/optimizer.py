@@ -7,7 +7,8 @@ __all__ = ['Optimizer']
 
 # %% ../../nbs/90_engine/24_optimizer.ipynb #8ad151c4
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.checks import require
+from ..utils.patching import patch
 
 # %% ../../nbs/90_engine/24_optimizer.ipynb #8e6a5665
 @dataclass(frozen=True)
@@ -22,9 +24,10 @@ class Optimizer:
     """How parameters move.
 
     `weight_decay` is decoupled, `p -= rate * weight_decay * p` (Loshchilov and Hutter 2019); `clip` bounds
-    each run's global gradient norm. `betas` are Adam's, `momentum` is RMSprop's. `warmup` and `hold` count
-    updates: the rate rises until the one and does not fall before the other. Raises `ValueError` naming the
-    field.
+    each run's global gradient norm. `betas` are Adam's and Adamax's, `momentum` is RMSprop's. `warmup` and
+    `hold` count updates: the rate rises until the one and does not fall before the other. `average`: what a
+    moving average of the parameters keeps of itself at each update; 0: there is none. Raises `ValueError`
+    naming the field.
 
     >>> Optimizer("adam", 0.01, warmup=100).rate_at(49, steps=1000)
     0.005
@@ -39,6 +42,7 @@ class Optimizer:
     warmup: int = 0
     hold: int = 0
     schedule: str = "cosine"
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         _check_optimizer(self)
@@ -61,6 +65,7 @@ def _check_optimizer(o: Optimizer) -> None:
     require(0 < o.learning_rate < math.inf, "learning_rate", o.learning_rate, "a positive number")
     require(are_fractions, "betas", o.betas, "two numbers in [0, 1)")
     require(0 <= o.momentum < 1, "momentum", o.momentum, "a number in [0, 1)")
+    require(0 <= o.average < 1, "average", o.average, "a number in [0, 1)")
     require(0 <= o.weight_decay < math.inf, "weight_decay", o.weight_decay, "a number >= 0")
     require(o.clip is None or 0 < o.clip < math.inf, "clip", o.clip, "None or a positive number")
     for name in ("warmup", "hold"):
@@ -76,7 +81,11 @@ def _make_rmsprop(parameters: list[nn.Parameter], optimizer: Optimizer) -> torch
     return torch.optim.RMSprop(parameters, lr=0.0, momentum=optimizer.momentum, foreach=True)
 
 
-_MAKERS = {"adam": _make_adam, "rmsprop": _make_rmsprop}
+def _make_adamax(parameters: list[nn.Parameter], optimizer: Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.Adamax(parameters, lr=0.0, betas=optimizer.betas, foreach=True)
+
+
+_MAKERS = {"adam": _make_adam, "rmsprop": _make_rmsprop, "adamax": _make_adamax}
 
 # %% ../../nbs/90_engine/24_optimizer.ipynb #feecb10a
 def clip_gradients(gradients: Collection[Tensor], limit: float, runs: int) -> Tensor:
@@ -101,6 +110,28 @@ def make_torch_optimizer(optimizer: Optimizer, parameters: list[nn.Parameter]) -
             tensor.zero_()
     return made
 
+# %% ../../nbs/90_engine/24_optimizer.ipynb #c84a78a1
+class Average:
+    "The moving average of named parameters, which keeps `decay` of itself at each update."
+
+    def __init__(self, parameters: Mapping[str, Any], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.means = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def add(self, step: int) -> None:
+        "Take in the parameters after update `step`, from 0."
+        kept = min(self.decay, (1 + step) / (10 + step))
+        current = [p.detach() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.means.values()), current, 1 - kept)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        "Put the means where the parameters are, and the parameters where the means are."
+        for name, p in self.parameters.items():
+            current = p.clone()
+            p.copy_(self.means[name])
+            self.means[name].copy_(current)
+
 # %% ../../nbs/90_engine/24_optimizer.ipynb #873ffe3f
 class Updater:
     "Moves named `parameters` by an `Optimizer`; `decayed` names those which weight decay shrinks."
@@ -117,11 +148,14 @@ class Updater:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.decayed = [self.parameters[name].detach() for name in decayed if name in self.parameters]
         self.torch_optimizer = make_torch_optimizer(optimizer, list(self.parameters.values()))
+        self.average = Average(self.parameters, optimizer.average) if optimizer.average else None
 
     def tensors(self) -> dict[str, Tensor]:
         "The optimiser's state, `{parameter: slot}`."
         state = self.torch_optimizer.state
-        slots = {name: state[p] for name, p in self.parameters.items()}
+        slots = {name: dict(state[p]) for name, p in self.parameters.items()}
+        for name, mean in self.average.means.items() if self.average else ():
+            slots[name]["average"] = mean
         return {f"{name}: {slot}": t for name, tensors in slots.items() for slot, t in tensors.items()}
 
     def trained(self) -> list[nn.Parameter]:
@@ -145,7 +179,22 @@ class Updater:
         for group in self.torch_optimizer.param_groups:
             group["lr"] = rate
         self.torch_optimizer.step()
+        if self.average:
+            self.average.add(step)
         self.forget()
+
+# %% ../../nbs/90_engine/24_optimizer.ipynb #b47b5afa
+@patch
+@contextmanager
+def averaged(self: Updater) -> Iterator[None]:
+    "Within a `with` block the parameters are their averages, where there are any."
+    if self.average:
+        self.average.exchange()
+    try:
+        yield
+    finally:
+        if self.average:
+            self.average.exchange()
 
 # %% ../../nbs/90_engine/24_optimizer.ipynb #a556f5f5
 def _find_own_decayed(module: nn.Module) -> list[str]:

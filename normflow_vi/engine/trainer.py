@@ -63,8 +63,9 @@ class Trainer:
     """Train S modules of one shape by one loss; `run()` does it.
 
     A run resumes from the newest good checkpoint in `folder`. Afterwards `models` hold the final parameters,
-    or, after `load_best()`, the best. Raises `NonFinite`, `Interrupted`, `MemoryError` or `files.Busy`; each
-    leaves the last good state in the trainer and on the disk.
+    or, after `load_best()`, the best, or, after `load_average()`, their moving average. Raises `NonFinite`,
+    `Interrupted`, `MemoryError` or `files.Busy`; each leaves the last good state in the trainer and on the
+    disk.
 
     >>> from types import SimpleNamespace
     >>> model = torch.nn.Linear(1, 1)
@@ -202,13 +203,19 @@ def watched(self: Trainer) -> dict[str, Tensor]:
     return self.watch.tensors()
 
 # %% ../../nbs/90_engine/30_training.ipynb #7d066667
+def _settings_of(optimizer: Optimizer) -> dict[str, Any]:
+    "The fields of an optimiser; `average` only where there is one: older checkpoints do not know it."
+    fields = asdict(optimizer)
+    return fields if optimizer.average else {k: v for k, v in fields.items() if k != "average"}
+
+
 @patch
 def config(self: Trainer) -> dict[str, Any]:
     "What has to be the same when a training goes on."
     return {
         "seeds": self.seeds,
         "steps": self.steps,
-        "optimizer": asdict(self.optimizer),
+        "optimizer": _settings_of(self.optimizer),
         "log_every": self.log_every,
         "validate_every": self.validate_every,
         "keep_best": self.keep_best,
@@ -315,13 +322,17 @@ def _validate_one(self: Trainer, model: nn.Module) -> dict[str, float]:
 
 @patch
 def assess(self: Trainer) -> None:
-    "Add a point to the validation curves, `{name: [a number a run]}`, and keep what is best so far."
-    points = [self._validate_one(model) for model in self.models]
-    values = {name: [point[name] for point in points] for name in points[0]}
-    named = {f"validation {name}": torch.tensor(v) for name, v in values.items()}
-    self.watch.check(named, "loss", self.step)
-    self.curves.add_validation(self.step, values)
-    self.best.update(self.step, values)
+    """Add a point to the validation curves, `{name: [a number a run]}`, and keep what is best so far.
+
+    Averaged parameters are what is judged and kept, where the optimiser averages.
+    """
+    with self.update.averaged():
+        points = [self._validate_one(model) for model in self.models]
+        values = {name: [point[name] for point in points] for name in points[0]}
+        named = {f"validation {name}": torch.tensor(v) for name, v in values.items()}
+        self.watch.check(named, "loss", self.step)
+        self.curves.add_validation(self.step, values)
+        self.best.update(self.step, values)
 
 # %% ../../nbs/90_engine/30_training.ipynb #06d56582
 @patch
@@ -342,6 +353,14 @@ def rows_valid(self: Trainer) -> list:
 def load_best(self: Trainer) -> None:
     "Put each run's best parameters into its model, once the training is over."
     self.best.load()
+
+
+@patch
+def load_average(self: Trainer) -> None:
+    "Put the averaged parameters into the models, once the training is over; `ValueError` without any."
+    if self.update.average is None:
+        raise ValueError(f"optimizer: average={self.optimizer.average}, so there is none; expected above 0")
+    self.update.average.exchange()
 
 
 @patch
