@@ -100,7 +100,7 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
 # %% ../../nbs/02_vae_nf/05_networks.ipynb #7c822a32
-class _Convolutional(nn.Module):
+class ImageNetwork(nn.Module):
     "Layers on images between flat vectors, `(..., in_dim) -> (..., out_dim)`; raises `ValueError`."
 
     def __init__(self, in_dim: int, out_dim: int, *layers: nn.Module):
@@ -115,7 +115,7 @@ class _Convolutional(nn.Module):
         return flat.reshape(*x.shape[:-1], self.out_dim)
 
 
-def _side_of(name: str, dim: int, multiple: int = 1) -> int:
+def side_of(name: str, dim: int, multiple: int = 1) -> int:
     """The side, a multiple of `multiple`, of the square image of `dim` pixels.
 
     `ValueError` if there is none.
@@ -127,7 +127,7 @@ def _side_of(name: str, dim: int, multiple: int = 1) -> int:
     raise ValueError(f"{name}={dim}: expected the number of pixels of a square image{which}")
 
 
-def _count_pixels(out_dim: int, per_pixel: int) -> int:
+def count_pixels(out_dim: int, per_pixel: int) -> int:
     "How many pixels `out_dim` numbers describe, `per_pixel` each."
     pixels, rest = divmod(check_int("out_dim", out_dim), check_int("per_pixel", per_pixel))
     if rest:
@@ -146,7 +146,7 @@ def _gated_back(i: int, o: int, kernel: int = 5, stride: int = 1, padding: int =
     return nn.Sequential(layer, nn.GLU(1))
 
 
-class GatedConvEncoder(_Convolutional):
+class GatedConvEncoder(ImageNetwork):
     """Gated convolutions from a square image to features; Van den Berg et al. 2018, section 6.1.
 
     Input `(..., in_dim)`, the pixels of an image whose side is divisible by 4; output `(...,
@@ -157,7 +157,7 @@ class GatedConvEncoder(_Convolutional):
     """
 
     def __init__(self, in_dim: int = 784, out_dim: int = 256, width: int = 32):
-        side, w = _side_of("in_dim", in_dim, 4), check_int("width", width)
+        side, w = side_of("in_dim", in_dim, 4), check_int("width", width)
         super().__init__(
             in_dim,
             out_dim,
@@ -171,7 +171,7 @@ class GatedConvEncoder(_Convolutional):
         )
 
 # %% ../../nbs/02_vae_nf/05_networks.ipynb #d97c664a
-class GatedConvDecoder(_Convolutional):
+class GatedConvDecoder(ImageNetwork):
     """Gated transposed convolutions from latents to an image; Van den Berg et al. 2018, section
     6.1.
 
@@ -184,12 +184,12 @@ class GatedConvDecoder(_Convolutional):
     """
 
     def __init__(self, in_dim: int, out_dim: int = 784, width: int = 32, per_pixel: int = 1):
-        w, pixels = check_int("width", width), _count_pixels(out_dim, per_pixel)
+        w, pixels = check_int("width", width), count_pixels(out_dim, per_pixel)
         super().__init__(
             in_dim,
             out_dim,
             nn.Unflatten(1, (in_dim, 1, 1)),
-            _gated_back(in_dim, 2 * w, _side_of("out_dim", pixels, 4) // 4, padding=0),
+            _gated_back(in_dim, 2 * w, side_of("out_dim", pixels, 4) // 4, padding=0),
             _gated_back(2 * w, 2 * w),
             _gated_back(2 * w, w, stride=2),
             _gated_back(w, w),
@@ -231,13 +231,13 @@ class _Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.shortcut(x) + self.branch(x)
 
-# %% ../../nbs/02_vae_nf/05_networks.ipynb #c0ce0645
-def _halvings(side: int) -> tuple[int, int, int, int]:
+# %% ../../nbs/02_vae_nf/05_networks.ipynb #23854896
+def halvings(side: int) -> tuple[int, int, int, int]:
     "A side, and what three halvings make of it, each rounded up."
     return side, -(-side // 2), -(-side // 4), -(-side // 8)
 
-
-class ResNetEncoder(_Convolutional):
+# %% ../../nbs/02_vae_nf/05_networks.ipynb #c0ce0645
+class ResNetEncoder(ImageNetwork):
     """Residual blocks from a square image to features; Durkan et al. 2019, appendix B.
 
     Input `(..., in_dim)`, the pixels of the image; output `(..., out_dim)`. `width`: channels at
@@ -248,7 +248,7 @@ class ResNetEncoder(_Convolutional):
     """
 
     def __init__(self, in_dim: int = 784, out_dim: int = 64, width: int = 16):
-        side, w = _side_of("in_dim", in_dim), check_int("width", width)
+        side, w = side_of("in_dim", in_dim), check_int("width", width)
         blocks = []
         for channels in (w, 2 * w, 4 * w):
             blocks += [_Residual(channels), _Residual(channels, 2 * channels, _halve)]
@@ -260,11 +260,11 @@ class ResNetEncoder(_Convolutional):
             *blocks,
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(8 * w * _halvings(side)[3] ** 2, check_int("out_dim", out_dim)),
+            nn.Linear(8 * w * halvings(side)[3] ** 2, check_int("out_dim", out_dim)),
         )
 
 # %% ../../nbs/02_vae_nf/05_networks.ipynb #330cf7d3
-class ResNetDecoder(_Convolutional):
+class ResNetDecoder(ImageNetwork):
     """Residual blocks from latents to an image; Durkan et al. 2019, appendix B.
 
     Input `(..., in_dim)`; output `(..., out_dim)`, `per_pixel` numbers for each pixel of a square
@@ -276,8 +276,8 @@ class ResNetDecoder(_Convolutional):
     """
 
     def __init__(self, in_dim: int, out_dim: int = 784, width: int = 16, per_pixel: int = 1):
-        w, pixels = check_int("width", width), _count_pixels(out_dim, per_pixel)
-        *sides, least = _halvings(_side_of("out_dim", pixels))
+        w, pixels = check_int("width", width), count_pixels(out_dim, per_pixel)
+        *sides, least = halvings(side_of("out_dim", pixels))
         blocks = []
         for channels, side in zip((4 * w, 2 * w, w), reversed(sides), strict=True):
             grow = partial(_double, side=side)
