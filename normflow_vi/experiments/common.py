@@ -19,7 +19,8 @@ LENGTHS = [(int, 1, 1000)]
 RATE = (float, 1e-8, 1)
 FIT_RULES = {"seeds": SEEDS, "lengths": LENGTHS, "learning_rate": RATE}
 
-REZENDE = "Rezende & Mohamed 2015 (1505.05770)"  # as the list of published numbers calls the paper
+REZENDE = "Rezende & Mohamed 2015 (1505.05770)"  # as the list of published numbers calls the papers
+KINGMA = "Kingma et al. 2016 IAF (1606.04934)"
 
 # %% ../../nbs/80_plans/05_common.ipynb #829ec7ca
 _OPTIONS = ("weight_decay", "warmup", "clip")
@@ -29,6 +30,8 @@ def make_optimizer(run: Run, **options: Any) -> Optimizer:
     "The optimiser that the budget of `run` asks for; `options` of Adam that the budget does not name."
     budget = dict(run.budget)
     rate = budget["learning_rate"]
+    if budget.get("optimizer") == "adamax":
+        return Optimizer("adamax", rate, schedule="constant", average=budget["average"])
     if budget.get("optimizer") == "rmsprop":
         return Optimizer("rmsprop", rate, momentum=0.9, schedule="constant")
     named: dict[str, Any] = {name: budget[name] for name in _OPTIONS if name in budget}

@@ -74,13 +74,15 @@ def plan_runs(
 
 # %% ../../nbs/80_plans/15_images.ipynb #30796687
 def dataset(run: Run, device: str = "cpu") -> Data:
-    "The data of a run, on a device."
-    return load_data(run.data.removesuffix("-static"), binarize="static", device=device)
+    'The data of a run, such as "mnist-static" or "mnist-dynamic", on a device.'
+    name, _, binarize = run.data.rpartition("-")
+    return load_data(name, binarize=binarize, device=device)
 
 
 def title(run: Run, asked: str = "auto") -> str:
     "What a figure calls the data of a run, when data called `asked` were wanted."
-    return title_of(asked, run.data.removesuffix("-static"), "static")
+    name, _, binarize = run.data.rpartition("-")
+    return title_of(asked, name, binarize)
 
 # %% ../../nbs/80_plans/15_images.ipynb #c75b8bdd
 def build(run: Run, data: Data) -> VAE:
@@ -165,7 +167,7 @@ def make_trainer(
     )
 
 # %% ../../nbs/80_plans/15_images.ipynb #e631a7c5
-def _images_for_curves(run, data):
+def images_for_curves(run, data):
     "The images on which the curves of a run are measured: fewer of the training images."
     count = run.get("evaluation_images")
     return {
@@ -187,7 +189,7 @@ def trainer(
     data = data or dataset(run, device)
     models = [build(r, data).to(device) for r in runs]
     models[0].check(data.train.pixels(indices=slice(100)))
-    parts = _images_for_curves(run, data)
+    parts = images_for_curves(run, data)
     loss = image_loss(run.get("anneal"), run.get("objective"))
     batches = [Batches(data.train, run.get("batch_size"), r.seed) for r in runs]
     return make_trainer(runs, models, loss, batches, parts, folder=folder, device=device, progress=progress)

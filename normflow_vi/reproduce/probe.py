@@ -25,6 +25,8 @@ SMALL = {
     "samples": 100,
     "evaluation_samples": 10,
     "evaluation_images": 20,
+    "long_samples": 20,
+    "long_images": 10,
     "images": 8,
     "grid": 41,
     "dim": 16,
