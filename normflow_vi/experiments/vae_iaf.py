@@ -207,7 +207,7 @@ def record(run: Run, model: VAE, judged: Data, history: History, index: int) -> 
 _PAPER_UPDATES = 200_000  # 400 epochs
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
     "What the published list calls a row."
     if name == "diagonal":
         return "Diagonal covariance"
@@ -234,7 +234,7 @@ def rows(store: Store) -> list[Measured]:
         what: dict[str, Any] = {
             "source": KINGMA,
             "item": "Table 1",
-            "row": _published_name(name),
+            "row": published_name(name),
             "data": "MNIST dynamic",
         }
         for value, metric in _METRICS:
