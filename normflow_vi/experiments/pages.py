@@ -49,5 +49,6 @@ experiments = (
         "answers_samples.png",
         "answers_sbc.png",
     ),
+    _page("iaf_idea", "03_iaf/00_idea", "iaf_fig1.png"),
     _page("tables", "06_mnist_results/10_tables", "status.csv"),
 )
