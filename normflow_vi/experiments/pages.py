@@ -50,5 +50,6 @@ experiments = (
         "answers_sbc.png",
     ),
     _page("iaf_idea", "03_iaf/00_idea", "iaf_fig1.png"),
+    _page("iaf_claims", "03_iaf/90_claims", "iaf_claims.csv"),
     _page("tables", "06_mnist_results/10_tables", "status.csv"),
 )
