@@ -240,6 +240,15 @@ def products_of(library):
     return decorate
 
 
+def context_products():
+    """A turn of nothing but the products of the contexts with their weights, and the two of each backward."""
+    for _ in range(given.turn):
+        for weight in iaf.source.context_0.detach():
+            y = CONTEXT @ weight
+            CONTEXT.t() @ y
+            y @ weight.t()
+
+
 check_agreement()
 iaf, mine = ours()
 peers = {"naive loop": naive(iaf)} | with_peers({"zuko": zuko, "nflows": nflows, "pyro": pyro})
@@ -259,6 +268,7 @@ for name, peer in peers.items():
         candidates[f"{name} + switch"] = onednn_everywhere(peer.turn)
 if switch:
     candidates["ours + switch"] = onednn_everywhere(mine.turn)
+candidates["(products of the contexts alone)"] = context_products
 if jax:
     sizes = {"dim": D, "context": C, "width": given.width, "layers": given.layers}
     work = jax.ask(build="iaf", length=K, batch=given.batch, **sizes)
@@ -273,4 +283,4 @@ report(
 )
 for name in found:
     if name.startswith("ours"):
-        parts_of(found, name, [other for other in found if not other.startswith("ours")])
+        parts_of(found, name, [other for other in found if not other.startswith(("ours", "("))])
