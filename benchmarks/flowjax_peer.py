@@ -1,5 +1,5 @@
 """The side of flowjax 19.1.2 (jax 0.10.2), in an environment without torch: `planar.py`,
-`spline.py` and `vae_step.py` start it, `harness.Neighbour` talks to it.
+`spline.py`, `vae_step.py` and `iaf_step.py` start it, `harness.Neighbour` talks to it.
 
 One JSON object a line. `build` compiles a case from tensors and answers what it computes from them;
 `run` calls it `times` times and answers the seconds that took. Everything is compiled (jit) and
@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flowjax.bijections import Planar, RationalQuadraticSpline, Scan
 from flowjax.distributions import StandardNormal, Transformed
+from flowjax.flows import masked_autoregressive_flow
 from flowjax.train import fit_to_key_based_loss
 from flowjax.train.losses import ElboLoss
 from flowjax.train.train_utils import step
@@ -230,7 +231,55 @@ def image_model(path, name, flow, dynamic):
     return {name: steps}, ()
 
 
-known = {"image model": image_model, "fit": fit, "amortised": amortised, "spline": spline}
+def inverse_autoregressive(dim, context, width, layers, length, batch):
+    """Forward and backward of `log q` of an inverse autoregressive flow given contexts, as the
+    library builds one; the answer: its parameters, and the share of the masked weights that live.
+    """
+    flow = masked_autoregressive_flow(
+        jr.key(0),
+        base_dist=StandardNormal((dim,)),
+        cond_dim=context,
+        flow_layers=length,
+        nn_width=width,
+        nn_depth=layers,
+        invert=False,
+    )
+    parameters, static = eqx.partition(flow.bijection, eqx.is_inexact_array)
+    contexts = jr.normal(jr.key(1), (batch, context))
+
+    def energy(parameters, contexts, key):
+        z = jr.normal(key, (batch, dim))
+        y, log_det = jax.vmap(eqx.combine(parameters, static).transform_and_log_det)(z, contexts)
+        return (0.5 * (y * y).sum(-1) - log_det - 0.5 * (z * z).sum(-1)).mean()
+
+    both = jax.jit(jax.value_and_grad(energy, argnums=(0, 1)))
+    state = {"key": jr.key(2)}
+
+    def steps(times):
+        keys = jr.split(state["key"], times + 1)
+        for key in keys[1:]:
+            jax.block_until_ready(both(parameters, contexts, key))
+        state["key"] = keys[0]
+
+    networks = [part for part in jax.tree.leaves(flow, is_leaf=is_network) if is_network(part)]
+    masks = [layer.weight.args[0] for network in networks for layer in network.layers]
+    masks = [mask[..., :dim] if mask.shape[-1] == dim + context else mask for mask in masks]
+    live = sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
+    sizes = [p.size for network in networks for p in jax.tree.leaves(network) if eqx.is_inexact_array(p)]
+    return {"iaf": steps}, (np.asarray(sum(sizes)), np.asarray(live))
+
+
+def is_network(part):
+    return isinstance(part, eqx.nn.MLP)
+
+
+known = {
+    "iaf": inverse_autoregressive,
+    "image model": image_model,
+    "fit": fit,
+    "amortised": amortised,
+    "spline": spline,
+}
 calls = {}
 for line in sys.stdin:
     question = json.loads(line)
