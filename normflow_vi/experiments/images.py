@@ -29,7 +29,7 @@ from normflow_vi.utils.settings import settings
 RECIPE = 2
 
 # %% ../../nbs/80_plans/15_images.ipynb #a8340a0e
-FAMILIES = ("planar", "nice-perm", "nice-ortho", "radial", "sylvester", "realnvp", "iaf", "nsf")
+FAMILIES = ("planar", "nice-perm", "nice-ortho", "radial", "sylvester", "realnvp", "iaf", "nsf", "full")
 _LENGTHS = [(int, 0, 1000)]  # K = 0, the diagonal Gaussian, counts as planar
 RULES = {
     "seeds": SEEDS,

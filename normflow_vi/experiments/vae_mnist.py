@@ -178,7 +178,9 @@ _Rows = Mapping[tuple[str, int], list[Record]]  # {(family, length): records}
 
 def call_posterior(family: str, K: int) -> str:
     "What the page calls a posterior."
-    return "diagonal Gaussian" if K == 0 else f"{family} K = {K}"
+    if K == 0:
+        return "diagonal Gaussian"
+    return "full covariance" if family == "full" else f"{family} K = {K}"
 
 
 def pairs_to_compare(rows: _Rows) -> list[tuple]:
