@@ -118,20 +118,23 @@ def draw_once(run: Run, data: Data) -> Data:
     return replace(data, **fixed)
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #07119609
+_OPTIONS: dict[str, dict[str, Any]] = {"plain": {"form": "plain"}, "ordered": {"order": "natural"}}
+
+
 def _make_iaf(width: int, length: int, context_dim: int, choice: str) -> Flow:
     "A diagonal Gaussian and `length` autoregressive steps of `width` hidden units, with a choice undone."
 
-    def steps(count: int, context: int | None = None) -> InverseAutoregressive:
-        return InverseAutoregressive(DIM, count, context, (width,), "elu")
+    def steps(count: int, context: int | None = context_dim) -> InverseAutoregressive:
+        options = _OPTIONS.get(choice, {})
+        return InverseAutoregressive(DIM, count, context, (width,), "elu", **options)
 
     gaussian = Affine(DIM, context_dim=context_dim)
     if choice == "blind":
-        return Flow(Chain(gaussian, steps(length)))
+        return Flow(Chain(gaussian, steps(length, None)))
     if choice == "shuffled":
-        between = [part for _ in range(1, length) for part in (Permutation(DIM), steps(1, context_dim))]
-        return Flow(Chain(gaussian, steps(1, context_dim), *between))
-    options: dict[str, Any] = {"": {}, "plain": {"form": "plain"}, "ordered": {"order": "natural"}}[choice]
-    return posterior("iaf", DIM, length, context_dim, hidden=(width,), activation="elu", **options)
+        between = [part for _ in range(1, length) for part in (Permutation(DIM), steps(1))]
+        return Flow(Chain(gaussian, steps(1), *between))
+    return Flow(Chain(gaussian, steps(length)))
 
 
 def _make_posterior(run: Run, context_dim: int) -> Flow:
