@@ -117,7 +117,7 @@ def draw_once(run: Run, data: Data) -> Data:
     }
     return replace(data, **fixed)
 
-# %% ../../nbs/80_plans/44_iaf.ipynb #07119609
+# %% ../../nbs/80_plans/44_iaf.ipynb #f83d580d
 _OPTIONS: dict[str, dict[str, Any]] = {"plain": {"form": "plain"}, "ordered": {"order": "natural"}}
 
 
@@ -136,7 +136,7 @@ def _make_iaf(width: int, length: int, context_dim: int, choice: str) -> Flow:
         return Flow(Chain(gaussian, steps(1), *between))
     return Flow(Chain(gaussian, steps(length)))
 
-
+# %% ../../nbs/80_plans/44_iaf.ipynb #e2e26a2f
 def _make_posterior(run: Run, context_dim: int) -> Flow:
     "The posterior of a run."
     if run.flow == "diagonal":
@@ -158,7 +158,7 @@ def _make_networks(run: Run, data: Data) -> tuple[Any, Any, int]:
         decoder[-1].bias.copy_(mean.clamp(0.001, 0.999).logit())
     return encoder, decoder, hidden
 
-
+# %% ../../nbs/80_plans/44_iaf.ipynb #07119609
 def build(run: Run, data: Data) -> VAE:
     "The run's model, freshly initialised from its seed."
     with torch.random.fork_rng(devices=[]):
