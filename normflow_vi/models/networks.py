@@ -198,22 +198,22 @@ class GatedConvDecoder(ImageNetwork):
             nn.Conv2d(w, per_pixel, 1),
         )
 
-# %% ../../nbs/02_vae_nf/05_networks.ipynb #b549c2a1
-def _keep(i: int, o: int) -> nn.Conv2d:
+# %% ../../nbs/02_vae_nf/05_networks.ipynb #3c4e4bd9
+def keep_side(i: int, o: int) -> nn.Conv2d:
     "A 3-by-3 convolution that keeps the side."
     return nn.Conv2d(i, o, 3, padding=1)
 
 
-def _halve(i: int, o: int) -> nn.Conv2d:
+def halve_side(i: int, o: int) -> nn.Conv2d:
     "A 3-by-3 convolution that halves the side, rounding up."
     return nn.Conv2d(i, o, 3, stride=2, padding=1)
 
 
-def _double(i: int, o: int, side: int) -> nn.ConvTranspose2d:
-    "The way back from `_halve`, to the `side` given."
+def double_side(i: int, o: int, side: int) -> nn.ConvTranspose2d:
+    "The way back from `halve_side`, to the `side` given."
     return nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1 - side % 2)
 
-
+# %% ../../nbs/02_vae_nf/05_networks.ipynb #b549c2a1
 class _Residual(nn.Module):
     """`shortcut(x) + last(relu(keep(relu(x))))` with 3-by-3 convolutions.
 
@@ -224,8 +224,8 @@ class _Residual(nn.Module):
     def __init__(self, i: int, o: int | None = None, resize: Callable[[int, int], nn.Module] | None = None):
         super().__init__()
         self.shortcut = nn.Identity() if resize is None else resize(i, o)
-        inner = _keep(i, i)
-        last = _keep(i, i) if resize is None else resize(i, o)
+        inner = keep_side(i, i)
+        last = keep_side(i, i) if resize is None else resize(i, o)
         self.branch = nn.Sequential(nn.ReLU(), inner, nn.ReLU(), last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -251,7 +251,7 @@ class ResNetEncoder(ImageNetwork):
         side, w = side_of("in_dim", in_dim), check_int("width", width)
         blocks = []
         for channels in (w, 2 * w, 4 * w):
-            blocks += [_Residual(channels), _Residual(channels, 2 * channels, _halve)]
+            blocks += [_Residual(channels), _Residual(channels, 2 * channels, halve_side)]
         super().__init__(
             in_dim,
             out_dim,
@@ -280,7 +280,7 @@ class ResNetDecoder(ImageNetwork):
         *sides, least = halvings(side_of("out_dim", pixels))
         blocks = []
         for channels, side in zip((4 * w, 2 * w, w), reversed(sides), strict=True):
-            grow = partial(_double, side=side)
+            grow = partial(double_side, side=side)
             blocks += [_Residual(2 * channels), _Residual(2 * channels, channels, grow)]
         super().__init__(
             in_dim,

@@ -16,24 +16,28 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from .networks import ImageNetwork, count_pixels, halvings, side_of
+from normflow_vi.models.networks import (
+    ImageNetwork,
+    count_pixels,
+    double_side,
+    halve_side,
+    halvings,
+    keep_side,
+    side_of,
+)
 from ..utils.checks import check_int
 
 # %% ../../nbs/03_iaf/15_resnet.ipynb #cf9919d1
 def _keep(i: int, o: int) -> nn.Module:
-    "A 3-by-3 convolution that keeps the side."
-    return weight_norm(nn.Conv2d(i, o, 3, padding=1))
+    return weight_norm(keep_side(i, o))
 
 
 def _halve(i: int, o: int) -> nn.Module:
-    "A 3-by-3 convolution that halves the side, rounding up."
-    return weight_norm(nn.Conv2d(i, o, 3, stride=2, padding=1))
+    return weight_norm(halve_side(i, o))
 
 
 def _double(i: int, o: int, side: int) -> nn.Module:
-    "The way back from `_halve`, to the `side` given: a transposed convolution."
-    back = nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1 - side % 2)
-    return weight_norm(back, dim=1)  # the axis of its outputs
+    return weight_norm(double_side(i, o, side), dim=1)  # the axis of a transposed convolution's outputs
 
 
 def _dense(i: int, o: int) -> nn.Module:
