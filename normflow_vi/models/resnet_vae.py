@@ -101,7 +101,7 @@ def draw(self: _Layer, own: tuple[Tensor, ...], generator: torch.Generator | Non
     z, log_det = self.flow(z, context if context.shape[1] else None)
     return z, log_q - log_det.sum((2, 3))
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #8d3f5e1f
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #f62dc4af
 _POSTERIORS = ("diagonal", "linear", "iaf")
 _INFERENCE = ("bidirectional", "bottom-up")
 
@@ -121,8 +121,15 @@ class ResNetVAE(nn.Module):
     (torch.Size([3, 5, 64]), torch.Size([3, 5]), 64)
     """
 
-    # added by `patch` below, where a type checker does not see it
+    # set by `patch` below, where a type checker does not see it
+    sides: tuple[int, ...]
+    dim: int
+    layers: Any
+    shrinks: Any
+    grows: Any
+    top: Any
     log_joint: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    q: Callable[[Tensor], Any]
     sample: Callable[..., Tensor]
 
     def __init__(
@@ -204,7 +211,7 @@ def _build_frame(self: ResNetVAE) -> None:
     self.last = weight_norm(last, dim=1)
     self.top = nn.Parameter(0.1 * torch.randn(self.maps))
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #54317425
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #c19d7845
 @patch
 def _climb(self: ResNetVAE, x: Tensor, generator: torch.Generator | None) -> list[tuple[Tensor, ...]]:
     """The upward pass: of each layer, what it tells the posterior.
@@ -226,7 +233,7 @@ def _climb(self: ResNetVAE, x: Tensor, generator: torch.Generator | None) -> lis
         found.append(own)
     return found
 
-
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #5d583032
 Choose = Callable[[int, tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
 
 
@@ -252,7 +259,7 @@ def _top(self: ResNetVAE, count: int) -> Tensor:
     side = self.sides[-1]
     return self.top.view(1, -1, 1, 1).expand(count, -1, side, side)
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #58697674
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #6bbd5a2a
 @patch
 def _infer(
     self: ResNetVAE,
@@ -265,7 +272,9 @@ def _infer(
     `found`: of the upward pass. The latents are a list, a layer each; log q and log p `(layers, N,
     maps)`, in nats.
     """
-    z, log_q, log_p = [list(found) for _ in range(3)]
+    z: list[Any] = list(found)
+    log_q: list[Any] = list(found)
+    log_p: list[Any] = list(found)
 
     def choose(i, prior, own):
         if self.bottom_up:
@@ -279,7 +288,7 @@ def _infer(
     locations = self._descend(top, choose)
     return z, torch.stack(log_q), torch.stack(log_p), locations
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #a4831bd5
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #f45d0693
 @patch
 def draw_terms(self: ResNetVAE, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """`log p(x|z)` `(N,)` and the divergence `(layers, N, maps)` for one draw an image, in nats.
@@ -301,7 +310,7 @@ def _check_rows(self: ResNetVAE, x: Tensor) -> None:
             f"x has shape {tuple(x.shape)}: expected (N, {pixels}), images of {self.shape} as rows"
         )
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #60ae0bf1
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #13b3d4f3
 class ResNetPosterior:
     "The posterior of the images `x` `(N, D_x)` of a `ResNetVAE`: draws `(*sample, N, dim)` and log q."
 
@@ -326,7 +335,7 @@ class ResNetPosterior:
         shape = (*sample_shape, len(self.x))
         return torch.cat([part.flatten(1) for part in z], 1).view(*shape, -1), log_q.sum((0, 2)).view(shape)
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #557b404c
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #ec77f365
 @patch
 def q(self: ResNetVAE, x: Tensor) -> ResNetPosterior:
     "The posterior of the images `x` `(N, D_x)`; it has `rsample_and_log_prob`, and no other density."
@@ -362,7 +371,7 @@ def _decode(self: ResNetVAE, z: Tensor) -> tuple[Tensor, Tensor]:
     locations = self._descend(self._top(len(rows)), choose)
     return locations.view(*z.shape[:-1], -1), sum(log_p).view(z.shape[:-1])
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #df78998e
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #f959a064
 @patch
 def sample(
     self: ResNetVAE, count: int, generator: torch.Generator | None = None, expected: bool = True
@@ -388,7 +397,7 @@ def reconstruct(self: ResNetVAE, x: Tensor, generator: torch.Generator | None = 
         z, _ = self.q(x).rsample_and_log_prob((), generator)
         return self.likelihood.mean(self._decode(z)[0])
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #8e722763
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #e3e0ee3f
 @patch
 def start(self: ResNetVAE, x: Tensor, generator: torch.Generator | None = None) -> None:
     "Set lengths and biases of all layers from the images `x` `(N, D_x)`, as `starting_from_data` does."
