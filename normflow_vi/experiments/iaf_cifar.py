@@ -62,13 +62,13 @@ _RULES = {
     "average": (float, 0, 0.99999),
 }
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #bd8859e8
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #f89a594b
 def call_model(stages: int, depth: int, maps: int, latents: int, inference: str) -> str:
     "What a run calls a model: all its sizes."
     return f"ResNet VAE {stages}x{depth} of {maps} maps and {latents} latents, {inference}"
 
 
-def _all_runs(profile: str) -> list[Run]:
+def list_runs(profile: str) -> list[Run]:
     "One run a way of inference, depth, posterior and seed."
     budget: dict[str, Any] = settings("iaf_cifar", profile, _RULES)
     asked, inferences, depths, seeds = (
@@ -91,7 +91,7 @@ def call_posterior(run: Run) -> str:
     "What a table calls the posterior of a run."
     return _NAMES[run.flow, run.length]
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #0e0708d5
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #7f5bbd13
 def _is_at_hand(download: bool = False) -> bool:
     "Whether CIFAR-10 can be had."
     try:
@@ -103,7 +103,7 @@ def _is_at_hand(download: bool = False) -> bool:
 
 def plan(profile: str, data: str = "auto") -> list[Run]:
     "All runs; without CIFAR-10, those that have a record."
-    runs = _all_runs(profile)
+    runs = list_runs(profile)
     if _is_at_hand(download=data == "auto" and profile != "smoke"):
         return runs
     store = Store([records_root(profile)])
@@ -115,13 +115,19 @@ def load_photographs(device: str = "cpu") -> Data:
     "CIFAR-10 on a device; unpacking takes seconds, so once a process."
     return load_data("cifar10", device=device)
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #1dd5f2d5
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #71cd94ba
 def make_model(run: Run, shape: Any) -> ResNetVAE:
     "The model of a run on images of `shape`, as torch's generator starts it."
     kind, _, hidden_layers = run.flow.partition("-")
-    sizes: list[Any] = [run.get(name) for name in ("stages", "depth", "maps", "latents")]
-    options: dict[str, Any] = {"hidden_layers": int(hidden_layers or 1), "length": max(1, run.length)}
-    return ResNetVAE(shape, *sizes, kind, run.get("inference"), **options)
+    options: dict[str, Any] = {name: run.get(name) for name in ("stages", "depth", "maps", "latents")}
+    options |= {"posterior": kind, "inference": run.get("inference")}
+    return ResNetVAE(shape, hidden_layers=int(hidden_layers or 1), length=max(1, run.length), **options)
+
+
+def count_parameters(run: Run, shape: tuple[int, ...] = (32, 32, 3)) -> int:
+    "How many numbers a run's model learns; no memory is taken."
+    with torch.device("meta"):
+        return sum(p.numel() for p in make_model(run, shape).parameters())
 
 
 def build(run: Run, data: Data) -> ResNetVAE:
@@ -133,7 +139,7 @@ def build(run: Run, data: Data) -> ResNetVAE:
         model.start(x, torch.Generator().manual_seed(run.seed))
     return model
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #a9a6621f
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #94b53a68
 def bound_loss(least: float) -> Callable:
     "The free energy of a batch, with `least` free nats a latent map."
 
@@ -161,7 +167,7 @@ def curve_point(x: torch.Tensor) -> Callable:
 
     return validate
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #579b6c75
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #00be806f
 def trainer(
     runs: Sequence[Run],
     device: str = "cpu",
@@ -192,7 +198,7 @@ def trainer(
         progress=progress,
     )
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #fa0eccaa
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #deb1aa37
 def to_bits(estimated: Mapping[str, Any], dim: int) -> dict[str, Any]:
     "Nats an image of `dim` numbers as bits per dimension, as records have them."
     return {name: value and value / (dim * math.log(2)) for name, value in estimated.items()}
@@ -206,7 +212,7 @@ def _draw_pictures(model: ResNetVAE, x: torch.Tensor, seed: int, count: int = 12
     shown = {"images": x[:count], "reconstructions": reconstructions, "samples": samples}
     return {name: images.to_bytes(values) for name, values in shown.items()}
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #59938037
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #08e7f000
 def time_samples(run: Run, model: ResNetVAE, shape: tuple[int, ...], device: str = "cpu") -> np.ndarray:
     """Milliseconds `(2, timed_steps)`: of an image of the model; of one pass of a network of pixels.
 
@@ -221,7 +227,7 @@ def time_samples(run: Run, model: ResNetVAE, shape: tuple[int, ...], device: str
         seconds = time_in_turns(actions, run.get("timed_steps"), device)
     return 1000 * seconds.astype(np.float32)
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #dd14ab9c
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #3ef2d761
 def record(run: Run, model: Any, data: Data, history: History, index: int, device: str = "cpu") -> Record:
     "The record of one trained model."
     x = data.test.pixels(indices=slice(run.get("evaluation_images")))
@@ -256,7 +262,7 @@ def train(
         for i, (run, model) in enumerate(zip(runs, models, strict=True))
     ]
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #06663b0f
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #4ee1e6b9
 _TABLE_4 = {
     "diagonal": "factorised Gaussian",
     "linear IAF": "linear IAF",
@@ -292,7 +298,7 @@ def rows(store: Store) -> list[Measured]:
         found.append(measured(store, records, value, metric="bits/dim", shortened=shortened, **what))
     return [row for row in found if row]
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #01e646d6
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #c37faaba
 experiment = Experiment(
     "iaf_cifar",
     "03_iaf",
