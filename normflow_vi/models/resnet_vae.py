@@ -288,7 +288,7 @@ def _infer(
     locations = self._descend(top, choose)
     return z, torch.stack(log_q), torch.stack(log_p), locations
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #f45d0693
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #19b66880
 @patch
 def draw_terms(self: ResNetVAE, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """`log p(x|z)` `(N,)` and the divergence `(layers, N, maps)` for one draw an image, in nats.
@@ -310,7 +310,7 @@ def _check_rows(self: ResNetVAE, x: Tensor) -> None:
             f"x has shape {tuple(x.shape)}: expected (N, {pixels}), images of {self.shape} as rows"
         )
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #13b3d4f3
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #3ec6daa7
 class ResNetPosterior:
     "The posterior of the images `x` `(N, D_x)` of a `ResNetVAE`: draws `(*sample, N, dim)` and log q."
 
@@ -335,7 +335,7 @@ class ResNetPosterior:
         shape = (*sample_shape, len(self.x))
         return torch.cat([part.flatten(1) for part in z], 1).view(*shape, -1), log_q.sum((0, 2)).view(shape)
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #ec77f365
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #b3be2c8f
 @patch
 def q(self: ResNetVAE, x: Tensor) -> ResNetPosterior:
     "The posterior of the images `x` `(N, D_x)`; it has `rsample_and_log_prob`, and no other density."
@@ -371,7 +371,7 @@ def _decode(self: ResNetVAE, z: Tensor) -> tuple[Tensor, Tensor]:
     locations = self._descend(self._top(len(rows)), choose)
     return locations.view(*z.shape[:-1], -1), sum(log_p).view(z.shape[:-1])
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #f959a064
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #1ff10f24
 @patch
 def sample(
     self: ResNetVAE, count: int, generator: torch.Generator | None = None, expected: bool = True
@@ -397,7 +397,7 @@ def reconstruct(self: ResNetVAE, x: Tensor, generator: torch.Generator | None = 
         z, _ = self.q(x).rsample_and_log_prob((), generator)
         return self.likelihood.mean(self._decode(z)[0])
 
-# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #e3e0ee3f
+# %% ../../nbs/03_iaf/45_resnet_vae.ipynb #c487ea5c
 @patch
 def start(self: ResNetVAE, x: Tensor, generator: torch.Generator | None = None) -> None:
     "Set lengths and biases of all layers from the images `x` `(N, D_x)`, as `starting_from_data` does."
