@@ -1,6 +1,7 @@
 """Residual models of CIFAR-10: their runs, trainings that resume, what is kept, and rows."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from normflow_vi.data import Data, Split
 from normflow_vi.experiments import iaf_cifar
 from normflow_vi.experiments.common import KINGMA
 from normflow_vi.experiments.iaf_cifar import POSTERIORS, call_posterior, list_runs
+from normflow_vi.reproduce import notebooks
+from normflow_vi.reproduce.notebooks import execution_folder
+from normflow_vi.reproduce.planning import make_plan
 from normflow_vi.reproduce.probe import WALL_CLOCK, digest, probe
 from normflow_vi.reproduce.status import join, published
 from normflow_vi.results.record import Record
@@ -53,12 +57,23 @@ def test_every_profile_names_each_run_once_and_the_sizes_in_the_model():
 
 
 def test_without_the_images_only_what_has_a_record_is_planned(tmp_path, monkeypatch):
-    monkeypatch.setattr(iaf_cifar, "_is_at_hand", lambda download=False: False)
+    asked = []
+
+    def absent(source, download):
+        asked.append(download)
+        raise iaf_cifar.DataNotFound("nowhere")
+
+    monkeypatch.setattr(iaf_cifar, "find", absent)
     monkeypatch.setattr(iaf_cifar, "records_root", lambda profile: tmp_path)
-    assert iaf_cifar.plan("smoke") == []
-    first = list_runs("smoke")[0]
-    Record(first, {"F": 1.0}).save(tmp_path)
-    assert iaf_cifar.plan("smoke") == [first]
+    runs = list_runs("quick")
+    assert iaf_cifar.plan("quick") == iaf_cifar.plan("quick", "mnist") == iaf_cifar.plan("smoke") == []
+    assert asked == [True, False, False]
+    Record(runs[1], {"F": 1.0}).save(tmp_path)
+    assert iaf_cifar.plan("quick") == runs[1:2]
+    for run in runs:
+        Record(run, {"F": 1.0}).save(tmp_path)
+    asked.clear()
+    assert iaf_cifar.plan("quick") == runs and asked == [False]
 
 
 # Training
@@ -153,9 +168,20 @@ def test_a_shorter_training_is_shortened(tmp_path):
     assert row.shortened and row.updates == 1000
 
 
-def test_the_page_is_found_by_its_experiment():
+def test_the_page_says_that_it_was_not_run(tmp_path, monkeypatch):
+    for folder in ("nbs/03_iaf", "data"):
+        (tmp_path / folder).mkdir(parents=True)
     experiment = experiments.get("iaf_cifar")
-    assert experiment.notebook.endswith("03_iaf/50_cifar.ipynb") and experiment.trainer is iaf_cifar.trainer
+    shutil.copy(ROOT / experiment.notebook, tmp_path / "nbs" / "03_iaf")
+    for path in ("settings.ini", "data/published.csv", "data/figures.csv"):
+        shutil.copy(ROOT / path, tmp_path / path)
+    for name, value in (("ROOT", str(tmp_path)), ("EXPERIMENTS", "normflow_vi.experiments.iaf_cifar")):
+        monkeypatch.setenv(f"NORMFLOW_VI_{name}", value)
+    monkeypatch.delenv("NORMFLOW_VI_DATA", raising=False)
+    manifest = notebooks.draw(make_plan(experiment, "smoke"))
+    assert manifest.good and set(manifest.products) == set(experiment.products), manifest.cause
+    text = (execution_folder(experiment.notebook, "smoke") / "notebook.ipynb").read_text()
+    assert "not run: CIFAR-10 was not found" in text
 
 
 def test_a_certificate_does_not_hang_on_the_clock(monkeypatch):

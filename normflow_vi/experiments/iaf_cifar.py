@@ -92,7 +92,7 @@ def call_posterior(run: Run) -> str:
     "What a table calls the posterior of a run."
     return _NAMES[run.flow, run.length]
 
-# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #7f5bbd13
+# %% ../../nbs/80_plans/46_iaf_cifar.ipynb #46feee7b
 def _is_at_hand(download: bool = False) -> bool:
     "Whether CIFAR-10 can be had."
     try:
@@ -104,11 +104,10 @@ def _is_at_hand(download: bool = False) -> bool:
 
 def plan(profile: str, data: str = "auto") -> list[Run]:
     "All runs; without CIFAR-10, those that have a record."
-    runs = list_runs(profile)
-    if _is_at_hand(download=data == "auto" and profile != "smoke"):
-        return runs
-    store = Store([records_root(profile)])
-    return [run for run in runs if store.find(run)]
+    runs, store = list_runs(profile), Store([records_root(profile)])
+    recorded = [run for run in runs if store.find(run)]
+    may_download = len(recorded) < len(runs) and data == "auto" and profile != "smoke"
+    return runs if _is_at_hand(may_download) else recorded
 
 
 @functools.cache
