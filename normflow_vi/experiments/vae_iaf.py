@@ -70,13 +70,16 @@ CHOICES = {
 _NAMES = {place: name for name, place in (CHOICES | POSTERIORS).items()}
 
 
-def _plan_runs(experiment: str, section: str, profile: str, name: str, known: Mapping) -> list[Run]:
-    "One run a posterior and seed, as a section of settings.ini asks, on the images of the set `name`."
+def _plan_runs(
+    experiment: str, section: str, profile: str, data: str, known: Mapping, binarize: str = "dynamic"
+) -> list[Run]:
+    "One run a posterior and seed, as a section of settings.ini asks, on images binarised in that way."
     budget: dict[str, Any] = settings(section, profile, {"posteriors": [set(known)]} | _RULES)
     asked, seeds, wide = (budget.pop(key) for key in ("posteriors", "seeds", "wide_updates"))
+    name = resolve(data, binarize)
     what: dict[str, Any] = {"experiment": experiment, "recipe": RECIPE, "profile": profile}
-    what |= {"model": f"VAE {budget['networks']}", "data": f"{name}-dynamic"}
-    what["data_sha256"] = content_sha256(name, "dynamic")
+    what |= {"model": f"VAE {budget['networks']}", "data": f"{name}-{binarize}"}
+    what["data_sha256"] = content_sha256(name, binarize)
     runs = []
     for called in asked:
         flow, length = known[called]
@@ -86,13 +89,20 @@ def _plan_runs(experiment: str, section: str, profile: str, name: str, known: Ma
 
 
 def plan(profile: str, data: str = "auto") -> list[Run]:
-    "The rows of the table: one run a posterior and seed, on dynamically binarised images."
-    return _plan_runs("vae_iaf", "vae_iaf", profile, resolve(data, "dynamic"), POSTERIORS)
+    """The rows of the table: one run a posterior and seed, on dynamically binarised images.
+
+    In the long form also behind dense networks, and on images binarised once.
+    """
+    runs = _plan_runs("vae_iaf", "vae_iaf", profile, data, POSTERIORS)
+    if profile == "paper":
+        runs += _plan_runs("vae_iaf", "vae_iaf_dense", profile, data, POSTERIORS)
+        runs += _plan_runs("vae_iaf", "vae_iaf_static", profile, data, POSTERIORS, "static")
+    return runs
 
 
 def choices_plan(profile: str, data: str = "auto") -> list[Run]:
     "One run a choice and seed."
-    return _plan_runs("iaf_choices", "iaf_choices", profile, resolve(data, "dynamic"), CHOICES)
+    return _plan_runs("iaf_choices", "iaf_choices", profile, data, CHOICES)
 
 
 def call_posterior(run: Run) -> str:
@@ -154,7 +164,8 @@ def _make_networks(run: Run, data: Data) -> tuple[Any, Any]:
     if run.get("networks") == "resnet":
         return WeightNormEncoder(pixels, hidden), WeightNormDecoder(DIM, pixels, hidden)
     encoder, decoder = MLP(pixels, (hidden, hidden)), MLP(DIM, (hidden, hidden), pixels)
-    mean = data.train.images.float().mean(0).cpu() / 255
+    levels = 1 if data.train.binarize == "static" else 255
+    mean = data.train.images.float().mean(0).cpu() / levels
     with torch.no_grad():
         decoder[-1].bias.copy_(mean.clamp(0.001, 0.999).logit())
     return encoder, decoder
@@ -213,7 +224,7 @@ def train(
     ]
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #eebcd941
-HEADLINE = ("diagonal", "linear IAF", "IAF 2/320")  # posteriors whose weights are kept, first seed
+HEADLINE = ("diagonal", "linear IAF", "IAF 2/320", "IAF 8/320")  # of these the first seed's weights are kept
 
 
 def _minus(estimated: dict) -> dict:
@@ -223,15 +234,16 @@ def _minus(estimated: dict) -> dict:
 
 def record(run: Run, model: VAE, judged: Data, history: History, index: int) -> Record:
     "The record of one trained model, by the images `judged`."
-    headline = run.profile == "paper" and run.seed == 0 and call_posterior(run) in HEADLINE
+    long = run.profile == "paper" and run.data.endswith("dynamic")
+    headline = long and run.seed == 0 and call_posterior(run) in HEADLINE
     found = images.record(run, model, judged, history, index, keep_weights=headline)
     x = judged.test.pixels(indices=slice(run.get("long_images")))
     with evaluating(model):
-        long = log_marginal(model.log_joint, model.q, x, run.get("long_samples"), seed=run.seed)
+        many = log_marginal(model.log_joint, model.q, x, run.get("long_samples"), seed=run.seed)
     short = torch.tensor(found.arrays["test_log_p"][: len(x)])
     values = {"vlb": _minus(found.values["F"]), "log_p": _minus(found.values["nll"])}
-    values |= {"log_p_short": estimate(short).as_dict(), "log_p_long": estimate(long.log_p).as_dict()}
-    arrays = {"long_log_p": long.log_p.float().cpu().numpy()}
+    values |= {"log_p_short": estimate(short).as_dict(), "log_p_long": estimate(many.log_p).as_dict()}
+    arrays = {"long_log_p": many.log_p.float().cpu().numpy()}
     return replace(found, values=found.values | values, arrays=found.arrays | arrays)
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #2eb47e35
