@@ -87,7 +87,7 @@ def _plan_runs(
         runs += [Run(flow=flow, length=length, seed=seed, budget=own, **what) for seed in seeds]
     return runs
 
-
+# %% ../../nbs/80_plans/44_iaf.ipynb #baaf717d
 def plan(profile: str, data: str = "auto") -> list[Run]:
     """The rows of the table: one run a posterior and seed, on dynamically binarised images.
 
