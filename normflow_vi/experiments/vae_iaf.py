@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #619f4cce
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from normflow_vi.results.store import Store
 from normflow_vi.results.verdicts import Measured, measured
 from normflow_vi.transforms import Affine, Chain, InverseAutoregressive, Permutation
 from normflow_vi.utils.modules import evaluating
-from normflow_vi.utils.settings import settings
+from normflow_vi.utils.settings import PROFILES, settings
 
 RECIPE = 1
 DIM = 32  # latents
@@ -66,6 +67,9 @@ CHOICES = {
     "a random order": ("iaf-320-shuffled", 2),
     "one step, 640 units": ("iaf-640", 1),
     "four steps, 160 units": ("iaf-160", 4),
+    "gates begun at 0.50": ("iaf-320-half", 2),
+    "gates begun at 0.95": ("iaf-320-open", 2),
+    "plain form, begun at 0.82": ("iaf-320-shrunk", 2),
 }
 _NAMES = {place: name for name, place in (CHOICES | POSTERIORS).items()}
 
@@ -128,7 +132,16 @@ def draw_once(run: Run, data: Data) -> Data:
     return replace(data, **fixed)
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #f83d580d
-_OPTIONS: dict[str, dict[str, Any]] = {"plain": {"form": "plain"}, "ordered": {"order": "natural"}}
+_PLAIN = {"form": "plain"}
+_OPTIONS: dict[str, dict[str, Any]] = {"plain": _PLAIN, "shrunk": _PLAIN, "ordered": {"order": "natural"}}
+_STARTS = {"half": 0.0, "open": 3.0, "shrunk": math.log(0.82)}  # logits of gates, and a log-scale
+
+
+@torch.no_grad()
+def _begin_at(start: float, steps: InverseAutoregressive) -> None:
+    "Let the scales of all steps begin elsewhere than their law says; each follows its location."
+    last = getattr(steps.source, f"bias_{len(steps.hidden)}")
+    last[..., 1::2] += start - steps.law.start[1]
 
 
 def _make_iaf(width: int, length: int, context_dim: int, choice: str) -> Flow:
@@ -144,7 +157,10 @@ def _make_iaf(width: int, length: int, context_dim: int, choice: str) -> Flow:
     if choice == "shuffled":
         between = [part for _ in range(1, length) for part in (Permutation(DIM), steps(1))]
         return Flow(Chain(gaussian, steps(1), *between))
-    return Flow(Chain(gaussian, steps(length)))
+    flow = steps(length)
+    if choice in _STARTS:
+        _begin_at(_STARTS[choice], flow)
+    return Flow(Chain(gaussian, flow))
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #e2e26a2f
 def _make_posterior(run: Run) -> Flow:
@@ -261,11 +277,23 @@ PUBLISHED = ("diagonal", "IAF 2/320", "IAF 2/1920", "IAF 4/1920", "IAF 8/1920")
 _METRICS = (("vlb", "VLB (nats)"), ("log_p", "log p(x) IS 128 samples (nats)"))
 
 
-def best_records(store: Store, name: str, data: str, networks: str) -> list[Record]:
+def best_records(store: Store, name: str, data: str, networks: str, **match: Any) -> list[Record]:
     "The records of the best runs with a posterior, behind those networks; maybe none."
     flow, length = POSTERIORS[name]
-    model = f"VAE {networks}"
-    return store.best("vae_iaf", recipe=RECIPE, model=model, data=data, flow=flow, length=length)
+    where: dict[str, Any] = {"model": f"VAE {networks}", "data": data, "flow": flow, "length": length}
+    return store.best("vae_iaf", recipe=RECIPE, **where, **match)
+
+
+def find_groups(store: Store, data: str) -> dict[tuple[str, str], dict[str, list[Record]]]:
+    "`{(networks, profile): {posterior: records}}`: what was trained behind the same networks."
+    groups = {}
+    for networks in ("mlp", "resnet"):
+        for profile in PROFILES:
+            named = {name: best_records(store, name, data, networks, profile=profile) for name in POSTERIORS}
+            found = {name: records for name, records in named.items() if records}
+            if found:
+                groups[networks, profile] = found
+    return groups
 
 
 def rows(store: Store) -> list[Measured]:
@@ -290,7 +318,7 @@ experiments = (
         "vae_iaf",
         "03_iaf",
         "nbs/03_iaf/30_mnist.ipynb",
-        ("iaf_table1.csv", "iaf_gains.png", "iaf_curves.png"),
+        ("iaf_table1.csv", "iaf_static.csv", "iaf_gains.png", "iaf_curves.png", "iaf_overtakes.png"),
         plan,
         train,
         rows,
