@@ -240,11 +240,11 @@ def test_every_posterior_gets_every_treatment():
         runs = plan.plan(profile, "digits")
         for flow in ("diagonal", "iaf-320"):
             own = [run for run in runs if run.flow == flow]
-            asked = {plan.free_of(run) for run in own}
-            assert asked == {None, 0, 0.125, 0.25, 0.5, 1, 2, 4, 8}
-            assert {run.seed for run in own if plan.free_of(run) == 8} == seeds
-            for chosen in (None, 0, 0.125, 0.5):
-                assert {run.seed for run in own if plan.free_of(run) == chosen} == {0, 1, 2}
+            asked = {plan.treatment_of(run) for run in own}
+            assert asked == {"annealed", "plain", 0, 0.125, 0.25, 0.5, 1, 2, 4, 8}
+            assert {run.seed for run in own if plan.treatment_of(run) == 8} == seeds
+            for chosen in ("annealed", "plain", 0, 0.125):
+                assert {run.seed for run in own if plan.treatment_of(run) == chosen} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("flow", ["diagonal", "iaf-320"])
@@ -262,7 +262,7 @@ def test_an_annealed_loss_is_that_of_the_other_pages(flow, smoke, digits):
 
 def test_free_bits_train_and_the_record_says_where_the_divergence_is(smoke, digits, tmp_path):
     "Two seeds as one program; the terms at the end add up to the divergence that was measured otherwise."
-    (run, *_) = [run for run in smoke if run.flow == "iaf-320" and plan.free_of(run) == 0.5]
+    (run, *_) = [run for run in smoke if run.flow == "iaf-320" and plan.treatment_of(run) == 0.5]
     other = plan.Run.from_dict(run.to_dict() | {"seed": 1})
     records = plan.train([run, other], None, "cpu")
     model = plan.trainer([run], data=digits).models[0]

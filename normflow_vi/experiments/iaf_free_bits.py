@@ -31,7 +31,7 @@ from normflow_vi.utils.settings import settings
 
 RECIPE = 1
 
-# %% ../../nbs/80_plans/45_free_bits.ipynb #7e7eb49c
+# %% ../../nbs/80_plans/45_free_bits.ipynb #5359c925
 _FREE = [(float, 0, 1000)]
 _RULES: dict[str, Any] = {
     "posteriors": [{"diagonal", "IAF 2/320"}],
@@ -50,17 +50,18 @@ _RULES: dict[str, Any] = {
     "learning_rate": RATE,
     "average": (float, 0, 0.99999),
 }
-ANNEALED = "annealed"
+ANNEALED, PLAIN = "annealed", "plain"
+Treatment = str | float  # one of the two, or lambda
 
 
-def free_of(run: Run) -> float | None:
-    "The nats a latent that a run leaves for nothing; `None` for an annealed one."
+def treatment_of(run: Run) -> Treatment:
+    "What is done to the divergence: the nats a latent that are free, or `ANNEALED` or `PLAIN`."
     treatment = run.model.partition(", ")[2]
-    return None if treatment == ANNEALED else float(treatment.removeprefix("free bits "))
+    return treatment if treatment in (ANNEALED, PLAIN) else float(treatment.removeprefix("free bits "))
 
-# %% ../../nbs/80_plans/45_free_bits.ipynb #87232ecf
+# %% ../../nbs/80_plans/45_free_bits.ipynb #86cd1eed
 def plan(profile: str, data: str = "auto") -> list[Run]:
-    "One run a posterior, lambda and seed, and the annealed ones."
+    "One run a posterior, lambda and seed, and those without free bits."
     budget: dict[str, Any] = settings("iaf_free_bits", profile, _RULES)
     taken = ("posteriors", "free_bits", "seeds", "chosen", "chosen_seeds")
     asked, sweep, seeds, chosen, more = (budget.pop(key) for key in taken)
@@ -71,12 +72,12 @@ def plan(profile: str, data: str = "auto") -> list[Run]:
     runs = []
     for called in asked:
         flow, length = vae_iaf.POSTERIORS[called]
-        for treatment, its_seeds in ({ANNEALED: more} | treatments).items():
+        for treatment, its_seeds in ({ANNEALED: more, PLAIN: more} | treatments).items():
             model = f"VAE {budget['networks']}, {treatment}"
             runs += [Run(model=model, flow=flow, length=length, seed=seed, **what) for seed in its_seeds]
     return runs
 
-# %% ../../nbs/80_plans/45_free_bits.ipynb #7d7fc310
+# %% ../../nbs/80_plans/45_free_bits.ipynb #6cc7799e
 def _draw_divergences(
     model: VAE, x: Tensor, samples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,7 @@ def _draw_divergences(
 
 
 def make_loss(free: float | None, steps: int) -> Callable:
-    "Free bits with lambda `free`; for `None` the free energy, its divergence annealed over `steps` updates."
+    "Free bits with lambda `free`; for `None` the free energy, annealed over `steps` updates if not 0."
 
     def loss(model, x, step, generator):
         z, kl = _draw_divergences(model, x, 1, generator)
@@ -101,7 +102,7 @@ def make_loss(free: float | None, steps: int) -> Callable:
 
     return loss
 
-# %% ../../nbs/80_plans/45_free_bits.ipynb #631d5a61
+# %% ../../nbs/80_plans/45_free_bits.ipynb #eafd50c1
 def trainer(
     runs: Sequence[Run],
     device: str = "cpu",
@@ -114,7 +115,9 @@ def trainer(
     data = data or images.dataset(run, device)
     models = [vae_iaf.build(r, data).to(device) for r in runs]
     parts = images.images_for_curves(run, vae_iaf.draw_once(run, data))
-    loss = make_loss(free_of(run), run.get("anneal"))
+    treatment = treatment_of(run)
+    free = treatment if isinstance(treatment, float) else None
+    loss = make_loss(free, run.get("anneal") if treatment == ANNEALED else 0)
     batches = [Batches(data.train, run.get("batch_size"), r.seed) for r in runs]
     where: dict[str, Any] = {"folder": folder, "device": device, "progress": progress}
     return images.make_trainer(runs, models, loss, batches, parts, **where)
@@ -172,12 +175,12 @@ experiment = Experiment(
     trainer=trainer,
 )
 
-# %% ../../nbs/80_plans/45_free_bits.ipynb #fb5ce0dd
-def best_sweep(store: Store, runs: Sequence[Run]) -> dict[tuple[str, float | None], list[Record]]:
-    "The records of the best sweep with all treatments of `runs`: `{(posterior, lambda): one a seed}`."
+# %% ../../nbs/80_plans/45_free_bits.ipynb #78e40869
+def best_sweep(store: Store, runs: Sequence[Run]) -> dict[tuple[str, Treatment], list[Record]]:
+    "The records of the best sweep with all treatments of `runs`: `{(posterior, treatment): one a seed}`."
     models = {run.model for run in runs}
-    found: dict[tuple[str, float | None], list[Record]] = {}
+    found: dict[tuple[str, Treatment], list[Record]] = {}
     what = {"recipe": RECIPE, "data": runs[0].data}
     for one in store.best_over("iaf_free_bits", "model", models, **what):
-        found.setdefault((vae_iaf.call_posterior(one.run), free_of(one.run)), []).append(one)
+        found.setdefault((vae_iaf.call_posterior(one.run), treatment_of(one.run)), []).append(one)
     return found
