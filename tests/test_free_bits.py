@@ -196,6 +196,17 @@ def test_lambda_zero_is_the_free_energy_unless_an_estimate_is_below_zero():
     assert math.isclose(found.value - found.terms["free_energy"], 0.25, rel_tol=1e-9)
 
 
+def test_near_the_prior_lambda_zero_counts_the_noise_of_the_estimate():
+    "A cone of slope sqrt(v / 2 pi n) where the divergence is a bowl."
+    a, v, n = 0.004, 4.0, 100
+    x, eps = torch.randn(2, 4000, 1, n, 1, generator=seeded()).double()
+    kl = a * v**0.5 * x * eps + 0.5 * v * (a * x) ** 2  # log q - log p of a draw from N(a x, 1)
+    counted = vmap(lambda kl: free_bits(torch.zeros(1, n), kl, 0.0).value)(kl)
+    cone, error = a * (v / (2 * math.pi * n)) ** 0.5, counted.std() / len(counted) ** 0.5
+    assert abs(counted.mean() - cone - 0.25 * a**2 * v) < 4 * error
+    assert counted.mean() > 5 * (0.5 * a**2 * v)
+
+
 def test_the_maximum_is_of_the_mean_over_the_batch_and_not_a_mean_of_maxima():
     kl = torch.tensor([[[0.0], [2.0]]])
     assert free_bits(torch.zeros(1, 2), kl, 0.5).value == 1.0

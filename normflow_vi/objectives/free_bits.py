@@ -95,15 +95,16 @@ def _check_free_bits(log_likelihood: Tensor, kl: Tensor, free: float) -> None:
             "log_likelihood, and a last axis of groups"
         )
 
-# %% ../../nbs/03_iaf/38_by_latent.ipynb #1b9760b7
+# %% ../../nbs/03_iaf/38_by_latent.ipynb #3f255602
 def free_bits(log_likelihood: Tensor, kl: Tensor, free: float) -> Estimate:
     """`F_lambda = -mean log p(x|z) + sum_j max(lambda, mean KL_j)`, an `Estimate` to minimise, in nats.
 
     `log_likelihood`: `(samples, *batch)`. `kl`: draws of `log q_j - log p_j` for each group `j` of latents,
     `(samples, *batch, groups)`, such as those of `draw_by_latent`, or sums of them. `free`: lambda, nats a
     group. The mean is over draws and batch together. The terms include the true `free_energy`, which is
-    never larger. Raises `ValueError` for `free` below 0 and shapes that do not belong together. Source:
-    Kingma et al. 2016, appendix C.8.
+    never larger, and at lambda 0 still smaller where a mean of draws is below zero. Raises `ValueError` for
+    `free` below 0 and shapes that do not belong together. Source: Kingma et al. 2016,
+    appendix C.8.
 
     >>> kl = torch.tensor([[0.1, 3.0], [0.3, 1.0]])[None]  # one draw, two images, two groups
     >>> F = free_bits(torch.tensor([[-80.0, -90.0]]), kl, free=0.5)
