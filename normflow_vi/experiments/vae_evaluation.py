@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from normflow_vi.data import Data, content_sha256, resolve
+from normflow_vi.data import Data, Split, content_sha256, resolve
 from normflow_vi.evaluate import (
     ais,
     bidirectional,
@@ -36,7 +36,7 @@ from normflow_vi.utils.settings import settings
 RECIPE = 2
 
 # %% ../../nbs/80_plans/34_evaluation.ipynb #dcb45dd9
-_RULES = {
+RULES = {
     "images": (int, 2, 10**4),
     "samples": (int, 10, 10**6),
     "steps": (int, 1, 10**6),
@@ -77,7 +77,7 @@ def _small_runs(data):
 
 def plan(profile: str, data: str = "auto") -> list[Run]:
     "One run a model that is judged."
-    budget = settings("vae_evaluation", profile, _RULES)
+    budget = settings("vae_evaluation", profile, RULES)
     name = resolve(data, "static")
     if profile == "smoke":
         models = [(run.length, "") for run in _small_runs(data)]
@@ -257,17 +257,15 @@ def _to_arrays(prefix, found):
     return {f"{prefix}_{key}": value.float().cpu().numpy() for key, value in found.items()}
 
 # %% ../../nbs/80_plans/34_evaluation.ipynb #32eece6a
-def record(run: Run, device: str = "cpu") -> Record:
-    "Judge the model of a run; returns the record."
+def judge_model(run: Run, model: VAE, test: Split) -> Record:
+    "The record of a run: what every evaluator says of its model, on simulated images and on real ones."
     start = time.monotonic()
-    data = images.dataset(run, device)
-    model = build(run, data, device)
-    generator = torch.Generator(device).manual_seed(run.seed)
+    generator = torch.Generator(test.images.device).manual_seed(run.seed)
     count = run.get("images")
     with evaluating(model):
         with torch.no_grad():
             x, z = _simulate(model, count, generator)
-        real = data.test.pixels(indices=slice(count))
+        real = test.pixels(indices=slice(count))
         on_simulated = _judge(model, x, z, run, generator)
         on_real = _judge(model, real, None, run, generator)
         split = _split_gap(run, model, real)
@@ -282,7 +280,8 @@ def train(
     runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
 ) -> list[Record]:
     "Judge each run's model; nothing is kept in `folder`, an interrupted run starts again."
-    return [record(run, device) for run in runs]
+    data = images.dataset(runs[0], device)
+    return [judge_model(run, build(run, data, device), data.test) for run in runs]
 
 
 experiment = Experiment(

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #619f4cce
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from normflow_vi.results.store import Store
 from normflow_vi.results.verdicts import Measured, measured
 from normflow_vi.transforms import Affine, Chain, InverseAutoregressive, Permutation
 from normflow_vi.utils.modules import evaluating
-from normflow_vi.utils.settings import settings
+from normflow_vi.utils.settings import PROFILES, settings
 
 RECIPE = 1
 DIM = 32  # latents
@@ -66,17 +67,23 @@ CHOICES = {
     "a random order": ("iaf-320-shuffled", 2),
     "one step, 640 units": ("iaf-640", 1),
     "four steps, 160 units": ("iaf-160", 4),
+    "gates begun at 0.50": ("iaf-320-half", 2),
+    "gates begun at 0.95": ("iaf-320-open", 2),
+    "plain form, begun at 0.82": ("iaf-320-shrunk", 2),
 }
 _NAMES = {place: name for name, place in (CHOICES | POSTERIORS).items()}
 
 
-def _plan_runs(experiment: str, section: str, profile: str, name: str, known: Mapping) -> list[Run]:
-    "One run a posterior and seed, as a section of settings.ini asks, on the images of the set `name`."
+def _plan_runs(
+    experiment: str, section: str, profile: str, data: str, known: Mapping, binarize: str = "dynamic"
+) -> list[Run]:
+    "One run a posterior and seed, as a section of settings.ini asks, on images binarised in that way."
     budget: dict[str, Any] = settings(section, profile, {"posteriors": [set(known)]} | _RULES)
     asked, seeds, wide = (budget.pop(key) for key in ("posteriors", "seeds", "wide_updates"))
+    name = resolve(data, binarize)
     what: dict[str, Any] = {"experiment": experiment, "recipe": RECIPE, "profile": profile}
-    what |= {"model": f"VAE {budget['networks']}", "data": f"{name}-dynamic"}
-    what["data_sha256"] = content_sha256(name, "dynamic")
+    what |= {"model": f"VAE {budget['networks']}", "data": f"{name}-{binarize}"}
+    what["data_sha256"] = content_sha256(name, binarize)
     runs = []
     for called in asked:
         flow, length = known[called]
@@ -84,15 +91,22 @@ def _plan_runs(experiment: str, section: str, profile: str, name: str, known: Ma
         runs += [Run(flow=flow, length=length, seed=seed, budget=own, **what) for seed in seeds]
     return runs
 
-
+# %% ../../nbs/80_plans/44_iaf.ipynb #baaf717d
 def plan(profile: str, data: str = "auto") -> list[Run]:
-    "The rows of the table: one run a posterior and seed, on dynamically binarised images."
-    return _plan_runs("vae_iaf", "vae_iaf", profile, resolve(data, "dynamic"), POSTERIORS)
+    """The rows of the table: one run a posterior and seed, on dynamically binarised images.
+
+    In the long form also behind dense networks, and on images binarised once.
+    """
+    runs = _plan_runs("vae_iaf", "vae_iaf", profile, data, POSTERIORS)
+    if profile == "paper":
+        runs += _plan_runs("vae_iaf", "vae_iaf_dense", profile, data, POSTERIORS)
+        runs += _plan_runs("vae_iaf", "vae_iaf_static", profile, data, POSTERIORS, "static")
+    return runs
 
 
 def choices_plan(profile: str, data: str = "auto") -> list[Run]:
     "One run a choice and seed."
-    return _plan_runs("iaf_choices", "iaf_choices", profile, resolve(data, "dynamic"), CHOICES)
+    return _plan_runs("iaf_choices", "iaf_choices", profile, data, CHOICES)
 
 
 def call_posterior(run: Run) -> str:
@@ -118,7 +132,16 @@ def draw_once(run: Run, data: Data) -> Data:
     return replace(data, **fixed)
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #f83d580d
-_OPTIONS: dict[str, dict[str, Any]] = {"plain": {"form": "plain"}, "ordered": {"order": "natural"}}
+_PLAIN = {"form": "plain"}
+_OPTIONS: dict[str, dict[str, Any]] = {"plain": _PLAIN, "shrunk": _PLAIN, "ordered": {"order": "natural"}}
+_STARTS = {"half": 0.0, "open": 3.0, "shrunk": math.log(0.82)}  # logits of gates, and a log-scale
+
+
+@torch.no_grad()
+def _begin_at(start: float, steps: InverseAutoregressive) -> None:
+    "Let the scales of all steps begin elsewhere than their law says; each follows its location."
+    last = getattr(steps.source, f"bias_{len(steps.hidden)}")
+    last[..., 1::2] += start - steps.law.start[1]
 
 
 def _make_iaf(width: int, length: int, context_dim: int, choice: str) -> Flow:
@@ -134,7 +157,10 @@ def _make_iaf(width: int, length: int, context_dim: int, choice: str) -> Flow:
     if choice == "shuffled":
         between = [part for _ in range(1, length) for part in (Permutation(DIM), steps(1))]
         return Flow(Chain(gaussian, steps(1), *between))
-    return Flow(Chain(gaussian, steps(length)))
+    flow = steps(length)
+    if choice in _STARTS:
+        _begin_at(_STARTS[choice], flow)
+    return Flow(Chain(gaussian, flow))
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #e2e26a2f
 def _make_posterior(run: Run) -> Flow:
@@ -154,7 +180,8 @@ def _make_networks(run: Run, data: Data) -> tuple[Any, Any]:
     if run.get("networks") == "resnet":
         return WeightNormEncoder(pixels, hidden), WeightNormDecoder(DIM, pixels, hidden)
     encoder, decoder = MLP(pixels, (hidden, hidden)), MLP(DIM, (hidden, hidden), pixels)
-    mean = data.train.images.float().mean(0).cpu() / 255
+    levels = 1 if data.train.binarize == "static" else 255
+    mean = data.train.images.float().mean(0).cpu() / levels
     with torch.no_grad():
         decoder[-1].bias.copy_(mean.clamp(0.001, 0.999).logit())
     return encoder, decoder
@@ -213,7 +240,7 @@ def train(
     ]
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #eebcd941
-HEADLINE = ("diagonal", "linear IAF", "IAF 2/320")  # posteriors whose weights are kept, first seed
+HEADLINE = ("diagonal", "linear IAF", "IAF 2/320", "IAF 8/320")  # of these the first seed's weights are kept
 
 
 def _minus(estimated: dict) -> dict:
@@ -223,15 +250,16 @@ def _minus(estimated: dict) -> dict:
 
 def record(run: Run, model: VAE, judged: Data, history: History, index: int) -> Record:
     "The record of one trained model, by the images `judged`."
-    headline = run.profile == "paper" and run.seed == 0 and call_posterior(run) in HEADLINE
+    long = run.profile == "paper" and run.data.endswith("dynamic")
+    headline = long and run.seed == 0 and call_posterior(run) in HEADLINE
     found = images.record(run, model, judged, history, index, keep_weights=headline)
     x = judged.test.pixels(indices=slice(run.get("long_images")))
     with evaluating(model):
-        long = log_marginal(model.log_joint, model.q, x, run.get("long_samples"), seed=run.seed)
+        many = log_marginal(model.log_joint, model.q, x, run.get("long_samples"), seed=run.seed)
     short = torch.tensor(found.arrays["test_log_p"][: len(x)])
     values = {"vlb": _minus(found.values["F"]), "log_p": _minus(found.values["nll"])}
-    values |= {"log_p_short": estimate(short).as_dict(), "log_p_long": estimate(long.log_p).as_dict()}
-    arrays = {"long_log_p": long.log_p.float().cpu().numpy()}
+    values |= {"log_p_short": estimate(short).as_dict(), "log_p_long": estimate(many.log_p).as_dict()}
+    arrays = {"long_log_p": many.log_p.float().cpu().numpy()}
     return replace(found, values=found.values | values, arrays=found.arrays | arrays)
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #2eb47e35
@@ -249,11 +277,23 @@ PUBLISHED = ("diagonal", "IAF 2/320", "IAF 2/1920", "IAF 4/1920", "IAF 8/1920")
 _METRICS = (("vlb", "VLB (nats)"), ("log_p", "log p(x) IS 128 samples (nats)"))
 
 
-def best_records(store: Store, name: str, data: str, networks: str) -> list[Record]:
+def best_records(store: Store, name: str, data: str, networks: str, **match: Any) -> list[Record]:
     "The records of the best runs with a posterior, behind those networks; maybe none."
     flow, length = POSTERIORS[name]
-    model = f"VAE {networks}"
-    return store.best("vae_iaf", recipe=RECIPE, model=model, data=data, flow=flow, length=length)
+    where: dict[str, Any] = {"model": f"VAE {networks}", "data": data, "flow": flow, "length": length}
+    return store.best("vae_iaf", recipe=RECIPE, **where, **match)
+
+
+def find_groups(store: Store, data: str) -> dict[tuple[str, str], dict[str, list[Record]]]:
+    "`{(networks, profile): {posterior: records}}`: what was trained behind the same networks."
+    groups = {}
+    for networks in ("mlp", "resnet"):
+        for profile in PROFILES:
+            named = {name: best_records(store, name, data, networks, profile=profile) for name in POSTERIORS}
+            found = {name: records for name, records in named.items() if records}
+            if found:
+                groups[networks, profile] = found
+    return groups
 
 
 def rows(store: Store) -> list[Measured]:
@@ -278,7 +318,7 @@ experiments = (
         "vae_iaf",
         "03_iaf",
         "nbs/03_iaf/30_mnist.ipynb",
-        ("iaf_table1.csv", "iaf_gains.png", "iaf_curves.png"),
+        ("iaf_table1.csv", "iaf_static.csv", "iaf_gains.png", "iaf_curves.png", "iaf_overtakes.png"),
         plan,
         train,
         rows,
