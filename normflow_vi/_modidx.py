@@ -1091,6 +1091,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'normflow_vi/experiments/vae_iaf.py'),
                                                  'normflow_vi.experiments.vae_iaf.draw_once': ( '80_plans/iaf.html#draw_once',
                                                                                                 'normflow_vi/experiments/vae_iaf.py'),
+                                                 'normflow_vi.experiments.vae_iaf.find_choices': ( '80_plans/iaf.html#find_choices',
+                                                                                                   'normflow_vi/experiments/vae_iaf.py'),
                                                  'normflow_vi.experiments.vae_iaf.find_groups': ( '80_plans/iaf.html#find_groups',
                                                                                                   'normflow_vi/experiments/vae_iaf.py'),
                                                  'normflow_vi.experiments.vae_iaf.plan': ( '80_plans/iaf.html#plan',

@@ -284,6 +284,13 @@ def best_records(store: Store, name: str, data: str, networks: str, **match: Any
     return store.best("vae_iaf", recipe=RECIPE, **where, **match)
 
 
+def find_choices(store: Store, data: str) -> dict[str, list[Record]]:
+    "`{choice: records}` of the best profile that has all choices; another start may be missing."
+    needed = {flow for name, (flow, _) in CHOICES.items() if "begun" not in name}
+    found = store.best_over("iaf_choices", "flow", needed, recipe=RECIPE, data=data)
+    return {name: some for name in CHOICES if (some := [r for r in found if call_posterior(r.run) == name])}
+
+
 def find_groups(store: Store, data: str) -> dict[tuple[str, str], dict[str, list[Record]]]:
     "`{(networks, profile): {posterior: records}}`: what was trained behind the same networks."
     groups = {}
