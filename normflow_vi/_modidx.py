@@ -703,6 +703,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'normflow_vi/experiments/cif_plane.py'),
                                                    'normflow_vi.experiments.cif_plane._record': ( '80_plans/cif_plane.html#_record',
                                                                                                   'normflow_vi/experiments/cif_plane.py'),
+                                                   'normflow_vi.experiments.cif_plane._start_as_linear': ( '80_plans/cif_plane.html#_start_as_linear',
+                                                                                                           'normflow_vi/experiments/cif_plane.py'),
                                                    'normflow_vi.experiments.cif_plane._step': ( '80_plans/cif_plane.html#_step',
                                                                                                 'normflow_vi/experiments/cif_plane.py'),
                                                    'normflow_vi.experiments.cif_plane._tasks': ( '80_plans/cif_plane.html#_tasks',

@@ -62,7 +62,7 @@ def count_covered(shares: np.ndarray, within: float = 0.05) -> int:
     "How many modes or rings have their equal share, to `within`."
     return int((abs(shares - 1 / len(shares)) < within).sum())
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #3f5d0e06
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #4f2e6cde
 @dataclass(frozen=True)
 class _Situation:
     "A target, the deviation of the base, and whether the log-density of the target is annealed."
@@ -87,7 +87,7 @@ def situation(run: Run) -> _Situation:
 
 
 NARROW, SIGMAS = 0.1, (0.1, 1.0, 10.0)
-PAIR = ("nsf", "cif")  # the two flows of the source
+PAIR, QUIET = ("nsf", "cif"), "cif-quiet"  # the two flows of the source; a CIF that begins near the identity
 OPPONENTS = ("nsf-trained", "nsf-mixture", "planar", "realnvp")
 
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #b6483795
@@ -133,7 +133,7 @@ class _Mixture(nn.Module):
         each = -0.5 * squares * (-2 * self.log_sigmas).exp() - 2 * self.log_sigmas
         return each.logsumexp(-1) - math.log(2 * math.pi * len(self.centres))
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #bb38a29e
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #1862594a
 _MIXED, _WIDE = 9, 1.0  # parts of the mixture base; where the trained base of planar and RealNVP begins
 _COUPLINGS = 8
 
@@ -142,8 +142,24 @@ def _network(run, width):
     return {"hidden": (width,) * run.get("depth"), "residual": True}
 
 
+def _start_as_linear(layer):
+    "Let the three networks of an indexed layer begin as `torch.nn.Linear` does."
+    with torch.no_grad():
+        tensors = dict(layer.source.named_parameters())
+        for name, weight in tensors.items():
+            if "weight" in name:
+                bound = weight.shape[-2] ** -0.5
+                weight.uniform_(-bound, bound)
+                tensors[name.replace("weight", "bias")].uniform_(-bound, bound)
+
+
 def _indexed(run):
-    return CIF(2, run.length, **_network(run, run.get("width")))
+    made = CIF(2, run.length, **_network(run, run.get("width")))
+    if run.flow != QUIET:
+        for layer in made.transforms:
+            if isinstance(layer, ContinuouslyIndexed):
+                _start_as_linear(layer)
+    return made
 
 
 def _count(module):
@@ -160,7 +176,7 @@ def _match(make, wanted):
 
 def _transform(run):
     "The layers of a run."
-    if run.flow == "cif":
+    if run.flow in ("cif", QUIET):
         return _indexed(run)
     if run.flow == "planar":
         return Planar(2, run.length)
@@ -169,7 +185,7 @@ def _transform(run):
         return _match(lambda width: RealNVP(2, run.length, hidden=(width, width), max_log_scale=3.0), wanted)
     return _match(lambda width: NSF(2, run.length, "autoregressive", **_network(run, width)), wanted)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #4214c61b
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #0aedf331
 class _Fitted(Flow):
     "A flow whose target and annealing are buffers: runs of one program differ in tensors only."
 
@@ -188,7 +204,7 @@ def build(run: Run) -> Flow:
         if run.flow == "nsf-mixture":
             base = _Mixture(where.sigma, _MIXED)
         else:
-            base = _Normal(where.sigma, run.flow not in PAIR)
+            base = _Normal(where.sigma, run.flow not in (*PAIR, QUIET))
     return _Fitted(transform, base, where.target, where.annealed)
 
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #34d1e5a4
@@ -213,7 +229,7 @@ _RULES = {
 }
 _NOT_BUDGET = ("modes", "seeds", "more_seeds", "length", "planar_length")
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #3a6221ed
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #10201db8
 def _tasks(modes, length, planar_length):
     "`(flow, length, situation, whether all seeds)` of everything that is fitted."
     targets = [f"{n} modes" for n in modes]
@@ -225,6 +241,7 @@ def _tasks(modes, length, planar_length):
         yield from ((flow, length, where, True) for where in plain + annealed)
         yield from ((flow, length, where, False) for where in others)
     yield "cif", 1, plain[0], False
+    yield from ((QUIET, length, where, True) for where in plain)
     for flow in OPPONENTS[:2]:
         yield from ((flow, length, where, True) for where in plain)
     yield from (("nsf-trained", length, _Situation(target, SIGMAS[-1]), False) for target in targets)
@@ -249,7 +266,7 @@ def plan(profile: str, data: str = "auto") -> list[Run]:
         for seed in s["seeds" if all_seeds else "more_seeds"]
     ]
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #7b53b39b
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #26236171
 def _log_density(z, target, names=tuple(TARGETS)):
     "The log-density `(...)` at `z` `(..., 2)` of the target numbered `target`, a 0-d tensor; one of `names`."
     chosen = 0.0
@@ -273,7 +290,7 @@ def _make_loss(runs):
 
     return loss
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #7feac9e8
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #53ecb282
 def _layers(q):
     "The layers of a flow, in order."
     return list(getattr(q.transform, "transforms", [q.transform]))
@@ -305,7 +322,7 @@ def steepness(q: Flow, draws: int, generator: torch.Generator) -> tuple[float, f
     singular = torch.linalg.svdvals(torch.stack(rows, 1))
     return singular[:, 0].max().item(), (1 / singular[:, 1].clamp(min=1e-12)).max().item()
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #6719415a
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #78b2155a
 _LOOKED_AT = 1000  # draws of each look
 
 
@@ -351,7 +368,7 @@ def trainer(
         recipe=" ".join(r.key for r in runs),
     )
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #1eab8e42
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #c28cf944
 INDEX_COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -386,7 +403,7 @@ def _index_bounds(run, q, target, generator, block=200_000):
     log_w = torch.cat(w_parts, 1).double()
     return _enclose(target.log_density(torch.cat(z_parts).double()), log_w), _gaps(log_w)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #5f8c1f29
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #2ccbc092
 def log_q_by_quadrature(q: Flow, z: torch.Tensor, nodes: int = 4000) -> torch.Tensor:
     """`log q(z)` `(n,)` in nats of points `(n, 2)`: a sum over the index of the one layer that has one.
 
@@ -407,7 +424,7 @@ def log_q_by_quadrature(q: Flow, z: torch.Tensor, nodes: int = 4000) -> torch.Te
         found.append(log_joint.logsumexp(0) + log_cell)
     return torch.stack(found)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #f8971ab0
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #1b168c23
 IN_USE = 0.05  # nats of u in z
 
 
@@ -426,7 +443,7 @@ def index_information(q: Flow, draws: int, generator: torch.Generator) -> np.nda
         w = z
     return np.array(found, np.float32).reshape(-1, 3)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #f4415c1b
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #808bf4ad
 _PATHS = 64  # index paths for each point of a picture
 
 
@@ -458,10 +475,10 @@ def _curves(history, index):
     looks = {name: values[:, index].astype(np.float32) for name, values in history.valid.items()}
     return {"step": np.asarray(history.steps_valid, np.int32)} | looks
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #20a82653
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #f26bc87e
 def _measure_indices(run, q, target, generator):
     "`(values, arrays)` that only a flow with indices has."
-    if run.flow != "cif":
+    if run.flow not in ("cif", QUIET):
         return {}, {}
     values, gaps = _index_bounds(run, q, target, generator)
     information = index_information(q, 2000, generator)
@@ -495,7 +512,7 @@ def _record(run: Run, q: Flow, history: History, index: int) -> Record:
     arrays |= {"density": pack_density(density), "peak": np.float32(density.max()), "shares": shares}
     return Record(run, values, arrays | _curves(history, index), {"seconds": round(history.seconds, 2)})
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #74284b35
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #5fd1a52b
 def train(
     runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
 ) -> list[Record]:
