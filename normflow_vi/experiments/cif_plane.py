@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #a58d02ca
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #d7489e6d
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ class _Mixture(nn.Module):
         each = -0.5 * squares * (-2 * self.log_sigmas).exp() - 2 * self.log_sigmas
         return each.logsumexp(-1) - math.log(2 * math.pi * len(self.centres))
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #1862594a
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #a291755b
 _MIXED, _WIDE = 9, 1.0  # parts of the mixture base; where the trained base of planar and RealNVP begins
 _COUPLINGS = 8
 
@@ -161,17 +162,15 @@ def _indexed(run):
                 _start_as_linear(layer)
     return made
 
-
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #2347515a
 def _count(module):
     return sum(p.numel() for p in module.parameters())
 
 
 def _match(make, wanted):
-    "`make(width)` at the width at which its parameters are nearest to `wanted` in number."
-    width = 1
-    while _count(make(width + 1)) <= wanted:
-        width += 1
-    return min((make(w) for w in (width, width + 1)), key=lambda made: abs(_count(made) - wanted))
+    "`make(width)` at the width up to 256 at which its parameters are nearest to `wanted` in number."
+    width = bisect.bisect(range(1, 257), wanted, key=lambda w: _count(make(w)))
+    return min((make(w) for w in (max(1, width), width + 1)), key=lambda made: abs(_count(made) - wanted))
 
 
 def _transform(run):
@@ -185,7 +184,7 @@ def _transform(run):
         return _match(lambda width: RealNVP(2, run.length, hidden=(width, width), max_log_scale=3.0), wanted)
     return _match(lambda width: NSF(2, run.length, "autoregressive", **_network(run, width)), wanted)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #0aedf331
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #1baa672d
 class _Fitted(Flow):
     "A flow whose target and annealing are buffers: runs of one program differ in tensors only."
 
@@ -201,13 +200,11 @@ def build(run: Run) -> Flow:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         transform = _transform(run)
-        if run.flow == "nsf-mixture":
-            base = _Mixture(where.sigma, _MIXED)
-        else:
-            base = _Normal(where.sigma, run.flow not in (*PAIR, QUIET))
+        is_mixture, is_trained = run.flow == "nsf-mixture", run.flow not in (*PAIR, QUIET)
+        base = _Mixture(where.sigma, _MIXED) if is_mixture else _Normal(where.sigma, is_trained)
     return _Fitted(transform, base, where.target, where.annealed)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #34d1e5a4
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #f8e8069a
 _RULES = {
     "modes": [(9, 16)],
     "seeds": SEEDS,
@@ -229,7 +226,7 @@ _RULES = {
 }
 _NOT_BUDGET = ("modes", "seeds", "more_seeds", "length", "planar_length")
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #10201db8
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #1a0e3219
 def _tasks(modes, length, planar_length):
     "`(flow, length, situation, whether all seeds)` of everything that is fitted."
     targets = [f"{n} modes" for n in modes]
@@ -266,7 +263,7 @@ def plan(profile: str, data: str = "auto") -> list[Run]:
         for seed in s["seeds" if all_seeds else "more_seeds"]
     ]
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #26236171
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #1f44d9d1
 def _log_density(z, target, names=tuple(TARGETS)):
     "The log-density `(...)` at `z` `(..., 2)` of the target numbered `target`, a 0-d tensor; one of `names`."
     chosen = 0.0
@@ -290,7 +287,7 @@ def _make_loss(runs):
 
     return loss
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #53ecb282
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #9a7055e2
 def _layers(q):
     "The layers of a flow, in order."
     return list(getattr(q.transform, "transforms", [q.transform]))
@@ -322,7 +319,7 @@ def steepness(q: Flow, draws: int, generator: torch.Generator) -> tuple[float, f
     singular = torch.linalg.svdvals(torch.stack(rows, 1))
     return singular[:, 0].max().item(), (1 / singular[:, 1].clamp(min=1e-12)).max().item()
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #78b2155a
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #ef585c62
 _LOOKED_AT = 1000  # draws of each look
 
 
@@ -368,7 +365,7 @@ def trainer(
         recipe=" ".join(r.key for r in runs),
     )
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #c28cf944
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #043b95c7
 INDEX_COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -403,7 +400,7 @@ def _index_bounds(run, q, target, generator, block=200_000):
     log_w = torch.cat(w_parts, 1).double()
     return _enclose(target.log_density(torch.cat(z_parts).double()), log_w), _gaps(log_w)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #2ccbc092
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #2bd44900
 def log_q_by_quadrature(q: Flow, z: torch.Tensor, nodes: int = 4000) -> torch.Tensor:
     """`log q(z)` `(n,)` in nats of points `(n, 2)`: a sum over the index of the one layer that has one.
 
@@ -424,7 +421,7 @@ def log_q_by_quadrature(q: Flow, z: torch.Tensor, nodes: int = 4000) -> torch.Te
         found.append(log_joint.logsumexp(0) + log_cell)
     return torch.stack(found)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #1b168c23
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #ffffa963
 IN_USE = 0.05  # nats of u in z
 
 
@@ -443,7 +440,7 @@ def index_information(q: Flow, draws: int, generator: torch.Generator) -> np.nda
         w = z
     return np.array(found, np.float32).reshape(-1, 3)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #808bf4ad
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #4e789f30
 _PATHS = 64  # index paths for each point of a picture
 
 
@@ -475,7 +472,7 @@ def _curves(history, index):
     looks = {name: values[:, index].astype(np.float32) for name, values in history.valid.items()}
     return {"step": np.asarray(history.steps_valid, np.int32)} | looks
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #f26bc87e
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #eb0e18aa
 def _measure_indices(run, q, target, generator):
     "`(values, arrays)` that only a flow with indices has."
     if run.flow not in ("cif", QUIET):
@@ -512,7 +509,7 @@ def _record(run: Run, q: Flow, history: History, index: int) -> Record:
     arrays |= {"density": pack_density(density), "peak": np.float32(density.max()), "shares": shares}
     return Record(run, values, arrays | _curves(history, index), {"seconds": round(history.seconds, 2)})
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #5fd1a52b
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #7f456454
 def train(
     runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
 ) -> list[Record]:
