@@ -319,7 +319,7 @@ def steepness(q: Flow, draws: int, generator: torch.Generator) -> tuple[float, f
     singular = torch.linalg.svdvals(torch.stack(rows, 1))
     return singular[:, 0].max().item(), (1 / singular[:, 1].clamp(min=1e-12)).max().item()
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #ef585c62
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #2e11738c
 _LOOKED_AT = 1000  # draws of each look
 
 
@@ -343,7 +343,7 @@ def _make_validate(runs):
 
     return validate
 
-
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #9bd232d5
 def trainer(
     runs: list[Run], device: str = "cpu", folder: Path | None = None, progress: Callable | None = None
 ) -> Trainer:
@@ -365,7 +365,7 @@ def trainer(
         recipe=" ".join(r.key for r in runs),
     )
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #043b95c7
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #40bf30fd
 INDEX_COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -400,7 +400,7 @@ def _index_bounds(run, q, target, generator, block=200_000):
     log_w = torch.cat(w_parts, 1).double()
     return _enclose(target.log_density(torch.cat(z_parts).double()), log_w), _gaps(log_w)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #2bd44900
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #31c9646c
 def log_q_by_quadrature(q: Flow, z: torch.Tensor, nodes: int = 4000) -> torch.Tensor:
     """`log q(z)` `(n,)` in nats of points `(n, 2)`: a sum over the index of the one layer that has one.
 
@@ -421,7 +421,7 @@ def log_q_by_quadrature(q: Flow, z: torch.Tensor, nodes: int = 4000) -> torch.Te
         found.append(log_joint.logsumexp(0) + log_cell)
     return torch.stack(found)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #ffffa963
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #e89a3662
 IN_USE = 0.05  # nats of u in z
 
 
@@ -440,7 +440,7 @@ def index_information(q: Flow, draws: int, generator: torch.Generator) -> np.nda
         w = z
     return np.array(found, np.float32).reshape(-1, 3)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #4e789f30
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #21ea6753
 _PATHS = 64  # index paths for each point of a picture
 
 
@@ -472,7 +472,7 @@ def _curves(history, index):
     looks = {name: values[:, index].astype(np.float32) for name, values in history.valid.items()}
     return {"step": np.asarray(history.steps_valid, np.int32)} | looks
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #eb0e18aa
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #8d347311
 def _measure_indices(run, q, target, generator):
     "`(values, arrays)` that only a flow with indices has."
     if run.flow not in ("cif", QUIET):
@@ -509,7 +509,7 @@ def _record(run: Run, q: Flow, history: History, index: int) -> Record:
     arrays |= {"density": pack_density(density), "peak": np.float32(density.max()), "shares": shares}
     return Record(run, values, arrays | _curves(history, index), {"seconds": round(history.seconds, 2)})
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #7f456454
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #a3cffcaf
 def train(
     runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
 ) -> list[Record]:
