@@ -248,6 +248,11 @@ def check_finite(**values: Tensor) -> None:
 def _check_initial(initial, rows, latent_dim):
     "Raise unless `initial` is a mean and a positive scale for each of the `rows` images."
     shape = (rows, latent_dim)
+    if not isinstance(initial, (tuple, list)) or len(initial) != 2:
+        raise TypeError(
+            f"initial: expected (mean, scale), two tensors of shape {shape}, got {type(initial).__name__}; "
+            "of a posterior: z = model.q(x).rsample((200,)), then (z.mean(0), z.std(0))"
+        )
     for name, value in zip(("mean", "scale"), initial, strict=False):
         check_tensor(f"initial {name}", value, latent_dim, "latent_dim")
         if value.shape != shape or not value.isfinite().all():

@@ -295,7 +295,7 @@ def find_groups(store: Store, data: str) -> dict[tuple[str, str], dict[str, list
                 groups[networks, profile] = found
     return groups
 
-
+# %% ../../nbs/80_plans/44_iaf.ipynb #4277e96c
 def rows(store: Store) -> list[Measured]:
     "Table 1 from the best records with the paper's networks on MNIST itself."
     found = []

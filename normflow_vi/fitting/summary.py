@@ -247,11 +247,14 @@ def _weight_lines(fit: Judgement) -> Iterator[str]:
     yield f"ESS: {ess:,.0f} of {S:,} draws ({ess / S:.0%})"
 
 
-def _moment_lines(fit: Judgement, coordinates: int = 3) -> Iterator[str]:
+_SHOWN = 3  # coordinates
+
+
+def _moment_lines(fit: Judgement) -> Iterator[str]:
     "Mean and standard deviation of the first coordinates, by q and reweighted."
     ours, theirs = diagnosis.moments(fit.z), fit.moments
     shifts = diagnosis.moment_shifts(fit.z, fit.log_w)
-    for d in range(min(coordinates, fit.z.shape[1])):
+    for d in range(min(_SHOWN, fit.z.shape[1])):
         mean = _format_pair(ours.mean[d], theirs.mean[d], theirs.mean_error[d])
         sd = _format_pair(ours.sd[d], theirs.sd[d], theirs.sd_error[d])
         line = f"z[{d}]: mean {mean} (reweighted); sd {sd} (reweighted)"
@@ -295,4 +298,8 @@ def describe(fit: Judgement) -> str:
     lines += [_restarts_line(fit.bounds), _training_line(fit)]
     if fit.log_w is not None:
         lines += _moment_lines(fit)
+        left = fit.z.shape[1] - _SHOWN
+        lines += (
+            [f"and {left:,} more coordinates: see `moments`; the verdict names the worst"] if left > 0 else []
+        )
     return "\n".join(lines)

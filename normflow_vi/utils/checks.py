@@ -24,7 +24,10 @@ def check_tensor(name: str, value: Any, size: int, size_name: str) -> None:
     "Raise unless `value` is a floating-point tensor whose last axis has `size` entries."
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
+        raise TypeError(
+            f"{name}: expected a floating-point tensor, got {kind}; "
+            "torch.tensor(..., dtype=torch.float32) makes one"
+        )
     if value.dim() < 1 or value.shape[-1] != size:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: its last axis must be {size_name}={size}")
 
