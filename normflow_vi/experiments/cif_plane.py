@@ -35,13 +35,16 @@ from normflow_vi.utils.settings import settings
 
 RECIPE = 1
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #7f6f100e
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #ee03a38e
 _RADII, _RING_SD = (1.0, 2.0, 3.0), 0.15
 TARGETS = {"9 modes": lattice(9), "16 modes": lattice(16), "rings": rings(_RADII, _RING_SD)}
 
 
 def _distances(target, z):
-    "The distances `(n, parts)` of points `(n, 2)` from each mode or ring, in standard deviations."
+    """The distances of points from each mode or ring, in standard deviations.
+
+    `z`: `(n, 2)`; the result: `(n, parts)`. From a ring it is the distance of the radii.
+    """
     if target == "rings":
         radius = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
         return (radius - torch.tensor(_RADII, dtype=z.dtype)).abs() / _RING_SD
@@ -51,7 +54,11 @@ def _distances(target, z):
 
 
 def shares_of(target: str, z: torch.Tensor) -> tuple[np.ndarray, float]:
-    "The shares of the points `z` `(n, 2)` that belong to each mode or ring, and what lies between."
+    """The shares of points that belong to each mode or ring, and the share of those between.
+
+    `z`: `(n, 2)`. A point belongs to the nearest mode within four deviations, or to the nearest
+    ring within three. The shares and what lies between add up to one.
+    """
     distance, nearest = _distances(target, z.cpu()).min(1)
     belongs = distance <= (3.0 if target == "rings" else 4.0)
     parts = len(_RADII) if target == "rings" else round(TARGETS[target].window) ** 2
@@ -60,7 +67,11 @@ def shares_of(target: str, z: torch.Tensor) -> tuple[np.ndarray, float]:
 
 
 def count_covered(shares: np.ndarray, within: float = 0.05) -> int:
-    "How many modes or rings have their equal share, to `within`."
+    """How many modes or rings have their equal share, to `within`.
+
+    >>> count_covered(np.array([0.3, 0.3, 0.4]))
+    2
+    """
     return int((abs(shares - 1 / len(shares)) < within).sum())
 
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #4f2e6cde
@@ -91,9 +102,13 @@ NARROW, SIGMAS = 0.1, (0.1, 1.0, 10.0)
 PAIR, QUIET = ("nsf", "cif"), "cif-quiet"  # the two flows of the source; a CIF that begins near the identity
 OPPONENTS = ("nsf-trained", "nsf-mixture", "planar", "realnvp")
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #b6483795
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #8c9c22a9
 class _Normal(nn.Module):
-    "The base `N(0, sigma^2 I)` on the plane; `sigma` is trained or not."
+    """The base `N(0, sigma^2 I)` on the plane.
+
+    `log_sigma` is a parameter if it is `trained`, else a buffer: runs with other widths
+    are still one program.
+    """
 
     dim = 2
 
@@ -113,9 +128,13 @@ class _Normal(nn.Module):
         squares = (z * (-self.log_sigma).exp()).square().sum(-1)
         return -0.5 * squares - 2 * self.log_sigma - math.log(2 * math.pi)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #6e58e6d4
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #25ce72ad
 class _Mixture(nn.Module):
-    "A base: an equal mixture of `parts` round Gaussians with trained centres and deviations."
+    """A base: an equal mixture of `parts` round Gaussians with trained centres and deviations.
+
+    Shares are fixed and equal, so that a draw has a gradient in all that is trained: which
+    part it comes from is chosen without looking at any parameter.
+    """
 
     dim = 2
 
@@ -134,7 +153,7 @@ class _Mixture(nn.Module):
         each = -0.5 * squares * (-2 * self.log_sigmas).exp() - 2 * self.log_sigmas
         return each.logsumexp(-1) - math.log(2 * math.pi * len(self.centres))
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #a291755b
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #09d5be45
 _MIXED, _WIDE = 9, 1.0  # parts of the mixture base; where the trained base of planar and RealNVP begins
 _COUPLINGS = 8
 
@@ -144,7 +163,10 @@ def _network(run, width):
 
 
 def _start_as_linear(layer):
-    "Let the three networks of an indexed layer begin as `torch.nn.Linear` does."
+    """Let the three networks of an indexed layer begin as `torch.nn.Linear` does.
+
+    Weights and biases are uniform within one over the root of the number of inputs.
+    """
     with torch.no_grad():
         tensors = dict(layer.source.named_parameters())
         for name, weight in tensors.items():
@@ -184,9 +206,13 @@ def _transform(run):
         return _match(lambda width: RealNVP(2, run.length, hidden=(width, width), max_log_scale=3.0), wanted)
     return _match(lambda width: NSF(2, run.length, "autoregressive", **_network(run, width)), wanted)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #1baa672d
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #dedb9d49
 class _Fitted(Flow):
-    "A flow whose target and annealing are buffers: runs of one program differ in tensors only."
+    """A flow with its situation as buffers.
+
+    `target`: the number of its target in `TARGETS`; `annealed`: whether it is annealed. Runs
+    of one program may differ in tensors only.
+    """
 
     def __init__(self, transform, base, target, annealed):
         super().__init__(transform, base)
@@ -195,7 +221,10 @@ class _Fitted(Flow):
 
 
 def build(run: Run) -> Flow:
-    "The flow of a run, freshly initialised from its seed."
+    """The flow of a run, freshly initialised from its seed.
+
+    The random numbers of the caller are left as they were.
+    """
     where = situation(run)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -226,7 +255,7 @@ _RULES = {
 }
 _NOT_BUDGET = ("modes", "seeds", "more_seeds", "length", "planar_length")
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #1a0e3219
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #854e0e81
 def _tasks(modes, length, planar_length):
     "`(flow, length, situation, whether all seeds)` of everything that is fitted."
     targets = [f"{n} modes" for n in modes]
@@ -247,7 +276,12 @@ def _tasks(modes, length, planar_length):
 
 
 def plan(profile: str, data: str = "auto") -> list[Run]:
-    "One run a flow, situation and seed; targets are formulas, so `data` is not looked at."
+    """One run a flow, situation and seed.
+
+    Targets are formulas, so `data` is not looked at. `parameters` of the budget is the size of
+    the CIF, to which the other flows are matched. Raises `ValueError` for settings that do not
+    fit.
+    """
     s = settings("cif_mixture", profile, _RULES)
     budget = {name: value for name, value in s.items() if name not in _NOT_BUDGET}
 
@@ -287,7 +321,7 @@ def _make_loss(runs):
 
     return loss
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #9a7055e2
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #dc71351a
 def _layers(q):
     "The layers of a flow, in order."
     return list(getattr(q.transform, "transforms", [q.transform]))
@@ -309,7 +343,11 @@ def _step(layer, w, generator):
 
 
 def steepness(q: Flow, draws: int, generator: torch.Generator) -> tuple[float, float]:
-    "The largest singular value of `w -> z` at fixed indices over some draws, and that of its inverse."
+    """The largest singular value of `w -> z` at fixed indices, and that of its inverse.
+
+    Both are the largest over `draws` points of the base, and so lower estimates of the
+    Lipschitz constants. For a flow without indices it is the flow itself.
+    """
     with torch.enable_grad():
         w = q.base.rsample((draws,), generator).detach().requires_grad_()
         z = w
@@ -319,12 +357,16 @@ def steepness(q: Flow, draws: int, generator: torch.Generator) -> tuple[float, f
     singular = torch.linalg.svdvals(torch.stack(rows, 1))
     return singular[:, 0].max().item(), (1 / singular[:, 1].clamp(min=1e-12)).max().item()
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #2e11738c
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #82513a4d
 _LOOKED_AT = 1000  # draws of each look
 
 
 def _make_validate(runs):
-    "A look at a model: steepness both ways, the norm of the gradient, the bound of fresh draws."
+    """What is looked at in the course of a training, as a function of a model and the step.
+
+    It returns the steepness both ways, the norm of the gradient of the loss before clipping,
+    and the bound of fresh draws in nats.
+    """
     loss = _make_loss(runs)
 
     def validate(q, step):
@@ -365,12 +407,17 @@ def trainer(
         recipe=" ".join(r.key for r in runs),
     )
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #40bf30fd
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #c1b7d030
 INDEX_COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def _enclose(log_p, log_w):
-    "Values about `-KL(q||p)` from `log_w` `(M + 1, n)`, in nats: see `draw_index_weights`."
+    """Values about `-KL(q || p)` and about the auxiliary gap, in nats, with standard errors.
+
+    `log_p`: `(n,)`, the target at the draws; `log_w`: `(M + 1, n)`, see `draw_index_weights`.
+    "few" is the ordinary bound of these draws; the truth lies between "tight" and "above",
+    and the gap between "least" and "most".
+    """
     tight, loose = log_mean_exp(log_w), log_mean_exp(log_w[1:])
     return {
         "elbo_few": estimate(log_p - log_w[0]).as_dict(),
@@ -380,16 +427,22 @@ def _enclose(log_p, log_w):
         "gap_most": estimate(log_w[0] - loose).as_dict(),
     }
 
-
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #2a1bd8d3
 def _gaps(log_w):
-    "The part of the auxiliary gap that `M` further indices close, `(counts, 3)`: M, mean, standard error."
+    """The part of the auxiliary gap that `M` further indices close, in nats.
+
+    `(counts, 3)`: M, the mean over draws, its standard error.
+    """
     counts = [M for M in INDEX_COUNTS if M < len(log_w)]
     closed = [estimate(log_w[0] - log_mean_exp(log_w[: M + 1])) for M in counts]
     return np.array([[M, e.value, e.std_error] for M, e in zip(counts, closed, strict=True)], np.float32)
 
 
 def _index_bounds(run, q, target, generator, block=200_000):
-    "`(values, gaps)` of a flow with indices."
+    """`(values, gaps)` of a flow with indices: those of `_enclose` and of `_gaps`.
+
+    Draws are made in blocks of at most so many index paths.
+    """
     z_parts, w_parts, left = [], [], run.get("index_draws")
     while left:
         n = min(left, max(2, block // run.get("indices")))
@@ -400,7 +453,7 @@ def _index_bounds(run, q, target, generator, block=200_000):
     log_w = torch.cat(w_parts, 1).double()
     return _enclose(target.log_density(torch.cat(z_parts).double()), log_w), _gaps(log_w)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #31c9646c
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #dcef08d5
 def log_q_by_quadrature(q: Flow, z: torch.Tensor, nodes: int = 4000) -> torch.Tensor:
     """`log q(z)` `(n,)` in nats of points `(n, 2)`: a sum over the index of the one layer that has one.
 
@@ -421,12 +474,16 @@ def log_q_by_quadrature(q: Flow, z: torch.Tensor, nodes: int = 4000) -> torch.Te
         found.append(log_joint.logsumexp(0) + log_cell)
     return torch.stack(found)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #e89a3662
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #c83739c7
 IN_USE = 0.05  # nats of u in z
 
 
 def index_information(q: Flow, draws: int, generator: torch.Generator) -> np.ndarray:
-    "For each indexed layer the KL from N(0, I), and the information of `u` in `w` and in `z`: `(L, 3)`."
+    """How much each indexed layer uses its index: `(L, 3)`, in nats.
+
+    The mean KL of `q(u|w)` from `N(0, I)`; the mutual information of `u` and `w`; a lower bound
+    on that of `u` and the layer's output. Costs `draws^2` densities a layer.
+    """
     w, found = q.base.rsample((draws,), generator), []
     for layer in _layers(q):
         z, index = _step(layer, w, generator)
@@ -440,12 +497,15 @@ def index_information(q: Flow, draws: int, generator: torch.Generator) -> np.nda
         w = z
     return np.array(found, np.float32).reshape(-1, 3)
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #21ea6753
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #54c57988
 _PATHS = 64  # index paths for each point of a picture
 
 
 def _density(q, grid, generator, block=200_000):
-    "The density on a grid `(n, 2)`, in double precision."
+    """The density on a grid `(n, 2)`, as an array in double precision.
+
+    With indices it is an unbiased estimate from some index paths for each point.
+    """
     has_index = any(isinstance(layer, ContinuouslyIndexed) for layer in _layers(q))
     paths = _PATHS if has_index else 1
     parts = [
@@ -456,7 +516,10 @@ def _density(q, grid, generator, block=200_000):
 
 
 def _draws(q, n, generator):
-    "Draws as arrays: where each comes from in the base, where it ends, its indices."
+    """`n` draws as arrays: where each comes from in the base, where it ends.
+
+    With indexed layers also its index in each, the first number of it.
+    """
     w, indices = q.base.rsample((n,), generator), []
     z = w
     for layer in _layers(q):
@@ -472,7 +535,7 @@ def _curves(history, index):
     looks = {name: values[:, index].astype(np.float32) for name, values in history.valid.items()}
     return {"step": np.asarray(history.steps_valid, np.int32)} | looks
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #8d347311
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #a861dd6e
 def _measure_indices(run, q, target, generator):
     "`(values, arrays)` that only a flow with indices has."
     if run.flow not in ("cif", QUIET):
@@ -489,7 +552,11 @@ def _measure_indices(run, q, target, generator):
 
 
 def _record(run: Run, q: Flow, history: History, index: int) -> Record:
-    "The record of one fitted flow."
+    """The record of one fitted flow.
+
+    Its values are bounds in nats, what the draws cover, and the number of parameters; its
+    arrays hold what the pictures show.
+    """
     target = TARGETS[situation(run).target]
     device = next(q.parameters()).device
     generator = torch.Generator(device).manual_seed(run.seed)
@@ -509,7 +576,7 @@ def _record(run: Run, q: Flow, history: History, index: int) -> Record:
     arrays |= {"density": pack_density(density), "peak": np.float32(density.max()), "shares": shares}
     return Record(run, values, arrays | _curves(history, index), {"seconds": round(history.seconds, 2)})
 
-# %% ../../nbs/80_plans/50_cif_plane.ipynb #a3cffcaf
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #4f63e807
 def train(
     runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
 ) -> list[Record]:
