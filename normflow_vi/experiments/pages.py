@@ -51,5 +51,7 @@ experiments = (
     ),
     _page("iaf_idea", "03_iaf/00_idea", "iaf_fig1.png"),
     _page("iaf_claims", "03_iaf/90_claims", "iaf_claims.csv"),
+    _page("cif_idea", "04_cif/00_idea", "cif_idea.png"),
+    _page("cif_claims", "04_cif/90_claims", "cif_claims.csv"),
     _page("tables", "06_mnist_results/10_tables", "status.csv"),
 )

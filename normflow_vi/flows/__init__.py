@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/90_engine/96_flows.ipynb #68752b71
 from .bases import FixedBase, StandardNormal, as_base, map_tensors
 from .flow import Flow, FlowDistribution, draw_base
+from .many_indices import ManyIndices
 from .supports import Place, bijection_to, check_support, in_support, is_reachable
 from ..transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
@@ -18,6 +19,7 @@ __all__ = [
     "FlowDistribution",
     "IAF",
     "MAF",
+    "ManyIndices",
     "NICE",
     "NSF",
     "Place",
