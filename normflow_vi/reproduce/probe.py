@@ -225,7 +225,8 @@ def judge_again(run: dict, images: int = 100, samples: int = 10) -> dict:
     record = _get("Store")().find(full)
     load = getattr(record, "load_weights", None) or record.weights  # an earlier name
     model.load_state_dict(load())
-    data = load_data(full.data.removesuffix("-static"), binarize="static")
+    name = full.data.removesuffix("-static").removesuffix("-dynamic")
+    data = load_data(name, binarize="static")
     with _get("evaluating")(model):
         x = data.test.pixels(indices=slice(images))
         found = _get("log_marginal")(model.log_joint, model.q, x, samples, seed=0)
