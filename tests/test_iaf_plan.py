@@ -1,6 +1,7 @@
 """Inverse autoregressive posteriors on MNIST: their runs, models, images and rows."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from normflow_vi.experiments import images, vae_iaf
 from normflow_vi.experiments.vae_iaf import CHOICES, POSTERIORS
 from normflow_vi.objectives import free_energy
+from normflow_vi.reproduce.probe import in_small, judge_again
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
 from normflow_vi.results.store import Store
@@ -96,3 +98,14 @@ def test_widths_are_never_averaged_and_long_trainings_count_as_shortened(tmp_pat
 def test_names_of_posteriors_are_told_apart():
     places = {**POSTERIORS, **CHOICES}
     assert len(set(places.values())) == len(places)
+
+
+def test_weights_of_a_model_of_images_drawn_anew_can_be_judged_again(monkeypatch, digits):
+    """The check of kept weights takes fixed images, whichever way the training drew its own."""
+    run = vae_iaf.plan("smoke", "digits")[0]
+    assert run.data == "digits-dynamic"
+    weights = vae_iaf.build(Run.from_dict(in_small(run.to_dict())), digits).state_dict()
+    kept = SimpleNamespace(load_weights=lambda: weights)
+    monkeypatch.setattr(Store, "find", lambda store, run: kept)
+    found = judge_again(run.to_dict(), images=20, samples=2)
+    assert found.keys() == {"log_p", "elbo"} and found == judge_again(run.to_dict(), images=20, samples=2)
