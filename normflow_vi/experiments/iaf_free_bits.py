@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normflow_vi.data import Batches, Data, content_sha256, resolve
+from normflow_vi.data import Data, content_sha256, resolve
 from normflow_vi.engine.history import History
 from normflow_vi.engine.trainer import Trainer
 from normflow_vi.experiments import Experiment, images, vae_iaf
@@ -111,29 +111,17 @@ def trainer(
     data: Data | None = None,
 ) -> Trainer:
     "The `Trainer` of runs that differ in their seeds."
-    run = runs[0]
-    data = data or images.dataset(run, device)
-    models = [vae_iaf.build(r, data).to(device) for r in runs]
-    parts = images.images_for_curves(run, vae_iaf.draw_once(run, data))
-    treatment = treatment_of(run)
+    treatment = treatment_of(runs[0])
     free = treatment if isinstance(treatment, float) else None
-    loss = make_loss(free, run.get("anneal") if treatment == ANNEALED else 0)
-    batches = [Batches(data.train, run.get("batch_size"), r.seed) for r in runs]
-    where: dict[str, Any] = {"folder": folder, "device": device, "progress": progress}
-    return images.make_trainer(runs, models, loss, batches, parts, **where)
+    loss = make_loss(free, runs[0].get("anneal") if treatment == ANNEALED else 0)
+    return vae_iaf.make_trainer(runs, loss, device, folder, progress, data)
 
 
 def train(
     runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
 ) -> list[Record]:
     "Train runs that differ in their seeds; returns their records."
-    data = images.dataset(runs[0], device)
-    models, history = images.run_to_best(trainer(runs, device, folder, progress, data))
-    judged = vae_iaf.draw_once(runs[0], data)
-    return [
-        record(run, model, judged, history, i)
-        for i, (run, model) in enumerate(zip(runs, models, strict=True))
-    ]
+    return vae_iaf.train_and_record(runs, trainer, record, folder, device, progress)
 
 # %% ../../nbs/80_plans/45_free_bits.ipynb #25756ef3
 ACTIVE = 0.01  # nats

@@ -208,6 +208,26 @@ def _start_from_data(model: VAE, data: Data, seed: int) -> None:
         model.decoder(z)
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #49f8f0d2
+def make_trainer(
+    runs: Sequence[Run],
+    loss: Callable,
+    device: str = "cpu",
+    folder: Path | None = None,
+    progress: Callable | None = None,
+    data: Data | None = None,
+) -> Trainer:
+    "The `Trainer`, by `loss`, of runs that differ in their seeds."
+    run = runs[0]
+    data = data or images.dataset(run, device)
+    models = [build(r, data).to(device) for r in runs]
+    judged = draw_once(run, data)
+    models[0].check(judged.train.pixels(indices=slice(20)))
+    parts = images.images_for_curves(run, judged)
+    batches = [Batches(data.train, run.get("batch_size"), r.seed) for r in runs]
+    where: dict[str, Any] = {"folder": folder, "device": device, "progress": progress}
+    return images.make_trainer(runs, models, loss, batches, parts, **where)
+
+# %% ../../nbs/80_plans/44_iaf.ipynb #36d9cc7f
 def trainer(
     runs: Sequence[Run],
     device: str = "cpu",
@@ -216,21 +236,14 @@ def trainer(
     data: Data | None = None,
 ) -> Trainer:
     "The `Trainer` of runs that differ in their seeds."
-    run = runs[0]
-    data = data or images.dataset(run, device)
-    models = [build(r, data).to(device) for r in runs]
-    judged = draw_once(run, data)
-    models[0].check(judged.train.pixels(indices=slice(20)))
-    parts, loss = images.images_for_curves(run, judged), images.image_loss(run.get("anneal"))
-    batches = [Batches(data.train, run.get("batch_size"), r.seed) for r in runs]
-    where: dict[str, Any] = {"folder": folder, "device": device, "progress": progress}
-    return images.make_trainer(runs, models, loss, batches, parts, **where)
+    loss = images.image_loss(runs[0].get("anneal"))
+    return make_trainer(runs, loss, device, folder, progress, data)
 
 
-def train(
-    runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
+def train_and_record(
+    runs: list[Run], trainer: Callable, record: Callable, folder: Path | None, device: str, progress: Any
 ) -> list[Record]:
-    "Train runs that differ in their seeds; returns their records."
+    "Train runs that differ in their seeds by a `trainer`; the `record` of each, by images drawn once."
     data = images.dataset(runs[0], device)
     models, history = images.run_to_best(trainer(runs, device, folder, progress, data))
     judged = draw_once(runs[0], data)
@@ -238,6 +251,13 @@ def train(
         record(run, model, judged, history, i)
         for i, (run, model) in enumerate(zip(runs, models, strict=True))
     ]
+
+
+def train(
+    runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
+) -> list[Record]:
+    "Train runs that differ in their seeds; returns their records."
+    return train_and_record(runs, trainer, record, folder, device, progress)
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #eebcd941
 HEADLINE = ("diagonal", "linear IAF", "IAF 2/320", "IAF 8/320")  # of these the first seed's weights are kept
