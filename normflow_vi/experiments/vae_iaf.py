@@ -95,10 +95,11 @@ def _plan_runs(
 def plan(profile: str, data: str = "auto") -> list[Run]:
     """The rows of the table: one run a posterior and seed, on dynamically binarised images.
 
-    In the long form also behind dense networks, and on images binarised once.
+    In the long form also shorter, behind dense networks, and on images binarised once.
     """
     runs = _plan_runs("vae_iaf", "vae_iaf", profile, data, POSTERIORS)
     if profile == "paper":
+        runs += _plan_runs("vae_iaf", "vae_iaf_residual", profile, data, POSTERIORS)
         runs += _plan_runs("vae_iaf", "vae_iaf_dense", profile, data, POSTERIORS)
         runs += _plan_runs("vae_iaf", "vae_iaf_static", profile, data, POSTERIORS, "static")
     return runs
