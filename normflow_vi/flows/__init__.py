@@ -9,6 +9,7 @@ __all__ = []
 from .bases import FixedBase, StandardNormal, as_base, map_tensors
 from .flow import Flow, FlowDistribution, draw_base
 from .many_indices import ManyIndices
+from .mixtures import GaussianMixture, fit_mixture
 from .supports import Place, bijection_to, check_support, in_support, is_reachable
 from ..transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
@@ -16,6 +17,7 @@ __all__ = [
     "CIF",
     "FixedBase",
     "Flow",
+    "GaussianMixture",
     "FlowDistribution",
     "IAF",
     "MAF",
@@ -29,6 +31,7 @@ __all__ = [
     "bijection_to",
     "check_support",
     "draw_base",
+    "fit_mixture",
     "in_support",
     "is_reachable",
     "map_tensors",
