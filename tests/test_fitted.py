@@ -26,7 +26,7 @@ from normflow_vi.engine.history import History
 from normflow_vi.evaluate import diagnosis
 from normflow_vi.fitting.files import FORMAT, trusted_classes
 from normflow_vi.fitting.fitted import Fit
-from normflow_vi.fitting.summary import verdict
+from normflow_vi.fitting.verdict import verdict_in_words
 from normflow_vi.flows import Flow
 from normflow_vi.objectives import Estimate, estimate
 from normflow_vi.testing.cases import CASES
@@ -157,7 +157,7 @@ def test_verdicts_do_not_flicker():
         (dict(shift=HALF), "usable"),
         (dict(scale=0.2, draws=40_000), "not to be trusted"),
     ):
-        assert all(verdict(gaussian(**given, seed=seed)).startswith(word) for seed in range(20))
+        assert all(verdict_in_words(gaussian(**given, seed=seed)).startswith(word) for seed in range(20))
 
 
 def test_every_line_of_a_summary():

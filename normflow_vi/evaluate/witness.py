@@ -5,7 +5,7 @@ r"""Draws that a fit did not make itself: how much of the mass does it miss, whe
 # %% auto #0
 __all__ = ['Witness', 'evidence_interval']
 
-# %% ../../nbs/01_flows/45_witness.ipynb #ed932653
+# %% ../../nbs/01_flows/45_witness.ipynb #d30a07ef
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .diagnosis import log_mean_weight
 from ..objectives import Estimate
-from ..utils.checks import require
 
 # %% ../../nbs/01_flows/45_witness.ipynb #f122a2b7
 _SLACK = 0.5  # nats by which a weight must pass the largest of q's own: of smaller excesses some are chance
@@ -81,7 +80,7 @@ def evidence_interval(log_w: Tensor, witness: Witness) -> tuple[float, float]:
     ends += [float(below.value + margins[0]), float(above.value + margins[1])]
     return min(ends), max(ends)
 
-# %% ../../nbs/01_flows/45_witness.ipynb #e3268c27
+# %% ../../nbs/01_flows/45_witness.ipynb #866fcc0e
 _ASKED, _POINTS = 64, 17  # draws of which the way is looked at, and points on it
 
 
@@ -95,7 +94,7 @@ def _falls(log_density: Callable, start: Tensor, end: Tensor) -> Tensor:
 
 
 def find_barriers(witness: Witness, log_w: Tensor, log_density: Callable, own: Tensor) -> Witness:
-    "The witness with the barriers between its draws that are missing and the draws `own` `(S, D)` of the fit."
+    "The witness with the barriers between its missing draws and the draws `own` `(S, D)` of the fit."
     missing = witness.beyond(log_w).flatten().nonzero()[:, 0]
     barrier = torch.full_like(witness.log_w, math.nan).flatten()
     if len(missing):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..evaluate import diagnosis
 from .files import read_fit, write_fields
+from .judgement import Judgement
 from .pictures import draw_fit
-from .summary import Judgement, describe
+from .summary import describe
 from ..utils.patching import patch
 
 # %% ../../nbs/01_flows/49_fitted.ipynb #b0198333

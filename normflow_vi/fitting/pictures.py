@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from ..evaluate import diagnosis
-from .summary import Judgement, verdict
+from .judgement import Judgement
+from .verdict import verdict_in_words
 from ..plots import colour
 from ..utils.checks import check_int
 
@@ -147,6 +148,6 @@ def draw_fit(fit: Judgement, coordinates: int = 3) -> Any:
         panel(place, fit)
     for unused in axes.flat[len(panels) :]:
         unused.set_visible(False)
-    title = textwrap.wrap(f"verdict: {verdict(fit)}", 34 * columns)
+    title = textwrap.wrap(f"verdict: {verdict_in_words(fit)}", 34 * columns)
     figure.suptitle("\n".join(title), fontsize=9)
     return figure
