@@ -91,7 +91,7 @@ def _testimony(fit: Judgement) -> Iterator[Reason]:
         lost = 1 - math.exp(-rise)
         yield Reason(f"draws from elsewhere put log Z {rise:.2f} nats higher: {lost:.0%} is missing", "modes")
 
-# %% ../../nbs/01_flows/48_verdict.ipynb #9025bda2
+# %% ../../nbs/01_flows/48_verdict.ipynb #947dd0a5
 def _is_acquitted(fit: Judgement) -> bool:
     "Whether heavy-tailed weights are no reason for distrust: a witness agrees, or hardly a weight counts."
     if fit.ess >= 0.99 * len(fit.log_w):
