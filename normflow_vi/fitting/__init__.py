@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'fit']
 
-# %% ../../nbs/01_flows/50_fit.ipynb #ed82eb1d
+# %% ../../nbs/01_flows/50_fit.ipynb #cfc2811a
 import copy
 import math
 from collections.abc import Callable
@@ -25,16 +25,18 @@ from ..engine.trainer import Trainer
 from ..evaluate.diagnosis import risen
 from .checks import check_flow, check_log_density, check_samples, restore_on_error
 from .fitted import Fit
-from ..flows import Flow, FlowDistribution, Place, draw_base
+from .modes import call_witness, check_base, find_modes, set_shares, total_of
+from .verdict import advise, rank_of
+from ..flows import Flow, FlowDistribution, GaussianMixture, draw_base
 from ..flows.placing import has_units, place_density, place_samples
 from ..flows.tracing import Step, density_steps, find_origin, sample_steps
-from ..objectives import Estimate, annealing, check_bound, estimate, parts_of, renyi
+from ..objectives import Estimate, annealing, check_bound, estimate, renyi
 from ..objectives.gradients import check_posterior
-from ..utils.checks import check_int, check_positive
+from ..utils.checks import check_choice, check_int, check_positive
 from ..utils.modules import copy_into, evaluating, fix_global_stream, named_tensors, unvalidated
 from ..utils.patching import patch
 
-# %% ../../nbs/01_flows/50_fit.ipynb #bd1aeaed
+# %% ../../nbs/01_flows/50_fit.ipynb #b8ac84dc
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
     """How a flow is fitted; each is a keyword of `fit`.
@@ -44,7 +46,10 @@ class FitOptions:
     `steps`: updates of `draws` draws (or samples); unless given, until the bound no longer rises.
     `restarts`: starts trained side by side, as one program, of which the best is kept.
     `alpha`, `gradient`: another Renyi bound than the ELBO, and its gradient estimator.
-    `anneal`: begin with a wide Gaussian in place of the target.
+    `modes`: "report" what draws from far away find that the flow lacks, "ignore" that, or find "all" modes
+    before the training: the flow gets a mixture as its base.
+    `until`: "good": as long as the verdict is not, follow its advice, up to three times.
+    `anneal`: begin with a normal density in place of the target.
     `place`: find the units first, unless the flow has some already, say from an earlier fit.
     `validation`: the share of the samples that is held out and by which the flow is chosen.
     `evaluation_draws`: fresh draws by which the result is judged.
@@ -59,6 +64,8 @@ class FitOptions:
     draws: int = 256
     alpha: float = 1.0
     gradient: str = "reparameterised"
+    modes: str = "report"
+    until: str | None = None
     anneal: bool = True
     place: bool = True
     validation: float = 0.1
@@ -74,6 +81,9 @@ class FitOptions:
         if self.steps is not None:
             check_int("steps", self.steps)
         check_positive("learning_rate", self.learning_rate)
+        check_choice("modes", self.modes, ("report", "ignore", "all"))
+        if self.until is not None:
+            check_choice("until", self.until, ("good",), "or None")
         _check_log_z(self.log_z)
         _check_share(self.validation)
         check_bound(self.alpha, self.draws, self.gradient)
@@ -96,14 +106,13 @@ def _check_share(validation):
             f"validation={validation!r}: expected a share of the samples, from 0 up to but not including 1"
         )
 
-# %% ../../nbs/01_flows/50_fit.ipynb #68bb6447
-_WIDE = 4.0  # standard deviation, in the flow's units, of the Gaussian from which a fit sets out
+# %% ../../nbs/01_flows/50_fit.ipynb #a57940f4
+_WALL = 30.0  # nats by which the path's start is lowered where the target is zero
 
 
-def _log_wide(x, dim):
-    "The log-density of that Gaussian, `(N, D) -> (N,)` in nats."
-    constant = dim * math.log(_WIDE * math.sqrt(2 * math.pi))
-    return -0.5 * (x * x).sum(-1) / _WIDE**2 - constant
+def _log_start(x, dim):
+    "The log-density from which a fit sets out, `(N, D) -> (N,)` in nats."
+    return -0.5 * (x * x).sum(-1) - 0.5 * dim * math.log(2 * math.pi)
 
 
 def annealed_target(q: Flow, log_density: Callable, beta: float | torch.Tensor) -> Callable:
@@ -111,10 +120,12 @@ def annealed_target(q: Flow, log_density: Callable, beta: float | torch.Tensor) 
 
     def parts(x):
         z, log_det = q.place(x)
+        start = _log_start(x, q.dim)
+        value = total_of(log_density, z, log_det)
+        target = torch.where(value == -math.inf, start - _WALL, value + log_det)
         if isinstance(beta, float) and beta == 1:
-            return {"target": log_density(z) + log_det}
-        wide = _log_wide(x, q.dim)
-        return {"target": beta * (log_density(z) + log_det), "wide": (1 - beta) * wide}
+            return {"target": target}
+        return {"target": beta * target, "start": (1 - beta) * start}
 
     return parts
 
@@ -158,7 +169,23 @@ def sample_loss(samples: torch.Tensor, draws: int) -> Callable:
 
     return loss
 
-# %% ../../nbs/01_flows/50_fit.ipynb #ec69c81e
+# %% ../../nbs/01_flows/50_fit.ipynb #b34a9b1d
+def mode_loss(log_density: Callable, draws: int, anneal: int, rows: torch.Tensor) -> Callable:
+    """From minus the mean log-density of `rows` `(N, D)`, in the flow's units, to minus the bound. In nats.
+
+    Over the first `anneal` updates; its term `elbo` is that of the target all along.
+    """
+    to_density = density_loss(log_density, draws)
+
+    def loss(q, batch, step, generator):
+        beta, bound = annealing(step, anneal, 0.0), to_density(q, batch, step, generator)
+        x = _random_rows(rows, draws, generator)
+        nll = -FlowDistribution(q.base, q.transform).log_prob(x)
+        return Estimate(beta * bound.value + (1 - beta) * nll.mean(), bound.std_error, bound.terms)
+
+    return loss
+
+# %% ../../nbs/01_flows/50_fit.ipynb #c363718f
 class Outcome(NamedTuple):
     "How good a trained flow is: its bound, and in a fit to a log-density fresh draws with their weights."
 
@@ -175,7 +202,9 @@ class Goal(Protocol):
     loss: Callable  # loss(q, batch, step, generator) -> Estimate
     validate: Callable | None  # validate(q, step) -> {"nll": value}, of samples held out
 
-    def find_units(self, place: Place) -> None: ...
+    def find_units(self, q: Flow) -> None: ...
+
+    def finish(self, q: Flow) -> None: ...
 
     def first_rows(self, q: Flow, generator: torch.Generator) -> torch.Tensor: ...
 
@@ -183,9 +212,9 @@ class Goal(Protocol):
 
     def judge(self, q: Flow) -> Outcome: ...
 
-    def check_outcome(self, fit: Fit) -> None: ...
+    def examine(self, fit: Fit) -> Fit: ...
 
-# %% ../../nbs/01_flows/50_fit.ipynb #a5c45041
+# %% ../../nbs/01_flows/50_fit.ipynb #78ab3dff
 class DensityGoal:
     "A fit to an unnormalised log-density `(N, D) -> (N,)` in nats."
 
@@ -194,6 +223,8 @@ class DensityGoal:
     def __init__(self, q: Flow, log_density: Callable, options: FitOptions):
         if options.gradient != "reparameterised":
             check_posterior(q.train()())
+        if options.modes == "all":
+            check_base(q)
         check_log_density(q, log_density, options.restarts)
         self.log_density, self.options = log_density, options
         self.log_z = getattr(log_density, "log_z", None) if options.log_z is None else options.log_z
@@ -202,10 +233,29 @@ class DensityGoal:
             self.anneal = _LEAST if options.steps is None else options.steps // 3
         self.loss = density_loss(log_density, options.draws, self.anneal, options.alpha, options.gradient)
 
-    def find_units(self, place: Place) -> None:
-        "Set the units of the last step of a flow to those of the log-density."
-        generator = torch.Generator(place.loc.device).manual_seed(self.options.seed)
-        place_density(place, self.log_density, generator)
+    def find_units(self, q: Flow) -> None:
+        "Set the units of the last step of a flow to those of the log-density; find its modes, if asked to."
+        if self.options.modes == "all":
+            self._find_modes(q)
+        elif self.options.place and not has_units(q.place):
+            generator = torch.Generator(q.place.loc.device).manual_seed(self.options.seed)
+            place_density(q.place, self.log_density, generator, base=q.base)
+
+    def _find_modes(self, q):
+        rows = find_modes(q, self.log_density, self.options.seed)
+        if q.transform.inverse_kind == "closed form":
+            self.loss = mode_loss(self.log_density, self.options.draws, self.anneal, rows)
+        else:
+            self.anneal = 0
+            self.loss = density_loss(self.log_density, self.options.draws)
+
+    def finish(self, q: Flow) -> None:
+        "Give the modes of a trained flow their shares."
+        if self.options.modes != "all" or not isinstance(q.base, GaussianMixture):
+            return
+        generator = torch.Generator(q.place.loc.device).manual_seed(self.options.seed + 2)
+        for _ in range(2):
+            set_shares(q, self.log_density, self.options.evaluation_draws, generator)
 
     def first_rows(self, q: Flow, generator: torch.Generator) -> torch.Tensor:
         "The draws of the base with which an update begins."
@@ -215,7 +265,7 @@ class DensityGoal:
         "What happens to them."
         return density_steps(q, self.log_density)
 
-# %% ../../nbs/01_flows/50_fit.ipynb #40fe1fb3
+# %% ../../nbs/01_flows/50_fit.ipynb #96e1d521
 @patch
 def judge(self: DensityGoal, q: Flow) -> Outcome:
     "Fresh draws from a trained flow and their log-weights."
@@ -224,22 +274,36 @@ def judge(self: DensityGoal, q: Flow) -> Outcome:
         torch.manual_seed(seed)  # for a base that knows no generator; `fit` restores the global stream
         generator = torch.Generator(q.place.loc.device).manual_seed(seed)
         z, log_q = q.rsample_and_log_prob((self.options.evaluation_draws,), generator)
-        log_w = sum(parts_of(self.log_density, z, log_q).values()) - log_q
+        log_w = total_of(self.log_density, z, log_q) - log_q
     return Outcome(estimate(log_w), z, log_w)
 
 
-@patch
-def check_outcome(self: DensityGoal, fit: Fit) -> None:
-    "Raise `NonFinite` if a fresh draw has no log-weight."
-    if not (fit.log_w.isnan() | (fit.log_w == math.inf)).any():
-        return
-    seed = self.options.seed + 1
-    generator = torch.Generator(fit.q.place.loc.device).manual_seed(seed)
-    start = draw_base(fit.q.base, fit.log_w.shape, generator)[0]
-    origin = find_origin(self.steps(fit.q), start)
-    raise NonFinite(fit.steps, "the log-weight of a fresh draw", seed, "loss", origin=origin)
+_RARE = 0.01  # share of fresh draws without a log-weight up to which these count as outside the support
 
-# %% ../../nbs/01_flows/50_fit.ipynb #3006d1cd
+
+def _as_outside(z, log_w):
+    "Draws and weights with those that are no numbers, or beyond all numbers, as draws without weight."
+    bad = log_w.isnan() | (log_w == math.inf) | ~z.isfinite().all(-1)
+    inside = z[~bad].mean(0) if not bad.all() else torch.zeros_like(z[0])
+    return torch.where(bad[:, None], inside, z), log_w.masked_fill(bad, -math.inf), bad.double().mean().item()
+
+
+@patch
+def examine(self: DensityGoal, fit: Fit) -> Fit:
+    "The fit with its witness; raises `NonFinite` if many fresh draws have no log-weight."
+    z, log_w, share = _as_outside(fit.z, fit.log_w)
+    seed = self.options.seed + 1
+    if share > _RARE:
+        generator = torch.Generator(fit.q.place.loc.device).manual_seed(seed)
+        start = draw_base(fit.q.base, fit.log_w.shape, generator)[0]
+        origin = find_origin(self.steps(fit.q), start)
+        raise NonFinite(fit.steps, "the log-weight of a fresh draw", seed, "loss", origin=origin)
+    witness = None
+    if self.options.modes != "ignore" and log_w.isfinite().any():
+        witness = call_witness(fit.q, self.log_density, z, log_w, seed)
+    return replace(fit, z=z, log_w=log_w, witness=witness)
+
+# %% ../../nbs/01_flows/50_fit.ipynb #be11261d
 class SampleGoal:
     "A fit to samples `(N, D)`."
 
@@ -260,9 +324,13 @@ class SampleGoal:
         "The negative mean log-density of the samples held out, for the training to choose by."
         return {"nll": -q.log_prob(self.held).mean()}
 
-    def find_units(self, place: Place) -> None:
+    def find_units(self, q: Flow) -> None:
         "Set the units of the last step of a flow to those of the samples."
-        place_samples(place, self.samples)
+        if self.options.place and not has_units(q.place):
+            place_samples(q.place, self.samples)
+
+    def finish(self, q: Flow) -> None:
+        "Nothing is left to do."
 
     def first_rows(self, q: Flow, generator: torch.Generator) -> torch.Tensor:
         "The samples with which an update begins."
@@ -277,20 +345,23 @@ class SampleGoal:
         with evaluating(q):
             return Outcome(estimate(q.log_prob(self.held if len(self.held) else self.samples)))
 
-    def check_outcome(self, fit: Fit) -> None:
-        "Nothing to check: samples inside the support have a density."
+    def examine(self, fit: Fit) -> Fit:
+        "The fit as it is: samples inside the support have a density."
+        return fit
 
-# %% ../../nbs/01_flows/50_fit.ipynb #ff832d23
+# %% ../../nbs/01_flows/50_fit.ipynb #9fe014be
 _MOST, _LEAST = 20_000, 1_000  # updates at the full rate: at most, at least
 
 
 class _Settling(Trainer):
     """A training that begins to end by itself, when what it is judged by no longer rises.
 
-    `converged` says whether that was why.
+    `converged` says whether that was why; `retreats`, how often it went back; `lost`, which runs it gave up.
     """
 
     converged, since = None, 0  # since: updates before which nothing is judged
+    retreats: int = 0
+    lost: tuple[int, ...] = ()
 
     def log(self):
         super().log()
@@ -308,6 +379,37 @@ class _Settling(Trainer):
         self.optimizer = replace(self.optimizer, hold=self.step)
         self.update.optimizer, self.update.steps = self.optimizer, self.steps
         self.good["config"] = self.config()  # the state to go back to belongs to the same training
+
+# %% ../../nbs/01_flows/50_fit.ipynb #3e7c9414
+_RETREATS, _CHANCES = 12, 3  # of a training; of one among several starts
+
+
+def _give_up(trainer, run):
+    "Put the parameters of another run, and what the optimiser knows of them, where those of `run` are."
+    others = [other for other in range(len(trainer.models)) if other not in (*trainer.lost, run)]
+    live = trainer._live()
+    for group in ("parameters", "buffers", "optimizer"):
+        for tensor in live[group].values():
+            if tensor.dim() and len(tensor) == len(trainer.models):
+                with torch.no_grad():
+                    tensor[run] = tensor[others[0]]
+    trainer.lost += (run,)
+
+
+@patch
+def retreat(self: _Settling, error: Exception, failures: list) -> bool:
+    "Whether the training can go on after an error, from its last good state, at half the rate."
+    by_number = isinstance(error, NonFinite) and not str(error.tensor).startswith("validation")
+    if self.retreats == _RETREATS or not (by_number or self.step):
+        return False
+    self.retreats += 1
+    self.optimizer = replace(self.optimizer, learning_rate=self.optimizer.learning_rate / 2)
+    self.update.optimizer = self.optimizer
+    failures.append(getattr(error, "seed", None))
+    left = len(self.models) - len(self.lost)
+    if by_number and left > 1 and failures.count(error.seed) == _CHANCES:
+        _give_up(self, self.seeds.index(error.seed))
+    return True
 
 # %% ../../nbs/01_flows/50_fit.ipynb #5814d9ec
 def redraw_parameters(q: Flow, seed: int) -> Flow:
@@ -417,21 +519,25 @@ def _make_trainer(models, goal: Goal, options: FitOptions) -> _Settling:
     trainer.since = goal.anneal
     return trainer
 
-# %% ../../nbs/01_flows/50_fit.ipynb #126005a4
+# %% ../../nbs/01_flows/50_fit.ipynb #d0567574
 def _train(models, goal: Goal, options: FitOptions) -> _Settling:
     "The finished training; raises `NonFinite` with the origin."
     trainer = _make_trainer(models, goal, options)
     for model in models:
         model.train()
-    try:
-        trainer.run()
-    except (NonFinite, RuntimeError, ValueError) as error:
-        raise _explain(error, trainer, goal) from None
+    failures: list = []
+    while True:
+        try:
+            trainer.run()
+            break
+        except (NonFinite, RuntimeError, ValueError) as error:
+            if not trainer.retreat(error, failures):
+                raise _explain(error, trainer, goal) from None
     if goal.validate is not None:
         trainer.load_best()
     return trainer
 
-# %% ../../nbs/01_flows/50_fit.ipynb #0208b191
+# %% ../../nbs/01_flows/50_fit.ipynb #1e1d9a55
 def _best_first(bounds):
     "The order of the runs by their bounds, best first; one that is not finite comes last."
     values = [bound.value.nan_to_num(-math.inf).item() for bound in bounds]
@@ -451,6 +557,12 @@ def _reorder_runs(history: History, order) -> History:
     return replace(history, **changes)
 
 
+def _without_bound(outcome: Outcome) -> Outcome:
+    "The outcome of a run that was given up."
+    nothing = torch.full_like(outcome.bound.value, -math.inf)
+    return outcome._replace(bound=Estimate(nothing, torch.zeros_like(nothing)))
+
+
 def _conclude(q: Flow, trainer: _Settling, outcomes: list[Outcome], log_z) -> Fit:
     "The `Fit` of a training whose runs came to these outcomes; puts the best run into `q`."
     order = _best_first([outcome.bound for outcome in outcomes])
@@ -462,6 +574,7 @@ def _conclude(q: Flow, trainer: _Settling, outcomes: list[Outcome], log_z) -> Fi
         history=_reorder_runs(trainer.history(), order),
         steps=trainer.step,
         converged=trainer.converged,
+        retreats=trainer.retreats,
         z=best.z,
         log_w=best.log_w,
         log_z=log_z,
@@ -469,17 +582,18 @@ def _conclude(q: Flow, trainer: _Settling, outcomes: list[Outcome], log_z) -> Fi
         log_likelihood=best.bound if best.log_w is None else None,
     )
 
-# %% ../../nbs/01_flows/50_fit.ipynb #b4cf46ad
+# %% ../../nbs/01_flows/50_fit.ipynb #f508ffb5
 def _pursue(q: Flow, goal: Goal, options: FitOptions) -> Fit:
     "Fit `q` towards a goal, from its units to its judgement."
-    if options.place and not has_units(q.place):
-        goal.find_units(q.place)
+    goal.find_units(q)
     models = restarted_copies(q, options.restarts, options.seed)
     trainer = _train(models, goal, options)
-    outcomes = [goal.judge(model.eval()) for model in models]
-    fit = _conclude(q, trainer, outcomes, goal.log_z)
-    goal.check_outcome(fit)
-    return fit
+    for model in models:
+        goal.finish(model.eval())
+    outcomes = [goal.judge(model) for model in models]
+    for run in trainer.lost:
+        outcomes[run] = _without_bound(outcomes[run])
+    return goal.examine(_conclude(q, trainer, outcomes, goal.log_z))
 
 
 def _check_kind(log_density, samples, options):
@@ -487,6 +601,10 @@ def _check_kind(log_density, samples, options):
     if (log_density is None) == (samples is None):
         raise ValueError("give exactly one of log_density and samples")
     alpha, gradient = options.alpha, options.gradient
+    if samples is not None and (options.modes == "all" or options.until):
+        raise ValueError(
+            "modes='all' and until='good' belong to a log_density; samples have their modes in them"
+        )
     if samples is not None and (alpha, gradient) != (1.0, "reparameterised"):
         raise ValueError(
             f"alpha={alpha!r}, gradient={gradient!r}: they belong to a log_density; "
@@ -498,9 +616,43 @@ def _fit_to(q, log_density, samples, options):
     "The fit to the one of log-density and samples that is given."
     if samples is not None:
         return _pursue(q, SampleGoal(q, samples, options), options)
-    goal = DensityGoal(q, log_density, options)
     with unvalidated():  # torch's distributions would raise where a draw is nan
-        return _pursue(q, goal, options)
+        result = _pursue(q, DensityGoal(q, log_density, options), options)
+        return result if options.until is None else _improve(q, log_density, options, result)
+
+# %% ../../nbs/01_flows/50_fit.ipynb #ff9ac0ac
+_ROUNDS = 3
+
+
+def _follow_advice(remedy, options, steps):
+    "The options of the next attempt; `None` where only the user can help."
+    if remedy in ("precision", "support", "log_z", None):
+        return None
+    if remedy == "steps" or options.modes == "all":
+        more = {"steps": 2 * steps, "learning_rate": options.learning_rate / 2}
+        return replace(options, modes="report", anneal=False, place=False, **more)
+    return replace(options, modes="all")
+
+
+def _take_over(q, other):
+    "Make a flow what a copy of it was."
+    q.base, q.place = other.base, other.place
+    copy_into(named_tensors(other), named_tensors(q))
+
+
+def _improve(q, log_density, options, result):
+    "The best fit of a few more attempts, each with the advice of the last one."
+    best, kept = result, copy.deepcopy(q)
+    for _ in range(_ROUNDS):
+        changed = _follow_advice(advise(result), options, result.steps)
+        if changed is None:
+            break
+        options = changed
+        result = _pursue(q, DensityGoal(q, log_density, options), options)
+        if rank_of(result) > rank_of(best):
+            best, kept = result, copy.deepcopy(q)
+    _take_over(q, kept)
+    return replace(best, q=q.eval())
 
 # %% ../../nbs/01_flows/50_fit.ipynb #6ca2b731
 def _fit_undisturbed(q, log_density, samples, support, options):
@@ -511,7 +663,7 @@ def _fit_undisturbed(q, log_density, samples, support, options):
         check_flow(q, support)
         return _fit_to(q, log_density, samples, options)
 
-# %% ../../nbs/01_flows/50_fit.ipynb #b9771320
+# %% ../../nbs/01_flows/50_fit.ipynb #19021217
 def fit(
     q: Flow,
     log_density: Callable | None = None,
@@ -526,6 +678,8 @@ def fit(
     draws: int = 256,
     alpha: float = 1.0,
     gradient: str = "reparameterised",
+    modes: str = "report",
+    until: str | None = None,
     anneal: bool = True,
     place: bool = True,
     validation: float = 0.1,
@@ -550,4 +704,5 @@ def fit(
     pace: dict = dict(steps=steps, restarts=restarts, seed=seed, learning_rate=learning_rate, draws=draws)
     bound: dict = dict(progress=progress, alpha=alpha, gradient=gradient, anneal=anneal, log_z=log_z)
     judgement: dict = dict(place=place, validation=validation, evaluation_draws=evaluation_draws)
-    return _fit_undisturbed(q, log_density, samples, support, FitOptions(**pace, **bound, **judgement))
+    options = FitOptions(modes=modes, until=until, **pace, **bound, **judgement)
+    return _fit_undisturbed(q, log_density, samples, support, options)

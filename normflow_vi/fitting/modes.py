@@ -65,7 +65,7 @@ def _log_weights(q: Flow, log_density: Callable, x: Tensor) -> Tensor:
 
 
 def call_witness(q: Flow, log_density: Callable, z: Tensor, log_w: Tensor, seed: int) -> Witness | None:
-    """Draws from elsewhere and their weights by a trained flow, whose own are `z` `(S, D)` and `log_w` `(S,)`.
+    """Draws from elsewhere and their weights by a trained flow, its own are `z` `(S, D)` and `log_w`.
 
     `None` for a flow without a density, and for a log-density that particles cannot move on.
     """

@@ -91,7 +91,7 @@ def _testimony(fit: Judgement) -> Iterator[Reason]:
         lost = 1 - math.exp(-rise)
         yield Reason(f"draws from elsewhere put log Z {rise:.2f} nats higher: {lost:.0%} is missing", "modes")
 
-# %% ../../nbs/01_flows/48_verdict.ipynb #947dd0a5
+# %% ../../nbs/01_flows/48_verdict.ipynb #9d4f5b46
 def _is_acquitted(fit: Judgement) -> bool:
     "Whether heavy-tailed weights are no reason for distrust: a witness agrees, or hardly a weight counts."
     if fit.ess >= 0.99 * len(fit.log_w):
@@ -198,6 +198,11 @@ def find_reasons(fit: Judgement) -> tuple[str, list[Reason]]:
 def verdict(self: Judgement) -> str | None:
     '"good", "usable" (with importance weights) or "not to be trusted"; `None` for a fit to samples.'
     return None if self.log_w is None else find_reasons(self)[0]
+
+# %% ../../nbs/01_flows/48_verdict.ipynb #6e2f8849
+def rank_of(fit: Judgement) -> tuple[int, float]:
+    "By what two fits to one log-density are compared, the better one above: the verdict, then the ELBO."
+    return (DISTRUST, USABLE, GOOD).index(find_reasons(fit)[0]), float(fit.elbo.value)
 
 # %% ../../nbs/01_flows/48_verdict.ipynb #5a1e5ebc
 _SAMPLES = (

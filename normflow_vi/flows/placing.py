@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/01_flows/46_placing.ipynb #121ee7b7
+# %% ../../nbs/01_flows/46_placing.ipynb #165ef7b4
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
+from .bases import StandardNormal
+from .flow import draw_base
 from .supports import Place
 
 # %% ../../nbs/01_flows/46_placing.ipynb #f8a1a91e
@@ -106,34 +109,49 @@ def _endless_axis(bound, loc, log_scale):
         return int(gains[1].argmax())
     return None
 
-# %% ../../nbs/01_flows/46_placing.ipynb #c6842385
-def _warmest_gaussian(place, log_density, eps, cold):
+# %% ../../nbs/01_flows/46_placing.ipynb #6c3aa283
+def _warmest_gaussian(place, log_density, eps, cold, start):
     """`(loc, log_scale, h)` of the best Gaussian through the warmest glass that has an end.
 
-    `cold` is the `(loc, log_scale)` through none.
+    `cold` is the `(loc, log_scale)` through none; `start`: where the search begins.
     """
     for h in _HEATS:
         bound = _heated_bound(place, log_density, eps, h)
-        loc, log_scale = _best_gaussian(bound, place.loc.clone())
+        loc, log_scale = _best_gaussian(bound, start)
         widening = (log_scale - cold[1]).max()
         if _endless_axis(bound, loc, log_scale) is None and widening < math.log(_WIDEST):
             return loc, log_scale, h
     return *cold, 1.0
 
 
+def _trial_draws(place, generator, draws, base):
+    "Draws `(2 * draws, D)` of what the units are for: the standard normal, in pairs, or a base of one's own."
+    if base is not None and not isinstance(base, StandardNormal):
+        with torch.no_grad():
+            return draw_base(base, (2 * draws,), generator)[0]
+    like: dict[str, Any] = dict(dtype=place.loc.dtype, device=place.loc.device)
+    eps = torch.randn(draws, len(place.loc), generator=generator, **like)
+    return torch.cat([eps, -eps])  # in pairs: a symmetric target then has no preferred side
+
+
 def place_density(
-    place: Place, log_density: Callable, generator: torch.Generator | None = None, draws: int = 128
+    place: Place,
+    log_density: Callable,
+    generator: torch.Generator | None = None,
+    draws: int = 128,
+    base: nn.Module | None = None,
 ) -> None:
     """Set the units of a `Place` to those of a log-density, `(N, D) -> (N,)` in nats.
 
-    It takes a few hundred evaluations of `2 * draws` rows, and leaves the units alone where the bound is
-    finite nowhere. Raises `ValueError` for a density whose mass seems to be infinite.
+    `base`: that of the flow, for which the units are; `N(0, I)` unless given. It takes a few hundred
+    evaluations of `2 * draws` rows, and leaves the units alone where the bound is finite nowhere. Raises
+    `ValueError` for a density whose mass seems to be infinite.
     """
-    like: dict[str, Any] = dict(dtype=place.loc.dtype, device=place.loc.device)
-    eps = torch.randn(draws, len(place.loc), generator=generator, **like)
-    eps = torch.cat([eps, -eps])  # in pairs: a symmetric target then has no preferred side
-    bound = _heated_bound(place, log_density, eps)
-    cold = _best_gaussian(bound, place.loc.clone())
+    eps = _trial_draws(place, generator, draws, base)
+    centre = eps.mean(0)  # zero for the pairs of a standard normal
+    bound = _heated_bound(place, log_density, eps - centre)
+    start = place.loc + place.scale * centre
+    cold = _best_gaussian(bound, start)
     if not bound(*cold).isfinite():
         return
     axis = _endless_axis(bound, *cold)
@@ -142,10 +160,10 @@ def place_density(
             f"log_density: seems to have no finite integral along z[{axis}]: the wider q, the better; "
             "is a prior missing, or a support?"
         )
-    loc, log_scale, h = _warmest_gaussian(place, log_density, eps, cold)
+    loc, log_scale, h = _warmest_gaussian(place, log_density, eps - centre, cold, start)
     with torch.no_grad():
-        place.loc.copy_(loc)
         place.scale.copy_(math.sqrt(h) * log_scale.exp())
+        place.loc.copy_(loc - place.scale * centre)
 
 # %% ../../nbs/01_flows/46_placing.ipynb #0e52510d
 def place_samples(place: Place, samples: torch.Tensor) -> None:
