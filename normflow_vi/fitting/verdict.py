@@ -52,13 +52,16 @@ def _contradictions(fit: Judgement) -> Iterator[Reason]:
         said = "ELBO or evidence lies above log_z, which cannot be the log Z of this log-density"
         yield Reason(said, "log_z")
 
-# %% ../../nbs/01_flows/48_verdict.ipynb #ebde660d
+# %% ../../nbs/01_flows/48_verdict.ipynb #572b22e7
 def _missing_share(fit: Judgement) -> float:
     "The share of the mass that q does not reach, 0 where it cannot be told from 0."
     if fit.witness is None:
         return 0.0
     share = fit.missing
-    return float(share.value) if share.value > _SEEN + 2 * share.std_error else 0.0
+    value, draws = float(share.value), fit.witness.log_w.numel()
+    is_apart = fit.witness.is_apart(fit.log_w)
+    error = math.sqrt(value * (1 - value) / draws) if is_apart else float(share.std_error)
+    return value if value > _SEEN + 2 * error else 0.0
 
 
 def _disagreement(fit: Judgement) -> float:
@@ -91,13 +94,22 @@ def _testimony(fit: Judgement) -> Iterator[Reason]:
         lost = 1 - math.exp(-rise)
         yield Reason(f"draws from elsewhere put log Z {rise:.2f} nats higher: {lost:.0%} is missing", "modes")
 
-# %% ../../nbs/01_flows/48_verdict.ipynb #9d4f5b46
+# %% ../../nbs/01_flows/48_verdict.ipynb #d43fa4f7
+def _divergences(fit: Judgement) -> Iterator[Reason]:
+    "Which of the two divergences is above 0.1 nats."
+    gap = float(fit.evidence.value - fit.elbo.value)
+    if gap > _KL:
+        yield Reason(f"KL(q||p) is about {gap:.2f} nats")
+    if fit.witness is not None and (forward := float(fit.witness.forward_kl.value)) > _KL:
+        yield Reason(f"KL(p||q) is about {forward:.2f} nats", "tail")
+
+
 def _is_acquitted(fit: Judgement) -> bool:
-    "Whether heavy-tailed weights are no reason for distrust: a witness agrees, or hardly a weight counts."
+    "Whether uneven weights are no reason for distrust: a witness finds q close, or hardly a weight differs."
     if fit.ess >= 0.99 * len(fit.log_w):
         return True
     agrees = fit.witness is not None and not _missing_share(fit) and not _disagreement(fit)
-    return agrees and fit.ess >= 0.5 * len(fit.log_w)
+    return agrees and not list(_divergences(fit))
 
 
 def _reasons_for_distrust(fit: Judgement) -> Iterator[Reason]:
@@ -147,28 +159,17 @@ def _describe_region(fit, outside):
     d, side = (int(below.argmax()), "below") if below.max() >= above.max() else (int(above.argmax()), "above")
     return f", most of them {side} {least[d] if side == 'below' else most[d]:.3g} in z[{d}]"
 
-# %% ../../nbs/01_flows/48_verdict.ipynb #4978e058
-def _divergences(fit: Judgement) -> Iterator[Reason]:
-    "Which of the two divergences is above 0.1 nats."
-    gap = float(fit.evidence.value - fit.elbo.value)
-    if gap > _KL:
-        yield Reason(f"KL(q||p) is about {gap:.2f} nats")
-    if fit.witness is not None and (forward := float(fit.witness.forward_kl.value)) > _KL:
-        yield Reason(f"KL(p||q) is about {forward:.2f} nats", "tail")
-
-
+# %% ../../nbs/01_flows/48_verdict.ipynb #249e1765
 def _reasons_for_weights(fit: Judgement) -> Iterator[Reason]:
     "What importance weights still change: why q is not to be used as it is."
     S, ess = len(fit.log_w), fit.ess
     if (outside := fit.log_w == -math.inf).any():
         share, where = outside.double().mean(), _describe_region(fit, outside)
         yield Reason(f"{share:.1%} of its draws lie outside the target's support{where}", "support")
-    if ess < S / 2:
+    if ess < S / 2 and not _is_acquitted(fit):
         yield Reason(f"its {S:,} draws are worth {ess:,.0f}")
     if share := _missing_share(fit):
         yield Reason(f"{share:.0%} of the mass is in a tail that it does not reach", "tail")
-    if fit.k_hat >= (limit := diagnosis.k_threshold(S)) and ess < 0.99 * S:
-        yield Reason(f"k-hat {fit.k_hat:.2f} is not below {limit:.2f}: a few weights are large", "tail")
     if not outside.any():
         yield from _divergences(fit)
     sd = fit.moments.sd.clamp(min=torch.finfo(torch.float64).tiny)
