@@ -246,14 +246,14 @@ FACTORIES = {
         NICE(4, 1, "ortho", True, (5,), "tanh", 3),
         lambda: [AdditiveCoupling(4, 1, 3, (5,), "tanh", mix="ortho"), Affine(4, context_dim=3)],
     ),
-    "NSF": (NSF(4, 2), lambda: [SplineCoupling(4), Permutation(4)] * 2),
+    "NSF": (NSF(4, 2), lambda: [SplineCoupling(4, bound=5.0), Permutation(4)] * 2),
     "NSF with all options": (
         NSF(4, 1, "autoregressive", "plu", (5, 5, 5), "tanh", 4, 2.0, residual=True, context_dim=3),
         lambda: [SplineAutoregressive(4, 1, 3, (5, 5, 5), "tanh", 4, 2.0, residual=True), PLU(4)],
     ),
     "CIF": (
         CIF(4, 2),
-        lambda: [ContinuouslyIndexed(SplineAutoregressive(4), form="before"), Permutation(4)] * 2,
+        lambda: [ContinuouslyIndexed(SplineAutoregressive(4, bound=5.0), form="before"), Permutation(4)] * 2,
     ),
     "CIF with all options": (
         CIF(
@@ -283,7 +283,10 @@ FACTORIES = {
     ),
     "CIF, context for r alone": (
         CIF(4, 1, context_dim=3, conditional=False),
-        lambda: [ContinuouslyIndexed(SplineAutoregressive(4), form="before", context_dim=3), Permutation(4)],
+        lambda: [
+            ContinuouslyIndexed(SplineAutoregressive(4, bound=5.0), form="before", context_dim=3),
+            Permutation(4),
+        ],
     ),
 }
 

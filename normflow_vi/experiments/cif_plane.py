@@ -159,7 +159,7 @@ _COUPLINGS = 8
 
 
 def _network(run, width):
-    return {"hidden": (width,) * run.get("depth"), "residual": True}
+    return {"hidden": (width,) * run.get("depth"), "residual": True, "bound": 3.0}
 
 
 def _start_as_linear(layer):
