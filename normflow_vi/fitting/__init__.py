@@ -169,16 +169,20 @@ def sample_loss(samples: torch.Tensor, draws: int) -> Callable:
 
     return loss
 
-# %% ../../nbs/01_flows/50_fit.ipynb #b34a9b1d
+# %% ../../nbs/01_flows/50_fit.ipynb #013af833
+_KEPT = 0.25  # weight of the likelihood of draws from elsewhere that stays to the end
+
+
 def mode_loss(log_density: Callable, draws: int, anneal: int, rows: torch.Tensor) -> Callable:
-    """From minus the mean log-density of `rows` `(N, D)`, in the flow's units, to minus the bound. In nats.
+    """From minus the mean log-density of `rows` `(N, D)`, in the flow's units, towards minus the bound.
 
     Over the first `anneal` updates; its term `elbo` is that of the target all along.
     """
     to_density = density_loss(log_density, draws)
 
     def loss(q, batch, step, generator):
-        beta, bound = annealing(step, anneal, 0.0), to_density(q, batch, step, generator)
+        beta = (1 - _KEPT) * annealing(step, anneal, 0.0)
+        bound = to_density(q, batch, step, generator)
         x = _random_rows(rows, draws, generator)
         nll = -FlowDistribution(q.base, q.transform).log_prob(x)
         return Estimate(beta * bound.value + (1 - beta) * nll.mean(), bound.std_error, bound.terms)
@@ -582,7 +586,7 @@ def _conclude(q: Flow, trainer: _Settling, outcomes: list[Outcome], log_z) -> Fi
         log_likelihood=best.bound if best.log_w is None else None,
     )
 
-# %% ../../nbs/01_flows/50_fit.ipynb #f508ffb5
+# %% ../../nbs/01_flows/50_fit.ipynb #d299c8e5
 def _pursue(q: Flow, goal: Goal, options: FitOptions) -> Fit:
     "Fit `q` towards a goal, from its units to its judgement."
     goal.find_units(q)

@@ -50,7 +50,7 @@ def send_particles(q: Flow, log_density: Callable, seed: int, **how: Any) -> Par
             continue
     return None
 
-# %% ../../nbs/01_flows/49_modes.ipynb #34928e31
+# %% ../../nbs/01_flows/49_modes.ipynb #4dd1cf99
 def _has_density(q: Flow) -> bool:
     "Whether the density of a flow at given points can be computed."
     bounded = any(isinstance(part, ContinuouslyIndexed) for part in q.modules())
@@ -80,8 +80,8 @@ def call_witness(q: Flow, log_density: Callable, z: Tensor, log_w: Tensor, seed:
         )
         return Witness(q.place(x)[0], seen, witness.barrier)
 
-# %% ../../nbs/01_flows/49_modes.ipynb #0a460d41
-_MAP: dict[str, Any] = {"particles": 1000, "moves": 3, "keep": 0.9}
+# %% ../../nbs/01_flows/49_modes.ipynb #211d26f9
+_MAP: dict[str, Any] = {"particles": 2500, "moves": 3, "keep": 0.9}
 
 
 def check_base(q: Flow) -> None:
