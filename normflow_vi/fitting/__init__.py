@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'fit']
 
-# %% ../../nbs/01_flows/50_fit.ipynb #cfc2811a
+# %% ../../nbs/01_flows/50_fit.ipynb #f904dd80
 import copy
 import math
 from collections.abc import Callable
@@ -25,9 +25,9 @@ from ..engine.trainer import Trainer
 from ..evaluate.diagnosis import risen
 from .checks import check_flow, check_log_density, check_samples, restore_on_error
 from .fitted import Fit
-from .modes import call_witness, check_base, find_modes, set_shares, total_of
+from .modes import MIXTURES, call_witness, check_base, find_modes, set_shares, total_of
 from .verdict import advise, rank_of
-from ..flows import Flow, FlowDistribution, GaussianMixture, draw_base
+from ..flows import Flow, FlowDistribution, draw_base
 from ..flows.placing import has_units, place_density, place_samples
 from ..flows.tracing import Step, density_steps, find_origin, sample_steps
 from ..objectives import Estimate, annealing, check_bound, estimate, renyi
@@ -218,7 +218,7 @@ class Goal(Protocol):
 
     def examine(self, fit: Fit) -> Fit: ...
 
-# %% ../../nbs/01_flows/50_fit.ipynb #78ab3dff
+# %% ../../nbs/01_flows/50_fit.ipynb #a0c8493d
 class DensityGoal:
     "A fit to an unnormalised log-density `(N, D) -> (N,)` in nats."
 
@@ -255,7 +255,7 @@ class DensityGoal:
 
     def finish(self, q: Flow) -> None:
         "Give the modes of a trained flow their shares."
-        if self.options.modes != "all" or not isinstance(q.base, GaussianMixture):
+        if self.options.modes != "all" or not isinstance(q.base, MIXTURES):
             return
         generator = torch.Generator(q.place.loc.device).manual_seed(self.options.seed + 2)
         for _ in range(2):
@@ -586,7 +586,7 @@ def _conclude(q: Flow, trainer: _Settling, outcomes: list[Outcome], log_z) -> Fi
         log_likelihood=best.bound if best.log_w is None else None,
     )
 
-# %% ../../nbs/01_flows/50_fit.ipynb #d299c8e5
+# %% ../../nbs/01_flows/50_fit.ipynb #e6a9dcca
 def _pursue(q: Flow, goal: Goal, options: FitOptions) -> Fit:
     "Fit `q` towards a goal, from its units to its judgement."
     goal.find_units(q)

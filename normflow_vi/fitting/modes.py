@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/01_flows/49_modes.ipynb #609f60ab
+# %% ../../nbs/01_flows/49_modes.ipynb #5c7ac944
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,15 @@ from torch import Tensor
 
 from ..evaluate.particles import Particles, smc
 from ..evaluate.witness import Witness, find_barriers
-from ..flows import Flow, FlowDistribution, GaussianMixture, StandardNormal, draw_base, fit_mixture
+from normflow_vi.flows import (
+    Flow,
+    FlowDistribution,
+    GaussianMixture,
+    ProductMixture,
+    StandardNormal,
+    draw_base,
+    fit_mixture,
+)
 from ..flows.placing import place_samples
 from ..objectives import parts_of
 from ..transforms import ContinuouslyIndexed
@@ -50,7 +58,7 @@ def send_particles(q: Flow, log_density: Callable, seed: int, **how: Any) -> Par
             continue
     return None
 
-# %% ../../nbs/01_flows/49_modes.ipynb #4dd1cf99
+# %% ../../nbs/01_flows/49_modes.ipynb #2d8b4044
 def _has_density(q: Flow) -> bool:
     "Whether the density of a flow at given points can be computed."
     bounded = any(isinstance(part, ContinuouslyIndexed) for part in q.modules())
@@ -80,13 +88,14 @@ def call_witness(q: Flow, log_density: Callable, z: Tensor, log_w: Tensor, seed:
         )
         return Witness(q.place(x)[0], seen, witness.barrier)
 
-# %% ../../nbs/01_flows/49_modes.ipynb #211d26f9
+# %% ../../nbs/01_flows/49_modes.ipynb #f93987d8
+MIXTURES = (GaussianMixture, ProductMixture)
 _MAP: dict[str, Any] = {"particles": 2500, "moves": 3, "keep": 0.9}
 
 
 def check_base(q: Flow) -> None:
     "Raise `ValueError` for a flow with a base of its own, which a mixture would replace."
-    if not isinstance(q.base, (StandardNormal, GaussianMixture)):
+    if not isinstance(q.base, (StandardNormal, *MIXTURES)):
         raise ValueError(
             f"modes='all': brings a base of its own, and q has {type(q.base).__name__} as one already; "
             "allowed is the standard normal"
@@ -107,14 +116,10 @@ def find_modes(q: Flow, log_density: Callable, seed: int) -> Tensor:
         z, _ = q.place(particles.draws)
         place_samples(q.place, z)
         x, _ = q.place.inverse(z)
-    mixture = fit_mixture(x, seed)
-    q.base = mixture if len(mixture.means) > 1 else StandardNormal(q.dim).to(x)
+    q.base = fit_mixture(x, seed) or StandardNormal(q.dim).to(x)
     return x
 
-# %% ../../nbs/01_flows/49_modes.ipynb #a9af8134
-_LEAST_SHARE = 1e-4
-
-
+# %% ../../nbs/01_flows/49_modes.ipynb #6b1beb39
 @torch.no_grad()
 def set_shares(q: Flow, log_density: Callable, draws: int, generator: torch.Generator) -> None:
     "Give the components of a flow's base the shares that the log-density asks for."
@@ -122,5 +127,4 @@ def set_shares(q: Flow, log_density: Callable, draws: int, generator: torch.Gene
     x, log_det = q.transform.forward(x0)
     log_w = log_in_units(q, log_density)(x) - log_q0 + log_det
     weights = log_w.nan_to_num(nan=-math.inf).softmax(0)
-    belongs = q.base.component_log_probs(x0).softmax(-1)
-    q.base.set_shares((weights @ belongs).clamp(min=_LEAST_SHARE))
+    q.base.learn_shares(x0, weights)

@@ -9,7 +9,7 @@ __all__ = []
 from .bases import FixedBase, StandardNormal, as_base, map_tensors
 from .flow import Flow, FlowDistribution, draw_base
 from .many_indices import ManyIndices
-from .mixtures import GaussianMixture, fit_mixture
+from .mixtures import GaussianMixture, ProductMixture, fit_mixture
 from .supports import Place, bijection_to, check_support, in_support, is_reachable
 from ..transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
@@ -25,6 +25,7 @@ __all__ = [
     "NICE",
     "NSF",
     "Place",
+    "ProductMixture",
     "RealNVP",
     "StandardNormal",
     "as_base",
