@@ -6,6 +6,22 @@
 __all__ = []
 
 # %% ../../nbs/90_engine/96_targets.ipynb #0f9e7d15
+from normflow_vi.targets.known import (
+    KNOWN,
+    KnownTarget,
+    banana,
+    correlated_normal,
+    energy,
+    funnel,
+    gmm40,
+    many_well,
+    ring,
+    rosenbrock_gaussian,
+    separable_logistic,
+    skewed,
+    student_t,
+    two_modes,
+)
 from normflow_vi.targets.plane import (
     ENERGIES,
     U1,
@@ -33,6 +49,8 @@ from .schools import SCHOOLS, eight_schools
 # %% ../../nbs/90_engine/96_targets.ipynb #aa3dba90
 __all__ = [
     "ENERGIES",
+    "KNOWN",
+    "KnownTarget",
     "SCHOOLS",
     "Target",
     "U1",
@@ -42,13 +60,25 @@ __all__ = [
     "U3_box",
     "U4",
     "U4_box",
+    "banana",
+    "correlated_normal",
     "eight_schools",
+    "energy",
+    "funnel",
+    "gmm40",
     "lattice",
     "log_bump",
     "log_mass",
+    "many_well",
     "pinwheel",
+    "ring",
     "rings",
+    "rosenbrock_gaussian",
+    "separable_logistic",
+    "skewed",
+    "student_t",
     "two_circles",
+    "two_modes",
     "u1",
     "u2",
     "u3",
