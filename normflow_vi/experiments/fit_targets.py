@@ -78,7 +78,7 @@ def plan(profile: str, data: str = "auto") -> list[Run]:
         for seed in seeds
     ]
 
-
+# %% ../../nbs/80_plans/55_fit_targets.ipynb #39ea5f7a
 def options_of(run: Run) -> dict[str, Any]:
     """The options of `fit` for a run: the seed, and the number of draws that judge it.
 
@@ -94,7 +94,7 @@ def options_of(run: Run) -> dict[str, Any]:
         options["modes"] = "all"
     return options
 
-# %% ../../nbs/80_plans/55_fit_targets.ipynb #3cbc1057
+# %% ../../nbs/80_plans/55_fit_targets.ipynb #e1485d7a
 def _spline(dim, length):
     "Spline couplings, and a shift and scale after them: they leave alone what is outside their window."
     return Chain(NSF(dim, length), Affine(dim))
@@ -119,7 +119,7 @@ def build(family: str, dim: int, length: int, seed: int) -> Flow:
         torch.manual_seed(seed)
         return Flow(FAMILIES[family.removesuffix(ALL)](dim, length))
 
-# %% ../../nbs/80_plans/55_fit_targets.ipynb #6b42afad
+# %% ../../nbs/80_plans/55_fit_targets.ipynb #7fac919c
 class Counted:
     "A log-density `(N, D) -> (N,)` in nats that counts its points: `rows`, and those `with_gradient`."
 
@@ -137,7 +137,7 @@ class Counted:
             self.with_gradient += rows
         return self.log_density(z)
 
-
+# %% ../../nbs/80_plans/55_fit_targets.ipynb #2392c213
 def fit_blindly(
     q: Flow, target: KnownTarget, progress: Callable | None = None, **options: Any
 ) -> tuple[Fit | None, dict[str, float]]:
@@ -159,7 +159,7 @@ def fit_blindly(
         "gradients": counted.with_gradient,
     }
 
-# %% ../../nbs/80_plans/55_fit_targets.ipynb #7c0957ce
+# %% ../../nbs/80_plans/55_fit_targets.ipynb #a2af154d
 VERDICTS = ("good", "usable", "not to be trusted", "stopped")  # in a record, the place in this list
 FAR = 1e6  # stands for infinity
 _COUNTED = 100  # most modes that are counted by draws
@@ -183,7 +183,7 @@ def word_of(found: Fit | None) -> str:
     "The verdict of a fit in one of the words of `VERDICTS`."
     return "stopped" if found is None else found.verdict
 
-# %% ../../nbs/80_plans/55_fit_targets.ipynb #0791ff5b
+# %% ../../nbs/80_plans/55_fit_targets.ipynb #93bf2009
 def measure_forward(q: Flow, target: KnownTarget, samples: int, seed: int) -> dict[str, Any]:
     """What exact draws of a target say about `q`, in nats; nothing for a target without draws.
 
@@ -207,7 +207,7 @@ def measure_forward(q: Flow, target: KnownTarget, samples: int, seed: int) -> di
         "unreached": unreached.double().mean().item(),
     }
 
-
+# %% ../../nbs/80_plans/55_fit_targets.ipynb #9a8cf4d9
 def measure_modes(q: Flow, z: torch.Tensor, target: KnownTarget) -> dict[str, float]:
     """How `q` treats the modes of a target, by its draws `z` `(S, D)`; nothing for a target without modes.
 
@@ -230,7 +230,7 @@ def measure_modes(q: Flow, z: torch.Tensor, target: KnownTarget) -> dict[str, fl
         measured["share_error"] = (shares - exact).abs().max().item()
     return measured
 
-# %% ../../nbs/80_plans/55_fit_targets.ipynb #6a184901
+# %% ../../nbs/80_plans/55_fit_targets.ipynb #398cb374
 def measure_itself(found: Fit, target: KnownTarget) -> dict[str, Any]:
     """What a fit says of itself, with `log Z` taken off: in nats, but for the `ess`, a share of its draws.
 
@@ -248,16 +248,15 @@ def measure_itself(found: Fit, target: KnownTarget) -> dict[str, Any]:
         "ess": found.ess / len(found.log_w),
         "steps": found.steps,
     }
-    low, high = found.log_z_interval
-    measured |= {
-        "low": _bounded(low - target.log_z),
-        "high": _bounded(high - target.log_z),
-    }
+    if found.log_z_interval is not None:
+        low, high = found.log_z_interval
+        measured["low"] = _bounded(low - target.log_z)
+        measured["high"] = _bounded(high - target.log_z)
     if found.missing is not None:
         measured["missing"] = _shifted(found.missing)
     return measured
 
-
+# %% ../../nbs/80_plans/55_fit_targets.ipynb #48eb98fa
 def measure(found: Fit | None, target: KnownTarget, samples: int, seed: int) -> dict[str, Any]:
     "All values of the record of a fit; of one that stopped its `verdict` only."
     values: dict[str, Any] = {"verdict": VERDICTS.index(word_of(found))}
@@ -268,7 +267,7 @@ def measure(found: Fit | None, target: KnownTarget, samples: int, seed: int) -> 
     values |= measure_modes(found.q, found.z, target)
     return values
 
-# %% ../../nbs/80_plans/55_fit_targets.ipynb #8c78047c
+# %% ../../nbs/80_plans/55_fit_targets.ipynb #2d5a0f1f
 def train(
     runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
 ) -> list[Record]:
