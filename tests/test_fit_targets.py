@@ -103,6 +103,9 @@ def test_points_are_counted_below_every_transform():
     with torch.no_grad():
         counted(torch.zeros(5, 2, requires_grad=True))
     assert counted.with_gradient == 21
+    means = torch.zeros(3, 2, requires_grad=True)  # as when several runs train as one program
+    torch.func.vmap(lambda mean: counted(mean + torch.zeros(4, 2)))(means).sum().backward()
+    assert counted.with_gradient == 33
 
 
 def test_a_forward_divergence_in_closed_form():

@@ -106,13 +106,14 @@ def test_verdict_and_truth_are_counted():
 def test_intervals_are_counted_by_dimension():
     narrow = made_up(low=-0.02, high=0.02, dim=2)
     wide = made_up(low=-0.5, high=0.5, dim=10)
-    misses = made_up(low=0.1, high=0.2, dim=3)
+    misses = made_up(low=-0.2, high=-0.1, dim=3)
     without = replace(narrow, values={"verdict": 0, "dim": 2})
     some = [narrow, wide, misses, without]
     held, total, width = judged.coverage(some)
     assert (held, total) == (2, 3)
     assert width == pytest.approx(0.1)
     assert judged.coverage(some, (3, 5))[:2] == (0, 1)
+    assert judged.coverage([made_up(low=0.1, high=0.2)])[:2] == (0, 1)
     assert judged.coverage(some, (11, 50)) == (0, 0, 0.0)
     assert [band[0] for band in judged.BANDS[1:]] == [band[1] + 1 for band in judged.BANDS[:-1]]
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'KnownTarget', 'correlated_normal', 'student_t', 'skewed', 'banana', 'funnel', 'tabulate',
-           'rosenbrock_gaussian', 'two_modes', 'gmm40', 'many_well', 'energy', 'ring', 'separable_logistic']
+           'rosenbrock_gaussian', 'two_modes', 'gmm40', 'many_well', 'energy', 'ring', 'separable_logistic',
+           'schools_posterior']
 
 # %% ../../nbs/00_theory/57_known_targets.ipynb #da4964ff
 import math
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from .plane import ENERGIES, Target, log_bump, log_mass, rings
-from .schools import eight_schools
+from .schools import SCHOOLS, eight_schools
 from ..utils.checks import check_int, check_positive, check_tensor, require
 
 # %% ../../nbs/00_theory/57_known_targets.ipynb #3c7efbba
@@ -536,7 +537,56 @@ def separable_logistic(prior_sd: float = 5.0) -> KnownTarget:
     log_z = log_mass(log_density, edges)
     return KnownTarget("logistic", 2, log_density, log_z, sampler)
 
-# %% ../../nbs/00_theory/57_known_targets.ipynb #ca0f6efd
+# %% ../../nbs/00_theory/57_known_targets.ipynb #a8e09dfd
+def _common_mean(log_tau):
+    "`(variances, P, m)` of the eight schools at `log tau` `(n,)`: `(n, 8)`, `(n,)`, `(n,)`."
+    y, sigma = SCHOOLS.to(log_tau)
+    variances = sigma.square() + (2 * log_tau[:, None]).exp()
+    P = 1 / 25 + variances.reciprocal().sum(-1)
+    m = (y / variances).sum(-1) / P
+    return variances, P, m
+
+
+def _log_tau_density(log_tau):
+    "The logarithm of `p(y, log tau)` `(n,)`, all else integrated out."
+    variances, P, m = _common_mean(log_tau)
+    u = log_tau - math.log(5)
+    log_prior = math.log(2 / math.pi) + u - softplus(2 * u)
+    log_bumps = log_bump(SCHOOLS[0].to(log_tau), variances.sqrt())
+    log_y = (log_bumps - 0.5 * variances.log()).sum(-1) - 8 * _LOG_ROOT
+    return log_prior + log_y + 0.5 * P * m.square() - 0.5 * (25 * P).log()
+
+
+def _effects(mu, log_tau):
+    "Means and precisions `(n, 8)` of the effects of the schools, given columns `mu` and `log tau`."
+    y, sigma = SCHOOLS.to(mu)
+    of_school = sigma.square().reciprocal()
+    of_mean = (-2 * log_tau).exp()
+    precision = of_school + of_mean
+    return (y * of_school + mu * of_mean) / precision, precision
+
+# %% ../../nbs/00_theory/57_known_targets.ipynb #5ad219eb
+def schools_posterior() -> KnownTarget:
+    """The posterior of `eight_schools`, with exact draws.
+
+    `z = (mu, log tau, theta_1, ..., theta_8)`; `log_z` is the evidence.
+
+    >>> round(schools_posterior().log_z, 6)
+    -31.311347
+    """
+    log_z, draw = tabulate(_log_tau_density, -35.0, 15.0)
+
+    def sampler(n, generator):
+        log_tau = draw(n, generator)
+        _, P, m = _common_mean(log_tau[:, 0])
+        mu = m[:, None] + _normal(n, 1, generator) / P[:, None].sqrt()
+        centre, precision = _effects(mu, log_tau)
+        theta = centre + _normal(n, 8, generator) / precision.sqrt()
+        return _given(mu, log_tau, theta)
+
+    return KnownTarget("eight schools", 10, eight_schools, log_z, sampler)
+
+# %% ../../nbs/00_theory/57_known_targets.ipynb #e6231678
 KNOWN: dict[str, Callable[[], KnownTarget]] = {
     "U1": partial(energy, "U1"),
     "U2": partial(energy, "U2"),
@@ -549,7 +599,7 @@ KNOWN: dict[str, Callable[[], KnownTarget]] = {
     "funnel 10": partial(funnel, 10),
     "funnel 101": partial(funnel, 101, 1.0),
     "Rosenbrock-Gaussian": rosenbrock_gaussian,
-    "eight schools": partial(KnownTarget, "eight schools", 10, eight_schools, eight_schools.log_z),
+    "eight schools": schools_posterior,
     "two modes 2": partial(two_modes, 2),
     "two modes 20": partial(two_modes, 20),
     "near modes 4": partial(two_modes, 4, 6.0, 0.4),
