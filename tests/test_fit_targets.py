@@ -13,7 +13,8 @@ from normflow_vi.flows import Flow
 from normflow_vi.objectives import Estimate, estimate
 from normflow_vi.reproduce.probe import in_small
 from normflow_vi.reproduce.status import read_csv
-from normflow_vi.targets import KNOWN, correlated_normal, two_modes
+from normflow_vi.targets import KNOWN
+from normflow_vi.targets.known import correlated_normal, two_modes
 from normflow_vi.transforms import Affine
 
 QUICK, PAPER = board.plan("quick"), board.plan("paper")

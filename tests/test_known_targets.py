@@ -8,9 +8,8 @@ import torch
 from scipy import integrate, stats
 
 from normflow_vi import Flow, fit
-from normflow_vi.targets import (
-    KNOWN,
-    KnownTarget,
+from normflow_vi.targets import KNOWN, KnownTarget
+from normflow_vi.targets.known import (
     banana,
     correlated_normal,
     energy,
@@ -23,9 +22,9 @@ from normflow_vi.targets import (
     separable_logistic,
     skewed,
     student_t,
+    tabulate,
     two_modes,
 )
-from normflow_vi.targets.known import tabulate
 from normflow_vi.transforms import Affine
 
 N = 20_000
