@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/90_engine/96_targets.ipynb #0f9e7d15
+from .known import KNOWN, KnownTarget
 from normflow_vi.targets.plane import (
     ENERGIES,
     U1,
@@ -33,6 +34,8 @@ from .schools import SCHOOLS, eight_schools
 # %% ../../nbs/90_engine/96_targets.ipynb #aa3dba90
 __all__ = [
     "ENERGIES",
+    "KNOWN",
+    "KnownTarget",
     "SCHOOLS",
     "Target",
     "U1",
