@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
-from ..flows import Flow, Place, in_support
+from ..flows import Flow, Place, has_density, in_support
 from ..objectives import parts_of
 from ..targets import Target
 from ..utils.checks import check_tensor, first_false
@@ -164,13 +165,14 @@ def _check_density(q):
     "Raise `ValueError` for a flow without a density at given points."
     if q.transform.inverse_kind == "none":
         raise ValueError("q: its transform has no inverse, so its density at samples is unknown")
-    support = getattr(getattr(q.base, "distribution", None), "support", None)
-    if support is None:
+    base = getattr(q.base, "distribution", None)
+    if not isinstance(base, Distribution):
         return
     for far in (-1e3, 1e3):
-        if not support.check(q.place.loc.new_full((q.dim,), far)).all():
+        if not has_density(base, q.place.loc.new_full((q.dim,), far)):
             raise ValueError(
-                f"q: its base lives on {support}, not on R^{q.dim}; put what is restricted into support="
+                f"q: its base, {base}, does not live on all of R^{q.dim}; "
+                "put what is restricted into support="
             )
 
 # %% ../../nbs/90_engine/36_fit_checks.ipynb #05a3f53a

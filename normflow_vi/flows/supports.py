@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributions import Transform, biject_to, constraints
 
-from .bases import map_tensors
+from .bases import at_least_single, in_support, map_tensors
 
 # %% ../../nbs/01_flows/28_supports.ipynb #2354751b
 def bijection_to(support: constraints.Constraint) -> Transform:
@@ -18,20 +18,6 @@ def bijection_to(support: constraints.Constraint) -> Transform:
     if not support.event_dim:
         support = constraints.independent(support, 1)
     return biject_to(support)
-
-
-def in_support(support: constraints.Constraint, z: torch.Tensor) -> torch.Tensor:
-    "Whether vectors `z` `(..., D)` lie in a support, `(...)`."
-    if isinstance(support, constraints.cat):
-        parts = zip(support.cseq, z.split(support.lengths, -1), strict=True)
-        answers = [in_support(part, coordinates) for part, coordinates in parts]
-        return torch.stack(answers).all(0)
-    if isinstance(support, type(constraints.simplex)):
-        rounding = torch.finfo(z.dtype).eps * z.shape[-1] ** 0.5
-        off = (z.sum(-1) - 1).abs()
-        return (z >= 0).all(-1) & (off <= max(1e-6, rounding))  # torch allows 1e-6
-    inside = support.check(z)
-    return inside if support.event_dim else inside.all(-1)
 
 
 def is_reachable(support: constraints.Constraint, z: torch.Tensor) -> torch.Tensor:
@@ -102,8 +88,9 @@ class Place(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "`z` and `log |det dz/dx|`."
-        y = self.loc + self.scale * x
-        log_det = self.scale.log().sum(-1).expand(x.shape[:-1])
+        loc, scale = at_least_single(self.loc), at_least_single(self.scale)
+        y = loc + scale * x
+        log_det = scale.log().sum(-1).expand(x.shape[:-1])
         if self.support is None:
             return y, log_det
         T = bijection_to(self.support)
@@ -113,10 +100,12 @@ class Place(nn.Module):
     def inverse(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "`x` and `log |det dx/dz|`."
         log_det: torch.Tensor | float
-        y, log_det = z, 0.0
+        loc, scale = at_least_single(self.loc), at_least_single(self.scale)
+        y, log_det = at_least_single(z), 0.0
         if self.support is not None:
             T = bijection_to(self.support)
+            z = y
             y = T.inv(z)
             log_det = -T.log_abs_det_jacobian(y, z)
-        x = (y - self.loc) / self.scale
-        return x, log_det - self.scale.log().sum(-1).expand(y.shape[:-1])
+        x = (y - loc) / scale
+        return x, log_det - scale.log().sum(-1).expand(y.shape[:-1])

@@ -1,0 +1,263 @@
+"""What users bring: inputs that were once taken wrongly, or refused in words that nobody understands.
+
+Each is tested as a kind, in a table where there is one.
+"""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch.distributions import (
+    Cauchy,
+    Exponential,
+    Gamma,
+    HalfNormal,
+    Independent,
+    Laplace,
+    LogNormal,
+    Normal,
+    TransformedDistribution,
+    Uniform,
+    constraints,
+    transforms,
+)
+
+from normflow_vi import Fit, Flow, fit
+from normflow_vi.flows import RealNVP
+from normflow_vi.transforms import Affine, Planar
+
+
+def square(z):
+    return -0.5 * z.square().sum(-1)
+
+
+def composed(start, *steps):
+    "A distribution of torch on vectors of two numbers, from one of numbers and steps."
+    return TransformedDistribution(Independent(start.expand((2,)), 1), list(steps))
+
+
+def logistic_steps():
+    return [transforms.SigmoidTransform().inv, transforms.AffineTransform(torch.tensor([0.0, 1.0]), 2.0)]
+
+
+# Copies and files of a base
+
+INVERTED = {
+    "inverse": lambda: composed(Uniform(0.0, 1.0), transforms.SigmoidTransform().inv),
+    "inverse of an inverse": lambda: composed(Normal(0.0, 1.0), transforms.SigmoidTransform().inv.inv),
+    "inside a composition": lambda: composed(
+        Uniform(0.0, 1.0), transforms.ComposeTransform(logistic_steps())
+    ),
+    "inverse of a composition": lambda: composed(
+        Uniform(0.0, 1.0), transforms.ComposeTransform([transforms.ExpTransform().inv.inv]).inv.inv
+    ),
+    "independent": lambda: composed(
+        Uniform(0.0, 1.0), transforms.IndependentTransform(transforms.SigmoidTransform().inv, 1)
+    ),
+    "side by side": lambda: composed(
+        Uniform(0.0, 1.0),
+        transforms.CatTransform([transforms.SigmoidTransform().inv, transforms.ExpTransform().inv], -1),
+    ),
+}
+
+
+def through_a_file(q):
+    torch.save(q, buffer := io.BytesIO())
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy of a copy": lambda q: copy.deepcopy(copy.deepcopy(q)),
+    "pickle": lambda q: pickle.loads(pickle.dumps(q)),
+    "torch.save": through_a_file,
+    "double and back": lambda q: copy.deepcopy(q).double().float(),
+}
+
+
+def same_draws(q, other):
+    "Whether two flows draw the same and find the same densities."
+    draws = []
+    for flow in (q, other):
+        torch.manual_seed(1)
+        draws.append(
+            torch.cat([*flow.rsample_and_log_prob((20,))[:1], flow.log_prob(torch.ones(20, 2))[:, None]], 1)
+        )
+    return torch.equal(*draws)
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("name", INVERTED)
+def test_a_base_with_an_inverted_step_is_copied_whole(name, way):
+    "Torch blanks what an inverted transform inverts when it pickles one."
+    q = Flow(Planar(2, 2), base=INVERTED[name]())
+    assert same_draws(q, COPIES[way](q))
+
+
+@pytest.mark.parametrize("name", INVERTED)
+def test_a_fit_with_an_inverted_step_comes_back_from_its_file(name, tmp_path):
+    result = fit(
+        Flow(Affine(2), base=INVERTED[name]()), square, steps=3, draws=8, evaluation_draws=50, place=False
+    )
+    assert same_draws(result.q, Fit.load(result.save(tmp_path / "fit")).q)
+
+
+# Where a base lives
+
+one = torch.ones(2)
+exp, log, sigmoid, tanh = (
+    transforms.ExpTransform(),
+    transforms.ExpTransform().inv,
+    transforms.SigmoidTransform(),
+    transforms.TanhTransform(),
+)
+
+
+def shift(loc, scale=1.0):
+    return transforms.AffineTransform(loc, scale)
+
+
+COMPOSED = {  # name: (distribution, points inside, points outside), each for both coordinates
+    "shifted exponential": (composed(Exponential(1.0), shift(1.0)), [1.1, 5.0], [0.9, -3.0, -50.0]),
+    "turned exponential": (composed(Exponential(1.0), shift(1.0, -2.0)), [0.9, -9.0], [1.1, 4.0]),
+    "shifted gamma": (composed(Gamma(2.0, 1.0), shift(-3.0)), [-2.5, 7.0], [-3.5, -20.0]),
+    "shifted log-normal": (composed(LogNormal(0.0, 1.0), shift(2.0)), [2.5], [1.9, -1.0]),
+    "stretched uniform": (composed(Uniform(0.0, 1.0), shift(-1.0, 4.0)), [-0.9, 2.9], [-1.1, 3.1, 30.0]),
+    "shifted half-normal": (composed(HalfNormal(1.0), shift(1.0)), [1.5], [0.5, -4.0]),
+    "log of an exponential": (composed(Exponential(1.0), log), [-3.0, 0.0, 2.0], []),
+    "log of a shifted exponential": (composed(Exponential(1.0), shift(1.0), log), [0.1, 2.0], [-0.1, -5.0]),
+    "exponential of a uniform": (composed(Uniform(0.0, 1.0), exp), [1.1, 2.7], [0.9, 2.8, 0.0, -1.0]),
+    "exponential of an exponential": (composed(Exponential(1.0), exp), [1.1, 9.0], [0.9, 0.0, -2.0]),
+    "sigmoid of an exponential": (composed(Exponential(1.0), sigmoid), [0.6, 0.9], [0.4, -1.0, 1.5]),
+    "stretched sigmoid": (
+        composed(Normal(0.0, 1.0), sigmoid, shift(0.0, 3.0)),
+        [0.1, 2.9],
+        [-0.1, 3.1, -8.0],
+    ),
+    "tanh, shifted": (composed(Normal(0.0, 1.0), tanh, shift(5.0)), [4.1, 5.9], [3.9, 6.1, 0.0]),
+    "logit of a uniform, shifted": (composed(Uniform(0.0, 1.0), sigmoid.inv, shift(1.0)), [-3.0, 4.0], []),
+    "logit of half a uniform": (composed(Uniform(0.5, 1.0), sigmoid.inv), [0.1, 4.0], [-0.1, -3.0]),
+    "power, shifted": (
+        composed(Exponential(1.0), transforms.PowerTransform(torch.tensor(2.0)), shift(1.0)),
+        [1.1, 5.0],
+        [0.9, -1.0],
+    ),
+    "one composition": (
+        composed(Exponential(1.0), transforms.ComposeTransform([shift(1.0), log, shift(0.0, 2.0)])),
+        [0.1, 3.0],
+        [-0.1, -4.0],
+    ),
+    "its inverse, independent": (
+        composed(
+            Uniform(0.0, 1.0),
+            transforms.IndependentTransform(transforms.ComposeTransform([shift(-1.0, 0.5), exp]).inv, 1),
+        ),
+        [-4.0, 1.9],
+        [2.1, 9.0],
+    ),
+    "independent of a composition": (
+        Independent(TransformedDistribution(Exponential(one), [shift(1.0)]), 1),
+        [1.1, 5.0],
+        [0.9, -3.0],
+    ),
+    "composition of a composition": (
+        TransformedDistribution(composed(Exponential(1.0), shift(1.0)), [shift(2.0, 3.0)]),
+        [5.1, 9.0],
+        [4.9, 0.0],
+    ),
+    "cauchy": (composed(Cauchy(0.0, 1.0), shift(1.0)), [-300.0, 300.0], []),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_composition_lives_where_all_its_steps_can_arrive(name, dtype):
+    "Its density there is torch's, and minus infinity elsewhere, which spoils no gradient beside it."
+    distribution, inside, outside = COMPOSED[name]
+    q = Flow(Affine(2), base=distribution).to(dtype)
+    z = torch.tensor([[x, inside[0]] for x in inside + outside], dtype=dtype)
+    log_q = q.log_prob(z)
+    expected = distribution.log_prob(z[: len(inside)].float())
+    assert torch.allclose(log_q[: len(inside)].float(), expected, atol=1e-4)
+    assert log_q[len(inside) :].tolist() == len(outside) * [-math.inf]
+    slopes = torch.autograd.grad(log_q.sum(), list(q.parameters()), materialize_grads=True)
+    assert all(slope.isfinite().all() for slope in slopes)
+    assert q.log_prob(q.sample((200,))).isfinite().all()
+
+
+def test_samples_need_a_base_that_lives_everywhere():
+    base = composed(Exponential(1.0), shift(1.0))
+    with pytest.raises(ValueError, match=r"base.*does not live on all of R\^2.*support="):
+        fit(Flow(Affine(2), base=base), samples=torch.randn(50, 2), steps=2)
+
+
+def test_the_prior_of_a_model_gains_nothing_outside_its_support():
+    from normflow_vi.models.networks import MLP
+    from normflow_vi.models.posteriors import posterior
+    from normflow_vi.models.vae import VAE
+
+    prior = composed(Exponential(1.0), shift(1.0))
+    model = VAE(MLP(4, (3,)), MLP(2, (3,), 4), posterior("planar", 2, 1, context_dim=3), prior=prior)
+    terms = model.log_joint(torch.zeros(1, 4), torch.tensor([[-50.0, 2.0]]))
+    assert terms["log_prior"].tolist() == [-math.inf]
+
+
+# Half precision
+
+HALF = {
+    "affine": lambda: Flow(Affine(1000)),
+    "ten": lambda: Flow(Affine(10)),
+    "planar": lambda: Flow(Planar(300, 2)),
+    "coupling": lambda: Flow(RealNVP(100, 2, hidden=(8,))),
+    "a base": lambda: Flow(Affine(500), base=Independent(Laplace(torch.zeros(500), 1.0), 1)),
+    "a flow as base": lambda: Flow(Affine(500), base=Flow(Affine(500))),
+    "positive": lambda: Flow(Affine(300), support=constraints.positive),
+    "interval": lambda: Flow(Affine(300), support=constraints.interval(-1.0, 2.0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_loses_no_nats(name, dtype):
+    "The density of draws is that of single precision, with the rounded parameters."
+    q = HALF[name]().to(dtype)
+    with torch.no_grad():
+        z, log_q = q.rsample_and_log_prob((50,))
+        single = copy.deepcopy(q).float().double()
+        exact = single.log_prob(z.double())
+        assert z.dtype == log_q.dtype == torch.float32
+        assert (log_q - exact).abs().max() < 2e-5 * exact.abs().max()
+        assert (q.log_prob(z) - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
+# What is no base
+
+BASES = {
+    "q()": (lambda: Flow(Affine(2))(), TypeError, r"base: got q\(\).*base=q"),
+    "composed with q()": (
+        lambda: TransformedDistribution(Flow(Affine(2))(), [shift(1.0)]),
+        TypeError,
+        r"base: got q\(\).*base=q",
+    ),
+    "a parameter": (
+        lambda: Independent(Normal(torch.zeros(2, requires_grad=True), 1.0), 1),
+        ValueError,
+        "base: .*requires a gradient.*detach",
+    ),
+    "a parameter of a step": (
+        lambda: composed(Normal(0.0, 1.0), shift(torch.zeros(2, requires_grad=True))),
+        ValueError,
+        "base: .*requires a gradient.*detach",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_what_would_stay_untrained_is_no_base(name):
+    make, kind, message = BASES[name]
+    with pytest.raises(kind, match=message):
+        Flow(Planar(2), base=make())
