@@ -24,10 +24,14 @@ from torch.distributions import (
     constraints,
     transforms,
 )
+from torch.func import functional_call
 
-from normflow_vi import Fit, Flow, fit
+from normflow_vi import Chain, Fit, Flow, fit
+from normflow_vi.evaluate import precompute
 from normflow_vi.flows import RealNVP
+from normflow_vi.objectives.gradients import stopped_log_prob
 from normflow_vi.transforms import Affine, Planar
+from normflow_vi.transforms.base import Transform
 
 
 def square(z):
@@ -261,3 +265,182 @@ def test_what_would_stay_untrained_is_no_base(name):
     make, kind, message = BASES[name]
     with pytest.raises(kind, match=message):
         Flow(Planar(2), base=make())
+
+
+# Files
+
+
+class Forgetful(Affine):
+    "A layer that leaves its parameters out of its file."
+
+    def __getstate__(self):
+        return super().__getstate__() | {"source": None, "_modules": {}}
+
+
+class Fickle(torch.nn.Module):
+    "A base that comes back from its file with another width."
+
+    dim = 2
+
+    def __init__(self, width=3.0):
+        super().__init__()
+        self.width = width
+
+    def __deepcopy__(self, memo):
+        return Fickle(self.width)
+
+    def __getstate__(self):
+        return super().__getstate__() | {"width": 1.0}
+
+    def rsample(self, shape, generator=None):
+        return self.width * torch.randn(*shape, 2, generator=generator)
+
+    def log_prob(self, z):
+        return Normal(0.0, self.width).log_prob(z).sum(-1)
+
+
+class Logistic(torch.nn.Module):
+    "A base of one's own that holds a torch distribution with an inverted step."
+
+    dim = 2
+
+    def __init__(self):
+        super().__init__()
+        self.distribution = INVERTED["inverse"]()
+
+    def rsample(self, shape, generator=None):
+        return self.distribution.rsample(shape)
+
+    def log_prob(self, z):
+        return self.distribution.log_prob(z)
+
+
+UNSAVABLE = {
+    "without parameters": lambda: Flow(Forgetful(2)),
+    "another base": lambda: Flow(Affine(2), base=Fickle()),
+    "a base of one's own": lambda: Flow(Affine(2), base=Logistic()),
+}
+
+
+@pytest.mark.parametrize("name", UNSAVABLE)
+def test_what_would_not_come_back_is_not_saved(name, tmp_path):
+    "A fit is refused when it is saved, not when it is needed; the earlier file stays."
+    path = tmp_path / "fit"
+    result = fit(UNSAVABLE[name](), square, steps=2, draws=8, evaluation_draws=50, place=False)
+    path.write_text("earlier")
+    with pytest.raises(TypeError, match="q cannot be saved: what comes back"):
+        result.save(path)
+    assert path.read_text() == "earlier"
+    assert result.q.sample((3,)).shape == (3, 2)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    from normflow_vi.data.finding import _search_places
+    from normflow_vi.plots import save_figure
+    from normflow_vi.utils.files import exclusive
+
+    home = tmp_path / "home"
+    (home / "data").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    result = fit(Flow(Affine(2)), square, steps=2, draws=8, evaluation_draws=50)
+    assert result.save("~/fits/one") == home / "fits/one"
+    assert same_draws(Fit.load("~/fits/one").q, result.q)
+    assert save_figure(result.plot(), "~/figure.png") == home / "figure.png"
+    with exclusive("~/runs") as folder:
+        assert folder == home / "runs"
+    assert _search_places("~/data")[0] == home / "data"
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+# A distribution holds its tensors
+
+
+def exchanged(q, scale=0.3):
+    "Other parameters for a flow, which require gradients."
+    return {k: (p + scale * torch.randn_like(p)).detach().requires_grad_() for k, p in q.named_parameters()}
+
+
+HOLDERS = {
+    "affine": lambda: Flow(Affine(2)),
+    "chain": lambda: Flow(Chain(Affine(2), Planar(2, 3))),
+    "coupling": lambda: Flow(RealNVP(2, 2, hidden=(4,))),
+    "a flow as base": lambda: Flow(Affine(2), base=Flow(Planar(2, 2))),
+    "support": lambda: Flow(Affine(2), support=constraints.positive),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_a_distribution_keeps_the_tensors_it_was_called_with(name):
+    "Values and gradients of `functional_call(q, p, ())` are those of a flow that owns `p`."
+    q, x = HOLDERS[name](), torch.rand(5, 2) + 0.5
+    p = exchanged(q)
+    before = q.log_prob(x)
+    held = functional_call(q, p, ())
+    other = copy.deepcopy(q)
+    other.load_state_dict(p, strict=False)
+    log_q, expected = held.log_prob(x), other.log_prob(x)
+    assert torch.equal(log_q, expected) and not torch.allclose(log_q, before)
+    slopes = torch.autograd.grad(log_q.sum(), list(p.values()), materialize_grads=True)
+    own = torch.autograd.grad(expected.sum(), list(other.parameters()), materialize_grads=True)
+    assert all(map(torch.equal, slopes, own)) and any(slope.any() for slope in slopes)
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    assert torch.equal(held.sample((5,), generators[0]), other.sample((5,), generators[1]))
+    assert torch.equal(q.log_prob(x), before)
+
+
+def test_a_distribution_keeps_units_and_other_consumers_see_its_tensors():
+    q, x = Flow(Affine(2)), torch.randn(5, 2)
+    held = functional_call(q, {"place.loc": torch.ones(2)}, ())
+    assert torch.allclose(held.log_prob(x), q.log_prob(x - 1))
+    p = exchanged(q)
+    held = functional_call(q, p, ())
+    assert torch.equal(stopped_log_prob(held, x), held.log_prob(x))
+    amortised = Flow(Affine(2, context_dim=3))
+    held = functional_call(amortised, exchanged(amortised), (torch.randn(5, 3),))
+    assert torch.allclose(precompute(held).log_prob(x), held.log_prob(x))
+    assert not torch.allclose(held.log_prob(x), amortised(held.context).log_prob(x))
+
+
+def test_a_distribution_follows_a_flow_that_is_moved_or_updated():
+    "As torch's own do: a tensor that is changed in place is the same tensor."
+    q = Flow(Chain(Affine(2), Planar(2, 2)))
+    held, x = q(), torch.randn(5, 2)
+    with torch.no_grad():
+        q.transform.transforms[0].source.shift.add_(1.0)
+    assert torch.equal(held.log_prob(x), q.log_prob(x))
+    q.double()
+    assert held.sample().dtype == torch.float64
+
+
+# What a flow does not have
+
+ABSENT = {
+    "mean": lambda q: q.mean,
+    "variance": lambda q: q.variance,
+    "stddev": lambda q: q.stddev,
+    "mode": lambda q: q.mode,
+    "entropy": lambda q: q.entropy(),
+    "perplexity": lambda q: q.perplexity(),
+    "cdf": lambda q: q.cdf(torch.zeros(2)),
+    "icdf": lambda q: q.icdf(torch.zeros(2)),
+    "expand": lambda q: q.expand((3,)),
+    "enumerate_support": lambda q: q.enumerate_support(),
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_what_has_no_closed_form_is_pointed_to_the_draws(name):
+    with pytest.raises(NotImplementedError, match=rf"^{name}: .*no closed form.*q\."):
+        ABSENT[name](Flow(Affine(2))())
+
+
+class OneWayOnly(Transform):
+    "Neither direction is written."
+
+
+def test_a_transform_without_a_direction_says_how_to_add_it():
+    with pytest.raises(NotImplementedError, match="OneWayOnly has no push.*forward_kind = 'none'"):
+        OneWayOnly(2).forward(torch.zeros(2))
+    with pytest.raises(NotImplementedError, match="OneWayOnly has no pull.*OneWayOnly.pull.*inverse_kind"):
+        OneWayOnly(2).inverse(torch.zeros(2))

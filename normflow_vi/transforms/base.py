@@ -155,13 +155,22 @@ def prepare(self: Transform, **tensors: Tensor) -> Tensors:
 @patch
 def push(self: Transform, z: Tensor, **layer: Tensor) -> ValueAndLogDet:
     "One layer: `(y, log_det)`."
-    raise NotImplementedError
+    raise NotImplementedError(_explain_missing(self, "push", "forward"))
 
 
 @patch
 def pull(self: Transform, y: Tensor, **layer: Tensor) -> ValueAndLogDet:
     "The inverse of one layer: `(z, log_det)`."
-    raise NotImplementedError
+    raise NotImplementedError(_explain_missing(self, "pull", "inverse"))
+
+
+def _explain_missing(transform, method, direction):
+    "What is said of a transform without `push` or `pull`, which claims to have that direction."
+    kind = type(transform).__name__
+    return (
+        f"{kind} has no {method}, and so no {direction}: write {kind}.{method}, "
+        f"or set {kind}.{direction}_kind = 'none'"
+    )
 
 # %% ../../nbs/01_flows/05_transform.ipynb #252c4b1b
 def run_layers(step: Callable, value: Tensor, layers: Iterable[dict]) -> ValueAndLogDet:
