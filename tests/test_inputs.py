@@ -7,11 +7,14 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import (
     Cauchy,
+    Dirichlet,
     Exponential,
     Gamma,
     HalfNormal,
@@ -27,9 +30,11 @@ from torch.distributions import (
 from torch.func import functional_call
 
 from normflow_vi import Chain, Fit, Flow, fit
-from normflow_vi.evaluate import precompute
+from normflow_vi.evaluate import log_marginal, precompute
+from normflow_vi.fitting.checks import check_samples, total_of
 from normflow_vi.flows import RealNVP
 from normflow_vi.objectives.gradients import stopped_log_prob
+from normflow_vi.targets import U1
 from normflow_vi.transforms import Affine, Planar
 from normflow_vi.transforms.base import Transform
 
@@ -444,3 +449,245 @@ def test_a_transform_without_a_direction_says_how_to_add_it():
         OneWayOnly(2).forward(torch.zeros(2))
     with pytest.raises(NotImplementedError, match="OneWayOnly has no pull.*OneWayOnly.pull.*inverse_kind"):
         OneWayOnly(2).inverse(torch.zeros(2))
+
+
+# The log-density
+
+
+def numbers_of(z):
+    return z.detach().numpy()
+
+
+NO_TENSORS = {
+    "numpy": (lambda z: -0.5 * (numbers_of(z) ** 2).sum(-1), r"its value is numpy.ndarray"),
+    "a numpy part": (
+        lambda z: {"log_prior": square(z), "log_likelihood": numbers_of(z).sum(-1)},
+        r"log_likelihood is numpy.ndarray",
+    ),
+    "a list": (lambda z: [-0.5] * len(z), "its value is list"),
+    "a number": (lambda z: 0.0, "its value is float"),
+    "nothing": (lambda z: None, "its value is NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TENSORS)
+def test_a_log_density_without_a_tensor_is_told_what_to_return(name):
+    log_density, message = NO_TENSORS[name]
+    message = rf"^log_density: .*{message}; expected a tensor of shape \(64,\).*torch operations"
+    with pytest.raises(TypeError, match=message):
+        fit(Flow(Affine(2)), log_density, steps=2)
+
+
+def test_an_error_of_the_users_own_stays_what_it_is():
+    with pytest.raises(TypeError, match="^mine$"):
+        fit(Flow(Affine(2)), lambda z: (_ for _ in ()).throw(TypeError("mine")), steps=2)
+
+
+UNIFORM = {
+    "a square": (Independent(Uniform(torch.zeros(2), 1.0), 1), constraints.unit_interval),
+    "an interval": (Independent(Uniform(-torch.ones(2), 3.0), 1), constraints.interval(-1.0, 3.0)),
+}
+
+
+@pytest.mark.parametrize("name", UNIFORM)
+def test_a_uniform_target_on_its_support_is_fitted(name):
+    "A constant carries no gradient, and needs none: the evidence is 1."
+    target, support = UNIFORM[name]
+    q = Flow(Affine(2), support=support)
+    result = fit(q, target.log_prob, steps=600, evaluation_draws=2000)
+    assert abs(result.evidence.value) < max(0.02, 5 * result.evidence.std_error)
+    assert result.elbo.value > -0.1
+
+
+def test_values_that_differ_need_a_gradient():
+    with pytest.raises(ValueError, match="no gradient"):
+        fit(Flow(Affine(2)), lambda z: square(z.detach()), steps=2)
+
+
+def test_a_uniform_target_without_a_support_is_told_to_give_one():
+    target = Independent(Uniform(torch.zeros(2), 1.0, validate_args=False), 1, validate_args=False)
+    with pytest.raises(ValueError, match="log_density: -inf.*give support="):
+        fit(Flow(Affine(2)), target.log_prob, steps=2)
+
+
+def test_parts_of_a_log_density_are_added():
+    parts = {"log_prior": square, "log_likelihood": lambda z: 2 * square(z - 1)}
+    total = total_of(lambda z: {name: part(z) for name, part in parts.items()})
+    z = torch.randn(5, 2)
+    assert torch.equal(total(z), square(z) + 2 * square(z - 1))
+    assert torch.equal(total_of(square)(z), square(z)) and total_of(U1) is U1
+
+
+# Samples
+
+
+def normal_rows(n, d, dtype=torch.float64):
+    return torch.randn(n, d, dtype=dtype, generator=torch.Generator().manual_seed(3))
+
+
+COARSE = {  # name: (samples, what is said)
+    "far away": (1e7 + normal_rows(300, 1), "column 0, about 1e\\+07 with a spread of 0.6.*q.double"),
+    "one column": (normal_rows(300, 2) + torch.tensor([0.0, -3e6]), "column 1, about -3e\\+06.*q.double"),
+    "too large": (1e200 * normal_rows(300, 1), "row 0 is too large for torch.float32.*q.double"),
+    "one too large": (
+        torch.cat([normal_rows(30, 1), torch.tensor([[1e39]], dtype=torch.float64)]),
+        "row 30 is too large",
+    ),
+    "too small": (1e-200 * normal_rows(300, 1), "column 0.*cannot be told apart in torch.float32.*q.double"),
+    "years in seconds": (1.7e9 + 30 * normal_rows(300, 1), "column 0, about 1.7e\\+09.*q.double"),
+}
+
+
+@pytest.mark.parametrize("name", COARSE)
+def test_samples_that_single_precision_cannot_tell_apart_are_refused(name):
+    "And are taken by a flow in double precision."
+    x, message = COARSE[name]
+    q = Flow(Affine(x.shape[1]))
+    with pytest.raises(ValueError, match=f"^samples: .*{message}"):
+        fit(q, samples=x, steps=2)
+    assert torch.equal(check_samples(q.double(), x), x)
+
+
+FINE = {
+    "unit": normal_rows(300, 2),
+    "far, but apart": 1e4 + normal_rows(300, 1),
+    "exact": 2.0**24 + 2 * torch.arange(300, dtype=torch.float64)[:, None],
+    "heavy tails": torch.distributions.Cauchy(0.0, 1.0).cdf(normal_rows(300, 1)).logit() * 1e6,
+    "small": 1e-30 * normal_rows(300, 1),
+    "already single": (1e7 + normal_rows(300, 1)).float(),
+}
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_samples_that_it_can_tell_apart_are_taken(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(check_samples(Flow(Affine(FINE[name].shape[1])), FINE[name]), FINE[name].float())
+
+
+def test_samples_of_a_flow_in_half_precision_keep_theirs():
+    assert check_samples(Flow(Affine(2)).bfloat16(), normal_rows(50, 2)).dtype == torch.float32
+
+
+def holes(x):
+    x = x.numpy().copy()
+    x[3, 1] = x[5, 0] = x[5, 1] = -9999.0
+    return np.ma.masked_equal(x, -9999.0)
+
+
+UNREADABLE = {
+    "masked": (lambda x: holes(x), ValueError, "3 of 100 values, in 2 of 50 rows, are masked"),
+    "masked tensor": (
+        lambda x: torch.masked.masked_tensor(x, x > 0.0),
+        ValueError,
+        r"of 100 values are masked",
+    ),
+    "sparse": (lambda x: x.to_sparse(), TypeError, "expected a dense tensor.*to_dense"),
+    "objects": (lambda x: x.numpy().astype(object), TypeError, "array of numbers, got dtype object"),
+    "text": (lambda x: x.numpy().astype(str), TypeError, "array of numbers, got dtype <U"),
+    "fields": (
+        lambda x: np.zeros(50, [("a", float), ("b", float)]),
+        TypeError,
+        "array of numbers, got dtype",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_has_no_number_in_each_place_is_refused(name):
+    make, kind, message = UNREADABLE[name]
+    with pytest.raises(kind, match=f"^samples: .*{message}"):
+        fit(Flow(Affine(2)), samples=make(normal_rows(50, 2)), steps=2)
+
+
+def test_arrays_of_other_layouts_are_read():
+    x = normal_rows(50, 2).numpy()
+    layouts = [np.ma.masked_array(x), x.astype(">f8"), np.asfortranarray(x), x[::-1][::-1]]
+    assert all(torch.equal(check_samples(Flow(Affine(2)).double(), y), torch.tensor(x)) for y in layouts)
+
+
+def embedded(n, rank, d, dtype=torch.float32):
+    return (normal_rows(n, rank) @ torch.randn(rank, d, dtype=torch.float64)).to(dtype)
+
+
+UNBOUNDED = {
+    "rank 2 in six": (embedded(300, 2, 6), "plane of 2 dimensions in R\\^6"),
+    "rank 5 in six": (embedded(300, 5, 6), "plane of 5 dimensions"),
+    "in double": (embedded(300, 2, 3, torch.float64), "plane of 2 dimensions"),
+    "in units": (embedded(300, 2, 3) * torch.tensor([1e-6, 1.0, 1e6]), "plane of 2 dimensions"),
+    "a sum": (
+        torch.cat([y := normal_rows(99, 2, torch.float32), y.sum(1, keepdim=True)], 1),
+        "plane of 2 dimensions",
+    ),
+    "a constant": (
+        torch.cat([normal_rows(50, 2, torch.float32), torch.full((50, 1), 7.5)], 1),
+        "column 2 is 7.5",
+    ),
+    "one row again and again": (torch.ones(9, 2), "column 0 is 1 in every row"),
+}
+
+
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_samples_without_a_density_are_refused(name):
+    x, message = UNBOUNDED[name]
+    q = Flow(Affine(x.shape[1]))
+    q = q.double() if x.dtype == torch.float64 else q
+    with pytest.raises(ValueError, match=f"^samples: .*{message}.*likelihood has no maximum"):
+        fit(q, samples=x, steps=2)
+
+
+def test_a_narrow_density_is_one():
+    "Nearly dependent columns have a density still; so have proportions, which lie in a plane that is known."
+    x = normal_rows(300, 2)
+    x = torch.cat([x, x.sum(1, keepdim=True) + 1e-3 * normal_rows(300, 1).flip(0)], 1)
+    assert check_samples(Flow(Affine(3)), x).shape == (300, 3)
+    shares = Dirichlet(torch.ones(3)).sample((300,))
+    assert check_samples(Flow(Affine(2), support=constraints.simplex), shares).shape == (300, 3)
+
+
+REPEATED = {
+    "counts": lambda: torch.poisson(3 * torch.ones(300, 2)),
+    "zeros among numbers": lambda: normal_rows(300, 2, torch.float32).clamp(min=0),
+    "rounded": lambda: (normal_rows(300, 2, torch.float32) * 5).round() / 5,
+    "few rows": lambda: normal_rows(5, 6, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_samples_that_repeat_are_warned_of(name):
+    x = REPEATED[name]()
+    with pytest.warns(UserWarning, match="^samples: .*without end"):
+        fit(Flow(Affine(x.shape[1])), samples=x, steps=2)
+
+
+def test_ordinary_samples_are_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in (normal_rows(3000, 3), normal_rows(25, 2), normal_rows(200, 1)[torch.randint(200, (200,))]):
+            fit(Flow(Affine(x.shape[1])), samples=x, steps=2)
+
+
+# One row without a batch
+
+
+def linear_gaussian(x, z):
+    return Normal(0.0, 1.0).log_prob(z).sum(-1) + Normal(z.sum(-1, keepdim=True), 1.0).log_prob(x).sum(-1)
+
+
+def encoded(size):
+    encoder, flow = torch.nn.Linear(size, 3), Flow(Affine(2, context_dim=3))
+    return lambda x: flow(encoder(x))
+
+
+@pytest.mark.parametrize("size", [4, 300])
+def test_one_image_without_a_batch_axis_is_told_so(size):
+    posterior, x = encoded(size), torch.randn(size)
+    with pytest.raises(ValueError, match=r"one image without an axis for the batch is x\[None\]"):
+        log_marginal(linear_gaussian, posterior, x, samples=20)
+    assert log_marginal(linear_gaussian, posterior, x[None], samples=20).log_p.shape == (1,)
+
+
+def test_a_posterior_without_a_batch_is_told_so():
+    with pytest.raises(ValueError, match=r"log q of 20 draws has shape \(20,\).*x\[None\]"):
+        log_marginal(lambda x, z: square(z), lambda x: Flow(Affine(2)), torch.randn(1, 4), samples=20)

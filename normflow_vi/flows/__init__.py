@@ -6,7 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/90_engine/96_flows.ipynb #68752b71
-from .bases import FixedBase, StandardNormal, as_base, has_density, in_support, map_tensors
+from normflow_vi.flows.bases import (
+    FixedBase,
+    StandardNormal,
+    as_base,
+    at_least_single,
+    has_density,
+    in_support,
+    map_tensors,
+)
 from .flow import Flow, FlowDistribution, draw_base
 from .many_indices import ManyIndices
 from .supports import Place, bijection_to, check_support, is_reachable
@@ -26,6 +34,7 @@ __all__ = [
     "RealNVP",
     "StandardNormal",
     "as_base",
+    "at_least_single",
     "bijection_to",
     "check_support",
     "draw_base",
