@@ -69,8 +69,7 @@ LogJoint = Callable[[Tensor], Tensor | dict[str, Tensor]]
 def parts_of(log_joint: LogJoint, z: Tensor, log_q: Tensor) -> dict[str, Tensor]:
     """`log_joint(z)` as parts by name, each of the shape of `log_q`, in nats.
 
-    Raises `ValueError` for no parts, a part called `log_q`, and a part of another shape; `TypeError` for one
-    that is no tensor.
+    Raises `ValueError` for no parts, a part called `log_q`, and a part that is no tensor or of another shape.
     """
     parts = log_joint(z)
     if not isinstance(parts, dict):
@@ -82,7 +81,7 @@ def parts_of(log_joint: LogJoint, z: Tensor, log_q: Tensor) -> dict[str, Tensor]
     for name, part in parts.items():
         if not isinstance(part, Tensor):
             kind = f"{type(part).__module__}.{type(part).__qualname__}".removeprefix("builtins.")
-            raise TypeError(
+            raise ValueError(
                 f"log_joint: {name} is {kind}; expected a tensor of shape {tuple(log_q.shape)}, "
                 "computed from z by torch operations, which carry the gradient"
             )
