@@ -5,8 +5,10 @@ Each is tested as a kind, in a table where there is one.
 
 import copy
 import io
+import json
 import math
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -691,3 +693,58 @@ def test_one_image_without_a_batch_axis_is_told_so(size):
 def test_a_posterior_without_a_batch_is_told_so():
     with pytest.raises(ValueError, match=r"log q of 20 draws has shape \(20,\).*x\[None\]"):
         log_marginal(lambda x, z: square(z), lambda x: Flow(Affine(2)), torch.randn(1, 4), samples=20)
+
+
+# Broken notebooks
+
+BROKEN = {
+    "empty": ("", "not a notebook"),
+    "no notebook": ('{"a": 1}', "not a notebook"),
+    "half a file": ('{"cells": [', "not a notebook"),
+    "no Python": (
+        json.dumps(
+            {
+                "cells": [
+                    {"cell_type": "code", "source": source, "metadata": {}, "outputs": [], "id": str(i)}
+                    for i, source in enumerate((["x = 1\n", "%time x"], ["\n", "y = = 2"]))
+                ],
+                "metadata": {},
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+        ),
+        r"code cell 2, line 2: invalid syntax",
+    ),
+}
+NOTEBOOK = "nbs/99_trial/10_trial.ipynb"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_error_of_a_broken_notebook_names_it(name, project, capsys):
+    from normflow_vi.cli import main
+    from normflow_vi.reproduce.notebooks import execute, is_executed, notebook_code
+    from normflow_vi.reproduce.parameters import ParameterError
+
+    text, message = BROKEN[name]
+    (project / NOTEBOOK).write_text(text)
+    with pytest.raises(ValueError, match=f"{NOTEBOOK}: {message}"):
+        notebook_code(NOTEBOOK)
+    manifest = execute(NOTEBOOK)
+    assert manifest.status == "failed" and re.search(message, manifest.cause)
+    assert not is_executed(NOTEBOOK, "quick")
+    if "cells" not in text or name == "half a file":
+        with pytest.raises(ParameterError, match="10_trial.ipynb: not a notebook"):
+            execute(NOTEBOOK, {"profile": "smoke"})
+    assert main(["notebook", NOTEBOOK])
+    assert re.search(f"{NOTEBOOK}: {message}", capsys.readouterr().err)
+
+
+def test_the_error_of_an_index_that_fails_names_it(project, monkeypatch):
+    from normflow_vi.reproduce import readme
+
+    def fail(path):
+        raise ArithmeticError("it went wrong")
+
+    monkeypatch.setattr(readme, "_execute", fail)
+    with pytest.raises(RuntimeError, match="nbs/index.ipynb: ArithmeticError: it went wrong"):
+        readme.readme()
