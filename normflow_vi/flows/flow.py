@@ -18,6 +18,7 @@ from .bases import as_base, mask_outside
 from .supports import Place, bijection_to, is_reachable
 from ..transforms.base import Combinator, Transform, check_transform
 from ..utils.checks import check_tensor
+from ..utils.modules import without_autocast
 from ..utils.patching import patch
 
 # %% ../../nbs/01_flows/30_flow.ipynb #3694de48
@@ -110,6 +111,7 @@ class FlowDistribution(Distribution):
     transform = property(lambda self: _module_of(self._transform))
     place = property(lambda self: _module_of(self._place))
 
+    @without_autocast
     def rsample_and_log_prob(
         self, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,6 +145,7 @@ def _log_density(self: FlowDistribution, value, generator):
 
 
 @patch
+@without_autocast
 def log_prob(
     self: FlowDistribution, value: torch.Tensor, generator: torch.Generator | None = None
 ) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normflow_vi.numerics.product import linear
 from normflow_vi.utils.checks import check_int, check_tensor
-from normflow_vi.utils.modules import copy_into
+from normflow_vi.utils.modules import copy_into, without_autocast
 from normflow_vi.utils.patching import patch
 
 # what a direction costs, best first; "none": it does not exist
@@ -275,6 +275,7 @@ def fetch_tensors(self: Transform, context: Tensor | None, dtype: torch.dtype) -
 
 # %% ../../nbs/01_flows/05_transform.ipynb #4f935b9a
 @patch
+@without_autocast
 def forward(
     self: Transform, z: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
 ) -> ValueAndLogDet:
@@ -285,6 +286,7 @@ def forward(
 
 
 @patch
+@without_autocast
 def inverse(
     self: Transform, y: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
 ) -> ValueAndLogDet:

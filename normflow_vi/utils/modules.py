@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/90_engine/03_modules.ipynb #1a61b319
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         copy_into(kept, buffers)
         for module, mode in modes:
             module.training = mode
+
+# %% ../../nbs/90_engine/03_modules.ipynb #2fb78922
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    "The same function, computed in the precision of its arguments under `torch.autocast` too."
+
+    @functools.wraps(function)
+    def call(*given: _P.args, **named: _P.kwargs) -> _R:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return call(*given, **named)
+        return function(*given, **named)
+
+    return call
 
 # %% ../../nbs/90_engine/03_modules.ipynb #eb37d7d9
 @contextmanager
