@@ -35,7 +35,8 @@ from torch.func import functional_call
 from normflow_vi import Chain, Fit, Flow, fit
 from normflow_vi.evaluate import log_marginal, precompute
 from normflow_vi.fitting.checks import check_samples, total_of
-from normflow_vi.flows import RealNVP
+from normflow_vi.flows import RealNVP, in_support, is_reachable
+from normflow_vi.flows.bases import list_parts
 from normflow_vi.objectives.gradients import stopped_log_prob
 from normflow_vi.targets import U1
 from normflow_vi.testing.cases import CASES
@@ -792,3 +793,91 @@ def test_autocast_changes_no_digit_of_a_base_or_a_support():
     assert around.dtype == torch.bfloat16, "outside of the flow it is as it was"
     found_log_q.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in q.parameters())
+
+
+# Supports made of parts
+
+simplex, real, positive = constraints.simplex, constraints.real, constraints.positive
+interval = constraints.interval(-1.0, 2.0)
+vectors = constraints.independent(positive, 1)
+PARTS = {  # name: (support, numbers it takes, coordinates it has)
+    "simplex and real": (constraints.cat([simplex, real], -1, [3, 1]), 3, 4),
+    "real and simplex": (constraints.cat([real, simplex], -1, [2, 4]), 5, 6),
+    "two simplexes": (constraints.cat([simplex, interval, simplex], -1, [2, 2, 3]), 5, 7),
+    "dim not said": (constraints.cat([simplex, real], lengths=[3, 1]), 3, 4),
+    "no simplex": (constraints.cat([positive, interval], -1, [1, 2]), 3, 3),
+    "numbers, dim not said": (constraints.cat([positive, interval], lengths=[1, 2]), 3, 3),
+    "vectors": (constraints.cat([vectors, real], -1, [2, 1]), 3, 3),
+    "parts of parts": (
+        constraints.cat([constraints.cat([simplex, positive], -1, [2, 1]), interval], -1, [3, 1]),
+        3,
+        4,
+    ),
+    "a stack": (constraints.stack([positive, real, interval], -1), 3, 3),
+    "a stack, dim not said": (constraints.stack([positive, real, interval]), 3, 3),
+    "independent": (constraints.independent(constraints.cat([positive, real], -1, [1, 2]), 1), 3, 3),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_support_may_have_parts(name):
+    "Draws lie in it, the two directions agree, and the log-determinant is that of the map."
+    support, takes, gives = PARTS[name]
+    q = Flow(Affine(takes), support=support).double()
+    with torch.no_grad():
+        q.transform.source.shift.normal_()
+    z, log_q = q.rsample_and_log_prob((50,))
+    assert z.shape == (50, gives) and q().event_shape == (gives,)
+    assert in_support(support, z).all() and is_reachable(support, z).all()
+    assert torch.allclose(q.log_prob(z), log_q)
+    x = torch.randn(takes, dtype=torch.float64)
+    jacobian = torch.func.jacrev(lambda x: q.place(x)[0])(x)
+    free = [i for i in range(gives) if i not in last_shares(support)]
+    assert torch.allclose(q.place(x)[1], torch.linalg.slogdet(jacobian[free])[1])
+    outside = torch.full((gives,), -5.0, dtype=torch.float64)
+    assert q.log_prob(torch.stack([outside, z[0]]))[0] == -math.inf
+    assert torch.allclose(q.log_prob(torch.stack([outside, z[0]]))[1], log_q[0])
+
+
+def last_shares(support, start=0):
+    "Where the last entries of the simplexes of a support are: they follow from the others."
+    places = []
+    for part, length in list_parts(support):
+        places += [start + length - 1] if part is simplex else last_shares(part, start)
+        start += length
+    return places
+
+
+def test_the_parts_of_a_support_are_fitted_and_saved(tmp_path):
+    "Dirichlet shares and a log-normal number, exactly normalised."
+    shares, number = Dirichlet(torch.tensor([3.0, 4.0, 5.0])), LogNormal(0.5, 0.5)
+    support = constraints.cat([simplex, positive], -1, [3, 1])
+    q = Flow(Chain(Affine(3), Planar(3, 2)), support=support)
+    z = torch.cat([shares.sample((500,)), number.sample((500, 1))], 1)
+    for found in (
+        fit(
+            q,
+            lambda z: shares.log_prob(z[:, :3]) + number.log_prob(z[:, 3]),
+            steps=300,
+            evaluation_draws=2000,
+        ),
+        fit(Flow(Affine(3), support=support), samples=z, steps=50),
+    ):
+        assert found.evidence is None or abs(found.evidence.value) < 0.05
+        loaded = Fit.load(found.save(tmp_path / "fit")).q
+        assert torch.equal(loaded.log_prob(z), found.q.log_prob(z)) and loaded.log_prob(z).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "support",
+    [
+        constraints.cat([simplex, real]),
+        constraints.cat([simplex, real], -1, [3, 2]),
+        constraints.cat([simplex, real], -1, [1, 3]),
+    ],
+)
+def test_lengths_of_parts_that_do_not_fit_are_named(support):
+    with pytest.raises(
+        ValueError, match=r"support=.*R\^3 cannot be mapped onto it.*coordinates, take.*lengths="
+    ):
+        Flow(Affine(3), support=support)

@@ -113,11 +113,26 @@ def mask_outside(
     return log_prob(substituted).masked_fill(outside, -math.inf)
 
 # %% ../../nbs/01_flows/27_bases.ipynb #7f4a314e
+def list_parts(support: constraints.Constraint) -> list[tuple[constraints.Constraint, int]]:
+    """The parts of a constraint made by `cat` or `stack`, each with its number of coordinates, or `[]`.
+
+    They lie side by side along the last axis of a vector; the `dim` that torch counts among all axes is
+    not used.
+    """
+    if isinstance(support, constraints.independent) and support.reinterpreted_batch_ndims == 1:
+        return list_parts(support.base_constraint)
+    if isinstance(support, constraints.cat):
+        return list(zip(support.cseq, support.lengths, strict=True))
+    if isinstance(support, constraints.stack) and not any(part.event_dim for part in support.cseq):
+        return [(part, 1) for part in support.cseq]
+    return []
+
+
 def in_support(support: constraints.Constraint, z: torch.Tensor) -> torch.Tensor:
     "Whether vectors `z` `(..., D)` lie in a support, `(...)`."
-    if isinstance(support, constraints.cat):
-        parts = zip(support.cseq, z.split(support.lengths, -1), strict=True)
-        answers = [in_support(part, coordinates) for part, coordinates in parts]
+    if parts := list_parts(support):
+        values = z.split([length for _, length in parts], -1)
+        answers = [in_support(part, value) for (part, _), value in zip(parts, values, strict=True)]
         return torch.stack(answers).all(0)
     if isinstance(support, type(constraints.simplex)):
         rounding = torch.finfo(z.dtype).eps * z.shape[-1] ** 0.5

@@ -10,11 +10,42 @@ import torch
 from torch import nn
 from torch.distributions import Transform, biject_to, constraints
 
-from .bases import at_least_single, in_support, map_tensors
+from .bases import at_least_single, in_support, list_parts, map_tensors
 
 # %% ../../nbs/01_flows/28_supports.ipynb #2354751b
+class SideBySide(Transform):
+    "Bijections of vectors side by side: each takes numbers of its own, `maps[i]` to `outputs[i]` numbers."
+
+    bijective, domain, codomain = True, constraints.real_vector, constraints.real_vector
+
+    def __init__(self, maps: list[Transform], outputs: list[int]):
+        super().__init__()
+        self.maps, self.outputs = maps, outputs
+        pairs = zip(maps, outputs, strict=True)
+        self.inputs = [T.inverse_shape(torch.Size([length]))[0] for T, length in pairs]
+
+    def _call(self, x):
+        return torch.cat([T(part) for T, part in zip(self.maps, x.split(self.inputs, -1), strict=True)], -1)
+
+    def _inverse(self, y):
+        parts = zip(self.maps, y.split(self.outputs, -1), strict=True)
+        return torch.cat([T.inv(part) for T, part in parts], -1)
+
+    def log_abs_det_jacobian(self, x, y):
+        parts = zip(self.maps, x.split(self.inputs, -1), y.split(self.outputs, -1), strict=True)
+        return torch.stack([T.log_abs_det_jacobian(one, other) for T, one, other in parts]).sum(0)
+
+    def forward_shape(self, shape):
+        return torch.Size([*shape[:-1], sum(self.outputs)])
+
+    def inverse_shape(self, shape):
+        return torch.Size([*shape[:-1], sum(self.inputs)])
+
+# %% ../../nbs/01_flows/28_supports.ipynb #6e2ac4e5
 def bijection_to(support: constraints.Constraint) -> Transform:
-    "Torch's bijection from `R^dim` onto a constraint on vectors; one on numbers holds for each coordinate."
+    "The bijection from `R^dim` onto a constraint on vectors; one on numbers holds for each coordinate."
+    if parts := list_parts(support):
+        return SideBySide([bijection_to(part) for part, _ in parts], [length for _, length in parts])
     if not support.event_dim:
         support = constraints.independent(support, 1)
     return biject_to(support)
@@ -26,8 +57,13 @@ def is_reachable(support: constraints.Constraint, z: torch.Tensor) -> torch.Tens
 
 # %% ../../nbs/01_flows/28_supports.ipynb #bfae91a4
 def _maps_onto(support, dim):
-    "Whether torch's bijection takes one vector of `R^dim` to a finite one, with one log-determinant."
+    "Whether the bijection takes one vector of `R^dim` to a finite one, with one log-determinant."
     T, zero = bijection_to(support), torch.zeros(dim)
+    if isinstance(T, SideBySide) and (sum(T.inputs) != dim or 0 in T.inputs):
+        raise ValueError(
+            f"its parts, of {T.outputs} coordinates, take {T.inputs} numbers: give cat lengths=[...], "
+            "how many coordinates each part has; a simplex of n takes n - 1"
+        )
     if support.is_discrete or support.event_dim >= 2:
         return False
     z = T(zero)
