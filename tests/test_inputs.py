@@ -9,7 +9,9 @@ import json
 import math
 import pickle
 import re
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import torch
 from torch.distributions import (
     Cauchy,
     Dirichlet,
+    Distribution,
     Exponential,
     Gamma,
     HalfNormal,
@@ -25,6 +28,7 @@ from torch.distributions import (
     LogNormal,
     MultivariateNormal,
     Normal,
+    StudentT,
     TransformedDistribution,
     Uniform,
     constraints,
@@ -33,15 +37,26 @@ from torch.distributions import (
 from torch.func import functional_call
 
 from normflow_vi import Chain, Fit, Flow, fit
+from normflow_vi.engine.runs import make_runs
 from normflow_vi.evaluate import log_marginal, precompute
 from normflow_vi.fitting.checks import check_samples, total_of
-from normflow_vi.flows import RealNVP, in_support, is_reachable
+from normflow_vi.flows import (
+    Place,
+    RealNVP,
+    describe_coarseness,
+    in_support,
+    is_reachable,
+    mean_and_spread,
+    units_of,
+)
 from normflow_vi.flows.bases import list_parts
+from normflow_vi.objectives import elbo, estimate
 from normflow_vi.objectives.gradients import stopped_log_prob
 from normflow_vi.targets import U1
 from normflow_vi.testing.cases import CASES
 from normflow_vi.transforms import Affine, Planar, Sylvester
 from normflow_vi.transforms.base import Transform
+from normflow_vi.utils.modules import undisturbed, unvalidated
 
 
 def square(z):
@@ -881,3 +896,155 @@ def test_lengths_of_parts_that_do_not_fit_are_named(support):
         ValueError, match=r"support=.*R\^3 cannot be mapped onto it.*coordinates, take.*lengths="
     ):
         Flow(Affine(3), support=support)
+
+
+# One layer in two places
+
+
+def twice():
+    layer = Affine(2)
+    return Flow(Chain(layer, Planar(2, 2), layer))
+
+
+def test_a_layer_in_two_places_is_still_trained_by_every_gradient():
+    "Torch's `functional_call` leaves other tensors in such a layer."
+    for gradient in ("reparameterised", "sticking-the-landing"):
+        q = twice()
+        before = dict(q.named_parameters())
+        elbo(square, q, 20, gradient=gradient).value.backward()
+        assert all(p is before[name] for name, p in q.named_parameters())
+        assert all(p.grad is not None for p in q.parameters()), gradient
+
+
+def test_runs_side_by_side_may_have_a_layer_in_two_places():
+    "The program of two runs gives each the loss and the gradients that it has alone."
+    models = [twice() for _ in range(2)]
+    z = torch.randn(7, 2)
+
+    def loss(q, batch, step, generator):
+        return estimate(-q.log_prob(batch))
+
+    expected = [loss(q, z, 0, None).value.item() for q in models]
+    runs = make_runs(models, loss)
+    value, _ = runs(torch.stack([z, z]), 0, None)
+    assert torch.allclose(value, torch.tensor(expected))
+    assert all(slope.any() for slope in torch.autograd.grad(value.sum(), list(runs.parameters().values())))
+    assert [loss(q, z, 0, None).value.item() for q in models] == pytest.approx(expected)
+
+
+# Threads
+
+
+def in_threads(*functions):
+    "What functions return that run at the same time."
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result() for future in [pool.submit(f) for f in functions]]
+
+
+def test_the_checks_of_distributions_are_as_before_whichever_fit_ends_first():
+    "Also the number of threads: the last to leave puts back what the first one found."
+    first_inside, second_inside, first_out = (threading.Event() for _ in range(3))
+    before, threads = Distribution._validate_args, torch.get_num_threads()
+
+    def first():
+        with unvalidated(), undisturbed(threads + 1, torch.device("cpu")):
+            first_inside.set()
+            assert second_inside.wait(10)
+        first_out.set()
+
+    def second():
+        assert first_inside.wait(10)
+        with unvalidated(), undisturbed(threads + 2, torch.device("cpu")):
+            second_inside.set()
+            assert first_out.wait(10)
+            assert Distribution._validate_args is False, "the other fit still needs it"
+
+    in_threads(first, second)
+    assert Distribution._validate_args is before is True
+    assert torch.get_num_threads() == threads
+
+
+def test_a_base_draws_from_the_generator_that_it_is_given():
+    "So that the draws of two trainings in two threads do not mix; without one, from the global stream."
+    q = Flow(Affine(2), base=Independent(StudentT(3.0 * torch.ones(2)), 1))
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.cat([q.sample((5,), generator) for _ in range(200)])
+
+    state = torch.get_rng_state()
+    expected = [draw(1), draw(2)]
+    assert torch.equal(state, torch.get_rng_state()) and not torch.equal(*expected)
+    assert all(map(torch.equal, in_threads(lambda: draw(1), lambda: draw(2)), expected))
+    torch.manual_seed(7)
+    found = q.sample((5,))
+    torch.manual_seed(7)
+    assert torch.equal(found, q.sample((5,))) and not torch.equal(found, q.sample((5,)))
+    assert not torch.equal(q.sample((5,), torch.default_generator), q.sample((5,), torch.default_generator))
+
+
+# Without gradients
+
+
+def test_a_fit_without_gradients_says_so():
+    def attempts(q):
+        yield lambda: fit(q, square, steps=2)
+        yield lambda: fit(q, samples=normal_rows(50, 2), steps=2)
+
+    for mode, name in ((torch.no_grad, "no_grad"), (torch.inference_mode, "inference_mode")):
+        for attempt in attempts(Flow(Affine(2))):
+            with mode(), pytest.raises(ValueError, match=rf"fit needs gradients.*torch.{name}\(\)"):
+                attempt()
+    with torch.inference_mode():
+        q = Flow(Affine(2))
+    for attempt in attempts(q):
+        with pytest.raises(ValueError, match=r"^q: .*torch.inference_mode\(\)"):
+            attempt()
+
+
+# Units
+
+UNITS = {
+    "normal": (Normal(torch.tensor([50.0, -3.0]), torch.tensor([1.0, 100.0])), [50.0, -3.0], [1.0, 100.0]),
+    "cauchy": (Cauchy(torch.tensor([5.0, 0.0]), torch.tensor([2.0, 1e-3])), [5.0, 0.0], [3.67, 1.835e-3]),
+    "constant": (
+        Uniform(torch.tensor([1.0, 2.0]), torch.tensor([1.0 + 1e-7, 4.0])),
+        [1.0, 3.0],
+        [1.0, 0.6826],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_base_has_units(name):
+    "Those of its middle; of a flow, too; and a standard normal has exactly none."
+    distribution, loc, scale = UNITS[name]
+    q = Flow(Affine(2), base=Independent(distribution, 1))
+    state = torch.get_rng_state()
+    for base in (q.base, q):
+        found, width = units_of(base, 2)
+        assert ((found - torch.tensor(loc)).abs() < 0.2 * torch.tensor(scale)).all()
+        assert ((width / torch.tensor(scale)).log().abs() < 0.15).all()
+    assert torch.equal(state, torch.get_rng_state())
+    zero, one = units_of(Flow(Affine(2)).base.double(), 2)
+    assert zero.tolist() == [0, 0] and one.tolist() == [1, 1] and one.dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200, 1.0, 1e8])
+def test_mean_and_spread_of_any_size(size):
+    x = normal_rows(1000, 2) + torch.tensor([0.0, 3.0])
+    mean, spread = mean_and_spread(size * x)
+    assert torch.allclose(mean / size, x.mean(0)) and torch.allclose(spread / size, x.std(0, correction=0))
+    far = 1e7 + x
+    assert torch.allclose(mean_and_spread(far)[1], x.std(0, correction=0))
+    assert mean_and_spread(torch.zeros(3, 1))[1] == 0
+
+
+def test_units_that_a_number_format_cannot_resolve_are_described():
+    place = Place(2)
+    place.loc.copy_(torch.tensor([0.0, 1e8]))
+    assert re.search(
+        r"coordinate 1 is about 1e\+08 .*torch.float32.*q.double\(\)", describe_coarseness(place)
+    )
+    assert describe_coarseness(place.double()) is None
+    assert describe_coarseness(Place(2)) is None

@@ -47,8 +47,6 @@ def _call_log_density(log_density, z, log_q):
         raise ValueError(_explain_refusal(error, z.shape[-1])) from None
     if z._version != version:
         raise ValueError("log_density: changes its argument in place; work on a copy of z")
-    if not torch.is_grad_enabled():
-        raise ValueError("fit needs gradients and was called under torch.no_grad()")
     return values
 
 
@@ -153,6 +151,10 @@ def check_flow(q: Flow, support: Constraint | None) -> None:
         raise TypeError(f"q: expected a Flow, got {type(q).__name__}")
     if not any(p.requires_grad for p in q.parameters()):
         raise ValueError("q: has no parameters to train")
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in q.parameters()):
+        raise ValueError("q: fit needs gradients, and it was built or called under torch.inference_mode()")
+    if not torch.is_grad_enabled():
+        raise ValueError("fit needs gradients and was called under torch.no_grad()")
     if q.context_dim is not None:
         raise ValueError(f"q: has context_dim={q.context_dim}; fit takes a flow without a context")
     if support is None:
@@ -350,5 +352,6 @@ def restore_on_error(q: Flow) -> Iterator[None]:
         if all(torch.equal(p, before[name]) for name, p in q.named_parameters()):
             q.place = place
             tensors = named_tensors(place)
-            copy_into({name: before[f"place.{name}"] for name in tensors}, tensors)
+            moved = {k: t for k, t in tensors.items() if not torch.equal(t, before[f"place.{k}"])}
+            copy_into({name: before[f"place.{name}"] for name in moved}, moved)
         raise

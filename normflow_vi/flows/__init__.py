@@ -14,10 +14,18 @@ from normflow_vi.flows.bases import (
     has_density,
     in_support,
     map_tensors,
+    units_of,
 )
 from .flow import Flow, FlowDistribution, draw_base
 from .many_indices import ManyIndices
-from .supports import Place, bijection_to, check_support, is_reachable
+from normflow_vi.flows.supports import (
+    Place,
+    bijection_to,
+    check_support,
+    describe_coarseness,
+    is_reachable,
+    mean_and_spread,
+)
 from ..transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
 __all__ = [
@@ -37,9 +45,12 @@ __all__ = [
     "at_least_single",
     "bijection_to",
     "check_support",
+    "describe_coarseness",
     "draw_base",
     "has_density",
     "in_support",
     "is_reachable",
     "map_tensors",
+    "mean_and_spread",
+    "units_of",
 ]

@@ -24,6 +24,7 @@ from torch.distributions import (
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, _InverseTransform
 
 from ..utils.checks import check_int
+from ..utils.modules import lent_stream
 
 # %% ../../nbs/01_flows/27_bases.ipynb #b3300ca0
 def at_least_single(tensor: torch.Tensor) -> torch.Tensor:
@@ -203,8 +204,9 @@ class _BatchedDraw(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(origin, distribution, shape):
-        return distribution.sample(shape)
+    def forward(origin, distribution, shape, generator):
+        with lent_stream(generator):
+            return distribution.sample(shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -212,18 +214,18 @@ class _BatchedDraw(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *slopes):
-        return None, None, None
+        return None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, origin, distribution, shape):
-        return distribution.sample((info.batch_size, *shape)), 0
+    def vmap(info, in_dims, origin, distribution, shape, generator):
+        with lent_stream(generator):
+            return distribution.sample((info.batch_size, *shape)), 0
 
 # %% ../../nbs/01_flows/27_bases.ipynb #c32acc0b
 class FixedBase(nn.Module):
     """A distribution of `torch.distributions` with event shape `(dim,)` as a base.
 
-    It is not trained, and it draws from the global generator, in single precision or the module's if that
-    is higher.
+    It is not trained, and it draws in single precision or the module's if that is higher.
     """
 
     def __init__(self, distribution: Distribution):
@@ -239,8 +241,8 @@ class FixedBase(nn.Module):
         return repr(self.distribution)
 
     def rsample(self, shape: tuple, generator: torch.Generator | None = None) -> torch.Tensor:
-        "Draws `(*shape, dim)`; `generator` is not used."
-        return _BatchedDraw.apply(self.origin, self.distribution, tuple(shape))
+        "Draws `(*shape, dim)`; on a GPU they come from the global generator all the same."
+        return _BatchedDraw.apply(self.origin, self.distribution, tuple(shape), generator)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         "The log-density in nats, `(..., dim) -> (...)`; minus infinity where the distribution does not live."
@@ -249,6 +251,23 @@ class FixedBase(nn.Module):
             inside = has_density(self.distribution, z)
             interior = interior_point(self.distribution, z)
         return mask_outside(self.distribution.log_prob, z, inside, interior)
+
+# %% ../../nbs/01_flows/27_bases.ipynb #79279c06
+@torch.no_grad()
+def units_of(base: nn.Module, dim: int, draws: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Location and scale of a base's coordinates, `(dim,)` each: exactly 0 and 1 for `N(0, I)`.
+
+    They are the median and half the distance of the quantiles that a normal has at one standard deviation
+    from it. A coordinate that does not vary has the scale 1. Its draws have a stream of their own.
+    """
+    like = next(iter((*base.parameters(), *base.buffers())), torch.zeros(()))
+    like = at_least_single(like)
+    if isinstance(base, StandardNormal):
+        return like.new_zeros(dim), like.new_ones(dim)
+    z = base.rsample((draws,), torch.Generator(like.device).manual_seed(0))
+    low, middle, high = z.quantile(z.new_tensor([0.1587, 0.5, 0.8413]), 0)
+    scale = (high - low) / 2
+    return middle, torch.where(scale > 0, scale, 1.0)
 
 # %% ../../nbs/01_flows/27_bases.ipynb #db076935
 def _iterate_parts(part: Any) -> Iterator[Any]:

@@ -145,3 +145,36 @@ class Place(nn.Module):
             log_det = -T.log_abs_det_jacobian(y, z)
         x = (y - loc) / scale
         return x, log_det - scale.log().sum(-1).expand(y.shape[:-1])
+
+# %% ../../nbs/01_flows/28_supports.ipynb #8a9fe369
+def mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each column of `x` `(N, D)`, in double precision.
+
+    Squares of large numbers do not overflow, and those of small ones do not vanish.
+
+    >>> mean_and_spread(1e200 * torch.tensor([[1.0], [3.0]], dtype=torch.float64))[1] / 1e200
+    tensor([1.], dtype=torch.float64)
+    """
+    x = x.double()
+    size = x.abs().amax(0)
+    size = torch.where(size > 0, size, 1.0)
+    x = x / size
+    return size * x.mean(0), size * x.std(0, correction=0)
+
+
+def describe_coarseness(place: Place, levels: int = 64) -> str | None:
+    """What is wrong with the units of a `Place` in its number format, with advice; `None` if nothing is.
+
+    It is where draws would differ in fewer than `levels` steps of the format within one scale.
+    """
+    loc, scale = at_least_single(place.loc), at_least_single(place.scale)
+    if place.support is not None or not (loc.isfinite() & scale.isfinite()).all():
+        return None
+    found = levels * torch.finfo(loc.dtype).eps * loc.abs() > scale
+    if not found.any():
+        return None
+    d = int(found.int().argmax())
+    return (
+        f"coordinate {d} is about {loc[d]:.6g} with a spread of {scale[d]:.3g}, which {loc.dtype} "
+        "cannot resolve; use a flow in double precision, q.double(), or subtract what is common"
+    )
