@@ -194,7 +194,7 @@ def _call_posterior(posterior, group):
         )
     return q
 
-
+# %% ../../nbs/01_flows/47_evaluate.ipynb #10bdadce
 def iterate_posteriors(
     posterior: Callable[[Tensor], Posterior], x: Tensor, most: int
 ) -> Iterator[tuple[Tensor, Posterior]]:

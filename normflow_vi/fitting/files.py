@@ -212,7 +212,7 @@ def write_fields(path: str | Path, fields: dict, steps: int) -> Path:
         message = f"a fit of {len(data):,} bytes cannot be written ({error.strerror})"
         raise OSError(error.errno, message, str(path)) from error
 
-
+# %% ../../nbs/90_engine/37_fit_files.ipynb #ff733b2d
 def _read_state(path):
     "What a fit's file holds, undamaged and of this format, as tensors and plain values."
     try:

@@ -6,26 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/90_engine/96_flows.ipynb #68752b71
-from normflow_vi.flows.bases import (
-    FixedBase,
-    StandardNormal,
-    as_base,
-    at_least_single,
-    has_density,
-    in_support,
-    map_tensors,
-    units_of,
-)
+from .bases import FixedBase, StandardNormal, as_base, has_density, in_support, map_tensors
 from .flow import Flow, FlowDistribution, draw_base
 from .many_indices import ManyIndices
-from normflow_vi.flows.supports import (
-    Place,
-    bijection_to,
-    check_support,
-    describe_coarseness,
-    is_reachable,
-    mean_and_spread,
-)
+from .supports import Place, bijection_to, check_support, is_reachable
 from ..transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
 __all__ = [
@@ -42,15 +26,11 @@ __all__ = [
     "RealNVP",
     "StandardNormal",
     "as_base",
-    "at_least_single",
     "bijection_to",
     "check_support",
-    "describe_coarseness",
     "draw_base",
     "has_density",
     "in_support",
     "is_reachable",
     "map_tensors",
-    "mean_and_spread",
-    "units_of",
 ]

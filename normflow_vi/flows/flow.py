@@ -8,7 +8,7 @@ __all__ = ['FlowDistribution', 'Flow']
 # %% ../../nbs/01_flows/30_flow.ipynb #59984346
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -69,11 +69,11 @@ class Held:
         twin._modules = {k: part and self._copy(part, tensors) for k, part in module._modules.items()}
         return twin
 
-# %% ../../nbs/01_flows/30_flow.ipynb #ad2c2dba
+
 def _module_of(part):
     return part.module if isinstance(part, Held) else part
 
-
+# %% ../../nbs/01_flows/30_flow.ipynb #ad2c2dba
 class FlowDistribution(Distribution):
     """The distribution of `place(transform(z0, context))` with `z0` drawn from a base.
 
@@ -180,7 +180,7 @@ _FROM_DRAWS = {
 def _refuse(name):
     "A method that says where to get `name` from."
 
-    def refuse(self, *given: Any, **named: Any):
+    def refuse(self: FlowDistribution, *given: Any, **named: Any) -> NoReturn:
         raise NotImplementedError(f"{name}: a flow has no closed form for it; use {_FROM_DRAWS[name]}")
 
     return refuse

@@ -148,7 +148,7 @@ def forked_stream(device: torch.device | None = None, seed: int | None = None) -
         with _stream_lock:
             fork.__exit__(*sys.exc_info())
 
-
+# %% ../../nbs/90_engine/03_modules.ipynb #2a5c3232
 @contextmanager
 def lent_stream(generator: torch.Generator | None) -> Iterator[None]:
     """Torch's global stream on the CPU goes on from a generator, and the generator from there afterwards.
