@@ -118,7 +118,10 @@ def check_log_density(q: Flow, log_density: Callable, restarts: int) -> None:
             f"and q draws vectors of {q.place.event_shape[0]}"
         )
     q.eval()  # a trial must not move running statistics
-    z, log_q = q().rsample_and_log_prob((64,))
+    generator = torch.Generator(q.place.loc.device).manual_seed(
+        0
+    )  # not torch's own: a thread may have lent it
+    z, log_q = q().rsample_and_log_prob((64,), generator)
     values = _call_log_density(log_density, z, log_q)
     _check_finite_values(values, z)
     _check_gradient(values, z)
