@@ -152,8 +152,9 @@ def mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Squares of large numbers do not overflow, and those of small ones do not vanish.
 
-    >>> mean_and_spread(1e200 * torch.tensor([[1.0], [3.0]], dtype=torch.float64))[1] / 1e200
-    tensor([1.], dtype=torch.float64)
+    >>> mean, spread = mean_and_spread(torch.tensor([[1e200], [3e200]], dtype=torch.float64))
+    >>> round(mean.item() / 1e200, 6), round(spread.item() / 1e200, 6)
+    (2.0, 1.0)
     """
     x = x.double()
     size = x.abs().amax(0)

@@ -136,8 +136,12 @@ _stream_lock = threading.RLock()  # whoever exchanges torch's global random stre
 
 @contextmanager
 def forked_stream(device: torch.device | None = None, seed: int | None = None) -> Iterator[None]:
-    "Torch's global random streams, on the CPU and on `device`, are afterwards as before; `seed` sets them."
-    fork = torch.random.fork_rng([device] if device is not None and device.type == "cuda" else [])
+    """Torch's global random streams are afterwards as before; `seed` sets them.
+
+    They are those on the CPU and on `device`, or on all GPUs unless one is given.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    fork = torch.random.fork_rng(None if device is None else devices)
     with _stream_lock:
         fork.__enter__()
         if seed is not None:
