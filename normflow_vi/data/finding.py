@@ -19,7 +19,7 @@ from pathlib import Path
 from .decoders import File
 from .errors import DataError, DataNotFound, refusal
 from .sources import Layout, Source, known_files
-from ..utils.files import Busy, exclusive, sha256, sync_folder
+from ..utils.files import Busy, exclusive, sha256, sync_folder, user_path
 from ..utils.settings import project_root
 
 _log = logging.getLogger("normflow_vi")
@@ -64,10 +64,10 @@ def _search_places(folder: Path | str | None = None) -> list[Path]:
     """Where to search, in order: `folder` or else `$NORMFLOW_VI_DATA`, then `data/` of the
     checkout, if any.
     """
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and not user_path(folder).is_dir():
         raise NotADirectoryError(f"folder={str(folder)!r}: no such folder")
     given = folder if folder is not None else os.environ.get("NORMFLOW_VI_DATA")
-    places = [Path(given)] if given else []
+    places = [user_path(given)] if given else []
     try:
         places.append(project_root() / "data")
     except FileNotFoundError:

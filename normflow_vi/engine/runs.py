@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import stack_module_state, vmap
 
 from ..utils.checks import require
-from ..utils.modules import copy_into, named_tensors
+from ..utils.modules import call_with, copy_into, named_tensors
 
 # %% ../../nbs/90_engine/26_runs.ipynb #150c8109
 class OneRun:
@@ -53,7 +53,7 @@ class _Program(nn.Module):
     def call_with(self, parameters: dict, buffers: dict, *arguments):
         "The loss and the curves' tensors for given parameters and buffers, and the buffers afterwards."
         tensors = {f"model.{name}": t for name, t in (parameters | buffers).items()}
-        value, terms = functional_call(self, tensors, arguments)
+        value, terms = call_with(self, tensors, arguments)
         return value, terms, {name: tensors[f"model.{name}"] for name in buffers}
 
 # %% ../../nbs/90_engine/26_runs.ipynb #ecde7ef3

@@ -70,7 +70,13 @@ class LogMarginal:
 def _draw_log_weights(log_joint, posterior, samples, generator):
     "`log w` `(samples, batch)` in float64 for one block of draws."
     terms = draw_terms(log_joint, posterior, samples, generator)
-    return (joint(terms) - terms["log_q"]).double()
+    log_w = (joint(terms) - terms["log_q"]).double()
+    if log_w.dim() != 2:
+        raise ValueError(
+            f"posterior: log q of {samples} draws has shape {tuple(log_w.shape)}, "
+            "expected (draws, rows of x); one image without an axis for the batch is x[None]"
+        )
+    return log_w
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,28 @@ def select_rows(q: FlowDistribution, rows: slice) -> FlowDistribution:
 GROUP = 250  # images that are encoded at once
 
 
+def _call_posterior(posterior, group):
+    "`posterior(group)`; `ValueError` where it shows that `group` is one image in place of several."
+    advice = "one image without an axis for the batch is x[None]"
+    try:
+        q = posterior(group)
+    except (RuntimeError, ValueError) as error:
+        if group.dim() > 1:
+            raise
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"x: shape ({len(group)},) is that of {len(group)} numbers, which posterior(x) does not take "
+            f"({said}); {advice}"
+        ) from error
+    shape = getattr(q, "batch_shape", None)
+    if isinstance(q, FlowDistribution) and q.context is not None and shape != group.shape[:1]:
+        raise ValueError(
+            f"posterior: batch shape {tuple(shape)} for x of shape {tuple(group.shape)}, "
+            f"expected ({len(group)},); {advice}"
+        )
+    return q
+
+# %% ../../nbs/01_flows/47_evaluate.ipynb #10bdadce
 def iterate_posteriors(
     posterior: Callable[[Tensor], Posterior], x: Tensor, most: int
 ) -> Iterator[tuple[Tensor, Posterior]]:
@@ -176,7 +204,7 @@ def iterate_posteriors(
     each few.
     """
     for group in x.split(GROUP):
-        q: Any = posterior(group)
+        q: Any = _call_posterior(posterior, group)
         amortised = isinstance(q, FlowDistribution) and q.context is not None
         if amortised:
             q = precompute(q)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FitOptions', 'fit']
 
-# %% ../../nbs/01_flows/50_fit.ipynb #f904dd80
+# %% ../../nbs/01_flows/50_fit.ipynb #40116cf0
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -16,24 +17,40 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributions.constraints import Constraint
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import stack_module_state, vmap
 
 from ..engine.errors import NonFinite
 from ..engine.history import History
 from ..engine.optimizer import Optimizer
 from ..engine.trainer import Trainer
 from ..evaluate.diagnosis import risen
-from .checks import check_flow, check_log_density, check_samples, restore_on_error
+from normflow_vi.fitting.checks import (
+    check_flow,
+    check_log_density,
+    check_samples,
+    restore_on_error,
+    total_of,
+)
 from .fitted import Fit
-from .modes import MIXTURES, call_witness, check_base, find_modes, set_shares, total_of
+from .modes import MIXTURES, call_witness, check_base, find_modes, set_shares
 from .verdict import advise, rank_of
 from ..flows import Flow, FlowDistribution, draw_base
+from ..flows.bases import units_of
 from ..flows.placing import has_units, place_density, place_samples
+from ..flows.supports import describe_coarseness
 from ..flows.tracing import Step, density_steps, find_origin, sample_steps
 from ..objectives import Estimate, annealing, check_bound, estimate, renyi
 from ..objectives.gradients import check_posterior
 from ..utils.checks import check_choice, check_int, check_positive
-from ..utils.modules import copy_into, evaluating, fix_global_stream, named_tensors, unvalidated
+from normflow_vi.utils.modules import (
+    call_with,
+    copy_into,
+    evaluating,
+    fix_global_stream,
+    forked_stream,
+    named_tensors,
+    unvalidated,
+)
 from ..utils.patching import patch
 
 # %% ../../nbs/01_flows/50_fit.ipynb #b8ac84dc
@@ -106,22 +123,28 @@ def _check_share(validation):
             f"validation={validation!r}: expected a share of the samples, from 0 up to but not including 1"
         )
 
-# %% ../../nbs/01_flows/50_fit.ipynb #a57940f4
+# %% ../../nbs/01_flows/50_fit.ipynb #c275b365
 _WALL = 30.0  # nats by which the path's start is lowered where the target is zero
 
 
-def _log_start(x, dim):
-    "The log-density from which a fit sets out, `(N, D) -> (N,)` in nats."
-    return -0.5 * (x * x).sum(-1) - 0.5 * dim * math.log(2 * math.pi)
+_STANDARD = (torch.tensor(0.0), torch.tensor(1.0))  # location and scale of a standard normal base
 
 
-def annealed_target(q: Flow, log_density: Callable, beta: float | torch.Tensor) -> Callable:
+def _log_start(x, units):
+    "The log-density from which a fit sets out, `(N, D) -> (N,)` in nats: a normal one in the base's units."
+    loc, scale = units
+    white = (x - loc) / scale
+    return -0.5 * (white * white + math.log(2 * math.pi)).sum(-1) - scale.log().sum()
+
+
+def annealed_target(
+    q: Flow, log_density: Callable, beta: float | torch.Tensor, units: tuple = _STANDARD
+) -> Callable:
     "The target at `beta` of the path, in the flow's units, as a log-density of two parts `(N, D) -> (N,)`."
 
     def parts(x):
         z, log_det = q.place(x)
-        start = _log_start(x, q.dim)
-        value = total_of(log_density, z, log_det)
+        start, value = _log_start(x, units), log_density(z)
         target = torch.where(value == -math.inf, start - _WALL, value + log_det)
         if isinstance(beta, float) and beta == 1:
             return {"target": target}
@@ -129,13 +152,14 @@ def annealed_target(q: Flow, log_density: Callable, beta: float | torch.Tensor) 
 
     return parts
 
-# %% ../../nbs/01_flows/50_fit.ipynb #718f67f7
+# %% ../../nbs/01_flows/50_fit.ipynb #e1f064c3
 def density_loss(
     log_density: Callable,
     draws: int,
     anneal: int = 0,
     alpha: float = 1.0,
     gradient: str = "reparameterised",
+    units: tuple = _STANDARD,
 ) -> Callable:
     """Minus the bound `alpha` of `draws` draws, annealed over the first `anneal` updates, as a training loss.
 
@@ -144,7 +168,7 @@ def density_loss(
 
     def loss(q, batch, step, generator):
         beta = annealing(step, anneal, 0.01)
-        target = annealed_target(q, log_density, beta)
+        target = annealed_target(q, log_density, beta, units)
         posterior = FlowDistribution(q.base, q.transform)
         bound = renyi(target, posterior, alpha, draws, generator=generator, gradient=gradient)
         elbo = bound.terms["target"] / beta - bound.terms["log_q"]
@@ -218,7 +242,7 @@ class Goal(Protocol):
 
     def examine(self, fit: Fit) -> Fit: ...
 
-# %% ../../nbs/01_flows/50_fit.ipynb #a0c8493d
+# %% ../../nbs/01_flows/50_fit.ipynb #147ace79
 class DensityGoal:
     "A fit to an unnormalised log-density `(N, D) -> (N,)` in nats."
 
@@ -230,12 +254,13 @@ class DensityGoal:
         if options.modes == "all":
             check_base(q)
         check_log_density(q, log_density, options.restarts)
-        self.log_density, self.options = log_density, options
+        self.log_density, self.options = total_of(log_density), options
         self.log_z = getattr(log_density, "log_z", None) if options.log_z is None else options.log_z
         self.anneal = 0
         if options.anneal:
             self.anneal = _LEAST if options.steps is None else options.steps // 3
-        self.loss = density_loss(log_density, options.draws, self.anneal, options.alpha, options.gradient)
+        bound = options.draws, self.anneal, options.alpha, options.gradient, units_of(q.base, q.dim)
+        self.loss = density_loss(self.log_density, *bound)
 
     def find_units(self, q: Flow) -> None:
         "Set the units of the last step of a flow to those of the log-density; find its modes, if asked to."
@@ -244,6 +269,8 @@ class DensityGoal:
         elif self.options.place and not has_units(q.place):
             generator = torch.Generator(q.place.loc.device).manual_seed(self.options.seed)
             place_density(q.place, self.log_density, generator, base=q.base)
+        if advice := describe_coarseness(q.place):
+            warnings.warn(f"log_density: {advice}", stacklevel=6)
 
     def _find_modes(self, q):
         rows = find_modes(q, self.log_density, self.options.seed)
@@ -269,16 +296,15 @@ class DensityGoal:
         "What happens to them."
         return density_steps(q, self.log_density)
 
-# %% ../../nbs/01_flows/50_fit.ipynb #96e1d521
+# %% ../../nbs/01_flows/50_fit.ipynb #42d5fb5a
 @patch
 def judge(self: DensityGoal, q: Flow) -> Outcome:
     "Fresh draws from a trained flow and their log-weights."
     seed = self.options.seed + 1
-    with evaluating(q):
-        torch.manual_seed(seed)  # for a base that knows no generator; `fit` restores the global stream
+    with evaluating(q), forked_stream(seed=seed):  # the seed is for a base that knows no generator
         generator = torch.Generator(q.place.loc.device).manual_seed(seed)
         z, log_q = q.rsample_and_log_prob((self.options.evaluation_draws,), generator)
-        log_w = total_of(self.log_density, z, log_q) - log_q
+        log_w = self.log_density(z) - log_q
     return Outcome(estimate(log_w), z, log_w)
 
 
@@ -415,15 +441,14 @@ def retreat(self: _Settling, error: Exception, failures: list) -> bool:
         _give_up(self, self.seeds.index(error.seed))
     return True
 
-# %% ../../nbs/01_flows/50_fit.ipynb #5814d9ec
+# %% ../../nbs/01_flows/50_fit.ipynb #3c606e62
 def redraw_parameters(q: Flow, seed: int) -> Flow:
     """A copy of a flow with the starting values that `seed` gives.
 
     Each part draws its own, by `reset_parameters`; what is not trained is the same for all.
     """
     q = copy.deepcopy(q)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+    with forked_stream(seed=seed), torch.no_grad():
         for part in q.modules():
             trained = all(p.requires_grad for p in part.parameters())
             if trained and hasattr(part, "reset_parameters"):
@@ -438,7 +463,7 @@ def restarted_copies(q: Flow, restarts: int, seed: int) -> list[Flow]:
     others = [redraw_parameters(q, seed + r) for r in range(1, restarts)]
     return [copy.deepcopy(q), *others]
 
-# %% ../../nbs/01_flows/50_fit.ipynb #d71ec04e
+# %% ../../nbs/01_flows/50_fit.ipynb #32dc4a5a
 def _repeat_updates(trainer):
     """Repeat the updates since the last good state, up to the one that fails.
 
@@ -455,7 +480,7 @@ def _repeat_updates(trainer):
 
 
 class _FirstRows(nn.Module):
-    "What an update begins with, as the `forward` of a module: `functional_call` gives it other tensors."
+    "What an update begins with, as the `forward` of a module: `call_with` gives it other tensors."
 
     def __init__(self, q, goal, generator):
         super().__init__()
@@ -471,7 +496,7 @@ def _next_rows(trainer, goal):
     if len(runs) == 1:
         return runs[0]()[None]
     tensors = stack_module_state(runs)
-    return vmap(lambda *run: functional_call(runs[0], run, ()), randomness="different")(*tensors)
+    return vmap(lambda *run: call_with(runs[0], run, ()), randomness="different")(*tensors)
 
 # %% ../../nbs/01_flows/50_fit.ipynb #7230545c
 def _explain(error, trainer, goal):
@@ -586,7 +611,7 @@ def _conclude(q: Flow, trainer: _Settling, outcomes: list[Outcome], log_z) -> Fi
         log_likelihood=best.bound if best.log_w is None else None,
     )
 
-# %% ../../nbs/01_flows/50_fit.ipynb #e6a9dcca
+# %% ../../nbs/01_flows/50_fit.ipynb #f7884595
 def _pursue(q: Flow, goal: Goal, options: FitOptions) -> Fit:
     "Fit `q` towards a goal, from its units to its judgement."
     goal.find_units(q)
@@ -658,12 +683,11 @@ def _improve(q, log_density, options, result):
     _take_over(q, kept)
     return replace(best, q=q.eval())
 
-# %% ../../nbs/01_flows/50_fit.ipynb #6ca2b731
+# %% ../../nbs/01_flows/50_fit.ipynb #02b21bb9
 def _fit_undisturbed(q, log_density, samples, support, options):
     "`fit` from its own random stream; after an error the flow is what it was."
     _check_kind(log_density, samples, options)
-    with restore_on_error(q), torch.random.fork_rng():
-        torch.manual_seed(options.seed)
+    with restore_on_error(q), forked_stream(seed=options.seed):
         check_flow(q, support)
         return _fit_to(q, log_density, samples, options)
 

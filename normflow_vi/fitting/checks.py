@@ -6,15 +6,18 @@
 __all__ = []
 
 # %% ../../nbs/90_engine/36_fit_checks.ipynb #88198b43
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
-from ..flows import Flow, Place, in_support
+from ..flows import Flow, Place, has_density, in_support
+from ..flows.bases import at_least_single
 from ..objectives import parts_of
 from ..targets import Target
 from ..utils.checks import check_tensor, first_false
@@ -22,19 +25,21 @@ from ..utils.modules import copy_into, copy_tree, named_tensors
 
 # %% ../../nbs/90_engine/36_fit_checks.ipynb #add0d4b9
 def _explain_refusal(error, dim):
-    "What `parts_of`, or the user's function, says in its `ValueError`, as a message about `log_density`."
+    "What `parts_of`, or the user's function, says in its error, as a message about `log_density`."
     said = str(error).splitlines()[0]
     if str(error).startswith("log_joint"):
-        return said.replace("log_joint: log_joint", "log_density:", 1)
+        said = said.replace("log_joint: log_joint is", "log_density: its value is", 1)
+        return said.replace("log_joint: log_joint", "log_density:", 1).replace(
+            "log_joint:", "log_density:", 1
+        )
     advice = f"give support=... if the target lives on a part of R^{dim}"
     return f"log_density: {said.rstrip(':')}; {advice}"
 
 
 def _call_log_density(log_density, z, log_q):
-    """The values of `log_density` at `z`.
+    """The values of `log_density` at `z`; of one that returns parts, their sum.
 
-    One clear error if it cannot be called, changes `z`, or returns anything but one number a row with a
-    gradient.
+    One clear error if it cannot be called, changes `z`, or returns anything but one number a row.
     """
     version = z._version
     try:
@@ -43,13 +48,30 @@ def _call_log_density(log_density, z, log_q):
         raise ValueError(_explain_refusal(error, z.shape[-1])) from None
     if z._version != version:
         raise ValueError("log_density: changes its argument in place; work on a copy of z")
-    if not torch.is_grad_enabled():
-        raise ValueError("fit needs gradients and was called under torch.no_grad()")
-    if z.requires_grad and not values.requires_grad:
+    return values
+
+# %% ../../nbs/90_engine/36_fit_checks.ipynb #f06c5df2
+def _check_gradient(values, z):
+    """Raise `ValueError` for values that differ and carry no gradient.
+
+    Equal ones have none to carry: a uniform density.
+    """
+    if z.requires_grad and not values.requires_grad and (values != values[0]).any():
         raise ValueError(
             "log_density: its values carry no gradient; compute them from z with torch operations"
         )
-    return values
+
+
+def total_of(log_density: Callable) -> Callable:
+    "A log-density as a function to one tensor: one that returns parts by name becomes their sum."
+    if isinstance(log_density, Target):
+        return log_density
+
+    def total(z):
+        value = log_density(z)
+        return sum(value.values()) if isinstance(value, dict) else value
+
+    return total
 
 # %% ../../nbs/90_engine/36_fit_checks.ipynb #16c9ce6e
 def _check_finite_values(values, z):
@@ -82,7 +104,8 @@ def _check_vmap(log_density, z, restarts):
 def check_log_density(q: Flow, log_density: Callable, restarts: int) -> None:
     """Raise unless `log_density` maps draws of the untrained flow to finite values with a gradient.
 
-    The draws are `(64, D)`, the values `(64,)`; under `vmap` too, if there are restarts.
+    The draws are `(64, D)`, the values `(64,)`, or a dict of such parts; under `vmap` too, if there are
+    restarts. Values that are all equal, a uniform density, need no gradient.
     """
     if not callable(log_density):
         raise TypeError(
@@ -95,8 +118,13 @@ def check_log_density(q: Flow, log_density: Callable, restarts: int) -> None:
             f"and q draws vectors of {q.place.event_shape[0]}"
         )
     q.eval()  # a trial must not move running statistics
-    z, log_q = q().rsample_and_log_prob((64,))
-    _check_finite_values(_call_log_density(log_density, z, log_q), z)
+    generator = torch.Generator(q.place.loc.device).manual_seed(
+        0
+    )  # not torch's own: a thread may have lent it
+    z, log_q = q().rsample_and_log_prob((64,), generator)
+    values = _call_log_density(log_density, z, log_q)
+    _check_finite_values(values, z)
+    _check_gradient(values, z)
     if restarts > 1:
         _check_vmap(log_density, z, restarts)
 
@@ -127,6 +155,10 @@ def check_flow(q: Flow, support: Constraint | None) -> None:
         raise TypeError(f"q: expected a Flow, got {type(q).__name__}")
     if not any(p.requires_grad for p in q.parameters()):
         raise ValueError("q: has no parameters to train")
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in q.parameters()):
+        raise ValueError("q: fit needs gradients, and it was built or called under torch.inference_mode()")
+    if not torch.is_grad_enabled():
+        raise ValueError("fit needs gradients and was called under torch.no_grad()")
     if q.context_dim is not None:
         raise ValueError(f"q: has context_dim={q.context_dim}; fit takes a flow without a context")
     if support is None:
@@ -137,10 +169,40 @@ def check_flow(q: Flow, support: Constraint | None) -> None:
         raise ValueError(f"support={support}: q has the support {q.place.support} already")
 
 # %% ../../nbs/90_engine/36_fit_checks.ipynb #b9e7587a
+def _read_array(samples):
+    "A numpy array as a tensor; raises `TypeError` or `ValueError` for what has masked values or no numbers."
+    mask = np.ma.getmaskarray(samples)
+    if mask.dtype == bool and mask.any():  # an array with named fields is refused below
+        rows = mask.reshape(len(samples), -1).any(1).sum()
+        raise ValueError(
+            f"samples: {mask.sum()} of {samples.size} values, in {rows} of {len(samples)} rows, are masked; "
+            "leave these rows out, or fill the values in"
+        )
+    samples = np.ma.getdata(samples)
+    try:
+        return torch.from_numpy(np.ascontiguousarray(samples, samples.dtype.newbyteorder("=")))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"samples: expected an array of numbers, got dtype {samples.dtype}; "
+            "samples.astype(float) makes one"
+        ) from None
+
+
+def _check_dense(samples):
+    "Raise unless a tensor has a number in each place."
+    if isinstance(samples, torch.masked.MaskedTensor):
+        masked = int((~samples.get_mask()).sum())
+        raise ValueError(f"samples: {masked} of {samples.numel()} values are masked; leave their rows out")
+    if samples.layout != torch.strided:
+        raise TypeError(f"samples: expected a dense tensor, got {samples.layout}; use samples.to_dense()")
+
+# %% ../../nbs/90_engine/36_fit_checks.ipynb #fa000c74
 def _check_rows(q, samples) -> torch.Tensor:
     "Samples as a tensor of finite rows; raises `TypeError` or `ValueError` otherwise."
     if isinstance(samples, np.ndarray):
-        samples = torch.from_numpy(np.ascontiguousarray(samples))
+        samples = _read_array(samples)
+    if isinstance(samples, torch.Tensor):
+        _check_dense(samples)
     if isinstance(samples, tuple):
         raise TypeError(
             "samples: expected one tensor (N, D), got a tuple; a pair (samples, labels) has the samples first"
@@ -164,33 +226,117 @@ def _check_density(q):
     "Raise `ValueError` for a flow without a density at given points."
     if q.transform.inverse_kind == "none":
         raise ValueError("q: its transform has no inverse, so its density at samples is unknown")
-    support = getattr(getattr(q.base, "distribution", None), "support", None)
-    if support is None:
+    base = getattr(q.base, "distribution", None)
+    if not isinstance(base, Distribution):
         return
     for far in (-1e3, 1e3):
-        if not support.check(q.place.loc.new_full((q.dim,), far)).all():
+        if not has_density(base, q.place.loc.new_full((q.dim,), far)):
             raise ValueError(
-                f"q: its base lives on {support}, not on R^{q.dim}; put what is restricted into support="
+                f"q: its base lives on a part of R^{q.dim}: {base}; put what is restricted into support="
             )
+
+# %% ../../nbs/90_engine/36_fit_checks.ipynb #3454f4ab
+_LEVELS = 64  # by so many steps of a number format the middle half of a column must be apart, at least
+
+
+def _round_samples(q, samples):
+    """Samples in the flow's precision, at least single; raises `ValueError` where that is too little.
+
+    It is where rounding moves half of a column's values by a part of their spread (the median distance from
+    the median).
+    """
+    rounded = samples.to(at_least_single(q.place.loc))
+    unit = f"{rounded.dtype}; use a flow in double precision, q.double(), or other units"
+    if not rounded.isfinite().all():
+        row = first_false(rounded.isfinite().all(1))
+        raise ValueError(f"samples: {samples[row].tolist()} in row {row} is too large for {unit}")
+    exact = samples.double()
+    error = (rounded.to(exact) - exact).abs()
+    distance = (exact - exact.median(0).values).abs()
+    spread = torch.where((middle := distance.median(0).values) > 0, middle, distance.amax(0))
+    coarse = _LEVELS * error.median(0).values > spread
+    if coarse.any():
+        column = first_false(~coarse)
+        values = f"about {exact[:, column].median():.6g} with a spread of {spread[column]:.3g}"
+        raise ValueError(f"samples: column {column}, {values}, cannot be told apart in {unit}")
+    return rounded
+
+# %% ../../nbs/90_engine/36_fit_checks.ipynb #e2568224
+_MOST_COLUMNS = 1000  # beyond it, the time to look for planes is not taken
+
+
+def _check_varies(samples):
+    "Raise `ValueError` for a column with one value only."
+    constant = samples.amax(0) == samples.amin(0)
+    if constant.any():
+        column = first_false(~constant)
+        raise ValueError(
+            f"samples: column {column} is {samples[0, column].item():g} in every row, "
+            "and the likelihood has no maximum; leave it out"
+        )
+
+
+def _check_spans(x):
+    "Raise `ValueError` for rows `x` `(N, D)` in a plane of fewer dimensions, up to what precision can tell."
+    N, D = x.shape
+    if N <= D or not 1 < D <= _MOST_COLUMNS:
+        return
+    tolerance = 1e-10 if x.dtype == torch.float32 else 1e-14  # of squares
+    for rows in (x[: 4 * D + 1000], x):
+        z = rows.double() - rows.double().mean(0)
+        z = z / z.abs().amax(0).clamp(min=torch.finfo(z.dtype).tiny)
+        powers = torch.linalg.eigvalsh(z.mT @ z)
+        rank = int((powers > tolerance * powers[-1]).sum())
+        if rank == D:
+            return
+    raise ValueError(
+        f"samples: all rows lie in a plane of {rank} dimensions in R^{D}, and the likelihood has no maximum; "
+        f"leave out columns that follow from others, or fit {rank} coordinates of that plane"
+    )
+
+# %% ../../nbs/90_engine/36_fit_checks.ipynb #14fd8401
+def _warn_of_atoms(samples):
+    "Warn of values that come back so often that they are no draws from a density."
+    rows = samples[:10_000]
+    N = len(rows)
+    if N <= samples.shape[1]:
+        text = f"{N} rows in {samples.shape[1]} dimensions"
+        warnings.warn(
+            f"samples: {text}: a flow that mixes coordinates can fit them without end", stacklevel=7
+        )
+    for d, column in enumerate(rows.unbind(1) if N >= 20 else ()):
+        values, counts = column.unique(return_counts=True)
+        if 2 * len(values) < N or counts.max() >= max(10, 0.05 * N):
+            found = f"column {d} has {values[counts.argmax()]:g} in {int(counts.max())} of {N} rows"
+            text = (
+                f"samples: {found} ({len(values)} different values), and a density can rise there without end"
+            )
+            warnings.warn(f"{text}; to counts, add uniform noise between 0 and 1", stacklevel=7)
+            return
 
 # %% ../../nbs/90_engine/36_fit_checks.ipynb #05a3f53a
 def check_samples(q: Flow, samples: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """Samples as a tensor `(N, D)` of the flow's precision and device.
+    """Samples as a tensor `(N, D)` of the flow's precision (at least single) and device.
 
-    Raises `TypeError` or `ValueError` for anything but finite rows inside the support, and for a flow without
-    a density at them.
+    Raises `TypeError` or `ValueError` for anything but finite rows inside the support, as different as draws
+    from a density are, also in that precision, and for a flow without a density at them. Warns of values that
+    come back.
     """
     _check_density(q)
     samples = _check_rows(q, samples)
+    _check_varies(samples)
+    rounded = _round_samples(q, samples)
     inside = in_support(q.support, samples)
     if not inside.all():
         raise ValueError(f"samples: row {first_false(inside)} lies outside the support {q.support}")
-    x, _ = q.place.inverse(samples.to(q.place.loc))
+    x, _ = q.place.inverse(rounded)
     interior = x.isfinite().all(1)
     if not interior.all():
         where = "on the boundary of the support, which no draw reaches,"
         raise ValueError(f"samples: row {first_false(interior)} lies {where} {q.support}")
-    return samples.to(q.place.loc)
+    _check_spans(x)
+    _warn_of_atoms(rounded)
+    return rounded
 
 # %% ../../nbs/90_engine/36_fit_checks.ipynb #f18eab6f
 @contextmanager
@@ -210,5 +356,6 @@ def restore_on_error(q: Flow) -> Iterator[None]:
         if all(torch.equal(p, before[name]) for name, p in q.named_parameters()):
             q.place = place
             tensors = named_tensors(place)
-            copy_into({name: before[f"place.{name}"] for name in tensors}, tensors)
+            moved = {k: t for k, t in tensors.items() if not torch.equal(t, before[f"place.{k}"])}
+            copy_into({name: before[f"place.{name}"] for name in moved}, moved)
         raise

@@ -24,7 +24,8 @@ from ..engine.history import History
 from ..flows import FixedBase, Flow, Place, StandardNormal
 from ..objectives import Estimate
 from ..transforms.laws import Law
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, user_path
+from ..utils.modules import evaluating
 
 # %% ../../nbs/90_engine/37_fit_files.ipynb #664fb944
 _PLACES = (
@@ -134,6 +135,32 @@ def module_from_bytes(data: bytes, classes: Sequence[type] = ()) -> nn.Module:
     with torch.serialization.safe_globals(_known_names([*classes, *aliases])):
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
+# %% ../../nbs/90_engine/37_fit_files.ipynb #67705c7a
+def _try_draws(q):
+    "Three draws of a flow and their log-density from a fixed random stream, `(3, D + 1)`, on the CPU."
+    with torch.random.fork_rng(), evaluating(q):
+        torch.manual_seed(0)
+        z, log_q = q.rsample_and_log_prob((3,))
+    return torch.cat([z, log_q[:, None]], 1).cpu()
+
+
+def _check_comes_back(q, data):
+    "Raise `TypeError` if the flow in the bytes `data` of `module_to_bytes` does not draw as `q` does."
+    try:
+        own, again = _try_draws(q), _try_draws(q)
+    except Exception:
+        return  # a flow that does not draw cannot be told apart
+    classes = [pkgutil.resolve_name(name) for name in _unknown_names(data)]
+    try:
+        found = _try_draws(module_from_bytes(data, classes))
+    except Exception as error:
+        raise TypeError(
+            f"q cannot be saved: what comes back from the file does not draw ({error})"
+        ) from error
+    repeats = q.place.loc.device.type == "cpu" and torch.equal(own, again)
+    if repeats and not torch.allclose(own, found, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise TypeError("q cannot be saved: what comes back from the file draws something else")
+
 # %% ../../nbs/90_engine/37_fit_files.ipynb #3a9d5f28
 def _to_plain(item: Any) -> Any:
     "Arrays and estimates as tensors and dicts, which a checkpoint can hold."
@@ -168,13 +195,16 @@ FORMAT = 1  # of the files that are written
 def write_fields(path: str | Path, fields: dict, steps: int) -> Path:
     """Write the fields of a fit to one file, which appears whole or not at all; returns the path.
 
-    Raises `OSError`, which names path and size; `TypeError` for a flow that holds a function.
+    Raises `OSError`, which names path and size; `TypeError` for a flow that holds a function, or that would
+    not come back as it is.
     """
     state: dict[str, Any] = {"format": FORMAT}
     for name, value in fields.items():
         if name != "q":
             state[name] = _to_plain(value)
-    state["q"] = torch.frombuffer(bytearray(module_to_bytes(fields["q"])), dtype=torch.uint8)
+    saved = module_to_bytes(fields["q"])
+    _check_comes_back(fields["q"], saved)
+    state["q"] = torch.frombuffer(bytearray(saved), dtype=torch.uint8)
     data = pack(steps, state)
     try:
         return atomic_write(path, data)
@@ -182,11 +212,11 @@ def write_fields(path: str | Path, fields: dict, steps: int) -> Path:
         message = f"a fit of {len(data):,} bytes cannot be written ({error.strerror})"
         raise OSError(error.errno, message, str(path)) from error
 
-
+# %% ../../nbs/90_engine/37_fit_files.ipynb #ff733b2d
 def _read_state(path):
     "What a fit's file holds, undamaged and of this format, as tensors and plain values."
     try:
-        state = unpack(Path(path).read_bytes())[1]
+        state = unpack(user_path(path).read_bytes())[1]
     except Damaged as error:
         raise Damaged(f"{path} cannot be loaded as a fit: it is {error}") from error
     except ValueError as error:

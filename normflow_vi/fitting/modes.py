@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/01_flows/49_modes.ipynb #5c7ac944
+# %% ../../nbs/01_flows/49_modes.ipynb #a23f4992
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,22 +25,16 @@ from normflow_vi.flows import (
     fit_mixture,
 )
 from ..flows.placing import place_samples
-from ..objectives import parts_of
 from ..transforms import ContinuouslyIndexed
 from ..utils.modules import evaluating
 
-# %% ../../nbs/01_flows/49_modes.ipynb #e3a8aba9
-def total_of(log_density: Callable, z: Tensor, like: Tensor) -> Tensor:
-    "The log-density at `z`, `(N,)` in nats, the sum of its parts if it has any; `like`: of that shape."
-    return sum(parts_of(log_density, z, like).values())  # type: ignore[return-value]
-
-
+# %% ../../nbs/01_flows/49_modes.ipynb #b8c53c5c
 def log_in_units(q: Flow, log_density: Callable) -> Callable[[Tensor], Tensor]:
     "The log-density as one of the flow's coordinates before its last step, `(N, D) -> (N,)` in nats."
 
     def in_units(x):
         z, log_det = q.place(x)
-        return total_of(log_density, z, log_det) + log_det
+        return log_density(z) + log_det
 
     return in_units
 
@@ -58,7 +52,7 @@ def send_particles(q: Flow, log_density: Callable, seed: int, **how: Any) -> Par
             continue
     return None
 
-# %% ../../nbs/01_flows/49_modes.ipynb #2d8b4044
+# %% ../../nbs/01_flows/49_modes.ipynb #97b2af2f
 def _has_density(q: Flow) -> bool:
     "Whether the density of a flow at given points can be computed."
     bounded = any(isinstance(part, ContinuouslyIndexed) for part in q.modules())
@@ -88,7 +82,7 @@ def call_witness(q: Flow, log_density: Callable, z: Tensor, log_w: Tensor, seed:
         )
         return Witness(q.place(x)[0], seen, witness.barrier)
 
-# %% ../../nbs/01_flows/49_modes.ipynb #f93987d8
+# %% ../../nbs/01_flows/49_modes.ipynb #feefda91
 MIXTURES = (GaussianMixture, ProductMixture)
 _MAP: dict[str, Any] = {"particles": 2500, "moves": 3, "keep": 0.9}
 

@@ -6,11 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/90_engine/96_flows.ipynb #68752b71
-from .bases import FixedBase, StandardNormal, as_base, map_tensors
+from .bases import FixedBase, StandardNormal, as_base, has_density, in_support, map_tensors
 from .flow import Flow, FlowDistribution, draw_base
 from .many_indices import ManyIndices
 from .mixtures import GaussianMixture, ProductMixture, fit_mixture
-from .supports import Place, bijection_to, check_support, in_support, is_reachable
+from .supports import Place, bijection_to, check_support, is_reachable
 from ..transforms.factories import CIF, IAF, MAF, NICE, NSF, RealNVP
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "check_support",
     "draw_base",
     "fit_mixture",
+    "has_density",
     "in_support",
     "is_reachable",
     "map_tensors",

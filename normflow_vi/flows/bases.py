@@ -8,19 +8,34 @@ __all__ = ['StandardNormal']
 # %% ../../nbs/01_flows/27_bases.ipynb #4f90bbaf
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributions import Distribution, Transform, constraints, transform_to
-from torch.distributions.transforms import _InverseTransform
+from torch.distributions import (
+    Distribution,
+    Independent,
+    Transform,
+    TransformedDistribution,
+    constraints,
+    transform_to,
+)
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, _InverseTransform
 
 from ..utils.checks import check_int
+from ..utils.modules import lent_stream
+
+# %% ../../nbs/01_flows/27_bases.ipynb #b3300ca0
+def at_least_single(tensor: torch.Tensor) -> torch.Tensor:
+    "A floating-point tensor in single precision, or in its own if that is higher; others as they are."
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 # %% ../../nbs/01_flows/27_bases.ipynb #0b7e2f41
 class StandardNormal(nn.Module):
-    """`N(0, I)` on `R^dim`, on the device and in the precision of the module.
+    """`N(0, I)` on `R^dim`, on the device and in the precision of the module, at least single precision.
 
     >>> base = StandardNormal(2)
     >>> round(base.log_prob(torch.zeros(2)).item(), 4)  # -log(2 pi), in nats
@@ -36,13 +51,22 @@ class StandardNormal(nn.Module):
 
     def rsample(self, shape: tuple, generator: torch.Generator | None = None) -> torch.Tensor:
         "Draws `(*shape, dim)`."
-        like: dict[str, Any] = dict(dtype=self.origin.dtype, device=self.origin.device)
+        origin = at_least_single(self.origin)
+        like: dict[str, Any] = dict(dtype=origin.dtype, device=origin.device)
         return torch.randn(*shape, self.dim, generator=generator, **like)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         "`-(|z|^2 + dim log 2 pi) / 2` in nats, `(..., dim) -> (...)`."
+        z = at_least_single(z)
         squares = (z * z).sum(-1)
         return -0.5 * (squares + self.dim * math.log(2 * math.pi))
+
+# %% ../../nbs/01_flows/27_bases.ipynb #b423d86c
+class KeptInverse(_InverseTransform):
+    "The inverse of a torch transform, also after it was copied, pickled or saved."
+
+    def __getstate__(self):
+        return super().__getstate__() | {"_inv": self._inv}  # torch puts None there
 
 # %% ../../nbs/01_flows/27_bases.ipynb #3863aa30
 def _map_items(items: dict, fn: Callable) -> tuple[dict, bool]:
@@ -63,7 +87,7 @@ def map_tensors(part: Any, fn: Callable) -> Any:
         mapped, changed = _map_items(dict(enumerate(part)), fn)
         return type(part)(mapped.values()) if changed else part
     if isinstance(part, _InverseTransform):
-        return map_tensors(part.inv, fn).inv
+        return KeptInverse(map_tensors(part.inv, fn))
     if not isinstance(part, (Distribution, Transform, constraints.Constraint)):
         return part
     fields = dict(vars(part))
@@ -89,6 +113,89 @@ def mask_outside(
     substituted = torch.where(outside[..., None], interior, value)
     return log_prob(substituted).masked_fill(outside, -math.inf)
 
+# %% ../../nbs/01_flows/27_bases.ipynb #7f4a314e
+def list_parts(support: constraints.Constraint) -> list[tuple[constraints.Constraint, int]]:
+    """The parts of a constraint made by `cat` or `stack`, each with its number of coordinates, or `[]`.
+
+    They lie side by side along the last axis of a vector; the `dim` that torch counts among all axes is
+    not used.
+    """
+    if isinstance(support, constraints.independent) and support.reinterpreted_batch_ndims == 1:
+        return list_parts(support.base_constraint)
+    if isinstance(support, constraints.cat):
+        return list(zip(support.cseq, support.lengths, strict=True))
+    if isinstance(support, constraints.stack) and not any(part.event_dim for part in support.cseq):
+        return [(part, 1) for part in support.cseq]
+    return []
+
+
+def in_support(support: constraints.Constraint, z: torch.Tensor) -> torch.Tensor:
+    "Whether vectors `z` `(..., D)` lie in a support, `(...)`."
+    if parts := list_parts(support):
+        values = z.split([length for _, length in parts], -1)
+        answers = [in_support(part, value) for (part, _), value in zip(parts, values, strict=True)]
+        return torch.stack(answers).all(0)
+    if isinstance(support, type(constraints.simplex)):
+        rounding = torch.finfo(z.dtype).eps * z.shape[-1] ** 0.5
+        off = (z.sum(-1) - 1).abs()
+        return (z >= 0).all(-1) & (off <= max(1e-6, rounding))  # torch allows 1e-6
+    inside = support.check(z)
+    return inside if support.event_dim else inside.all(-1)
+
+# %% ../../nbs/01_flows/27_bases.ipynb #0c52347b
+def _list_steps(transform):
+    "The steps of a torch transform, first to last; none of them is a composition."
+    if isinstance(transform, ComposeTransform):
+        return [step for part in transform.parts for step in _list_steps(part)]
+    if isinstance(transform, IndependentTransform):
+        return _list_steps(transform.base_transform)
+    if isinstance(transform, _InverseTransform):
+        steps = _list_steps(transform.inv)
+        return [transform] if steps == [transform.inv] else [step.inv for step in reversed(steps)]
+    return [transform]
+
+
+def _unfold(distribution):
+    """A torch distribution as `(start, steps)`: steps that are applied to draws of `start`.
+
+    A class with a `log_prob` of its own knows where it lives, and is not taken apart.
+    """
+    steps: list = []
+    while True:
+        if isinstance(distribution, Independent):
+            distribution = distribution.base_dist
+        elif getattr(type(distribution), "log_prob", None) is TransformedDistribution.log_prob:
+            steps = [step for T in distribution.transforms for step in _list_steps(T)] + steps
+            distribution = distribution.base_dist
+        else:
+            return distribution, steps
+
+# %% ../../nbs/01_flows/27_bases.ipynb #c8ccebd2
+def has_density(distribution: Distribution, z: torch.Tensor) -> torch.Tensor:
+    "Whether a torch distribution of vectors has a density at `z` `(..., D)`, `(...)`; nan has none."
+    start, steps = _unfold(distribution)
+    batch = z.dim() - 1
+
+    def ask(constraint, value):
+        answers = in_support(constraint, value) if constraint.event_dim else constraint.check(value)
+        return answers[..., None].flatten(batch).all(-1)
+
+    inside = z.isfinite().all(-1)
+    for step in reversed(steps):
+        inside = inside & ask(step.codomain, z)
+        z = step.inv(z)
+        inside = inside & ask(step.domain, z) & z.isfinite()[..., None].flatten(batch).all(-1)
+    return inside & ask(start.support, z)
+
+
+def interior_point(distribution: Distribution, like: torch.Tensor) -> torch.Tensor:
+    "A vector at which a torch distribution has a density, in the precision of `like`."
+    start, steps = _unfold(distribution)
+    z = transform_to(start.support)(like.new_zeros(start.batch_shape + start.event_shape))
+    for step in steps:
+        z = step(z)
+    return z.to(like)
+
 # %% ../../nbs/01_flows/27_bases.ipynb #0204970f
 class _BatchedDraw(torch.autograd.Function):
     """Draws of a torch distribution, by a call that is made once for all runs of a batched program.
@@ -97,8 +204,9 @@ class _BatchedDraw(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(origin, distribution, shape):
-        return distribution.sample(shape)
+    def forward(origin, distribution, shape, generator):
+        with lent_stream(generator):
+            return distribution.sample(shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -106,48 +214,90 @@ class _BatchedDraw(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *slopes):
-        return None, None, None
+        return None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, origin, distribution, shape):
-        return distribution.sample((info.batch_size, *shape)), 0
+    def vmap(info, in_dims, origin, distribution, shape, generator):
+        with lent_stream(generator):
+            return distribution.sample((info.batch_size, *shape)), 0
 
 # %% ../../nbs/01_flows/27_bases.ipynb #c32acc0b
 class FixedBase(nn.Module):
     """A distribution of `torch.distributions` with event shape `(dim,)` as a base.
 
-    It is not trained, and it draws from the global generator.
+    It is not trained, and it draws in single precision or the module's if that is higher.
     """
 
     def __init__(self, distribution: Distribution):
         super().__init__()
-        self.distribution = map_tensors(distribution, torch.clone)
+        self.distribution = map_tensors(distribution, lambda tensor: at_least_single(tensor).clone())
         self.register_buffer("origin", torch.zeros(()), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        self.distribution = map_tensors(self.distribution, fn)
+        self.distribution = map_tensors(self.distribution, lambda tensor: at_least_single(fn(tensor)))
         return super()._apply(fn, recurse)
-
-    def __deepcopy__(self, memo):
-        twin = FixedBase(self.distribution)  # torch's own copy of an inverse transform does not work
-        twin.origin = self.origin.clone()
-        return twin.train(self.training)
 
     def extra_repr(self) -> str:
         return repr(self.distribution)
 
     def rsample(self, shape: tuple, generator: torch.Generator | None = None) -> torch.Tensor:
-        "Draws `(*shape, dim)`; `generator` is not used."
-        return _BatchedDraw.apply(self.origin, self.distribution, tuple(shape))
+        "Draws `(*shape, dim)`; on a GPU they come from the global generator all the same."
+        return _BatchedDraw.apply(self.origin, self.distribution, tuple(shape), generator)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
-        "The log-density in nats, `(..., dim) -> (...)`; minus infinity outside the distribution's support."
-        support = self.distribution.support
-        inside = support.check(z)
-        if not support.event_dim:
-            inside = inside.all(-1)
-        interior = transform_to(support)(z.new_zeros(z.shape[-1])).to(z)
+        "The log-density in nats, `(..., dim) -> (...)`; minus infinity where the distribution does not live."
+        z = at_least_single(z)
+        with torch.no_grad():
+            inside = has_density(self.distribution, z)
+            interior = interior_point(self.distribution, z)
         return mask_outside(self.distribution.log_prob, z, inside, interior)
+
+# %% ../../nbs/01_flows/27_bases.ipynb #79279c06
+@torch.no_grad()
+def units_of(base: nn.Module, dim: int, draws: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Location and scale of a base's coordinates, `(dim,)` each: exactly 0 and 1 for `N(0, I)`.
+
+    They are the median and half the distance of the quantiles that a normal has at one standard deviation
+    from it. A coordinate that does not vary has the scale 1. Its draws have a stream of their own.
+    """
+    like = next(iter((*base.parameters(), *base.buffers())), torch.zeros(()))
+    like = at_least_single(like)
+    if isinstance(base, StandardNormal):
+        return like.new_zeros(dim), like.new_ones(dim)
+    z = base.rsample((draws,), torch.Generator(like.device).manual_seed(0))
+    low, middle, high = z.quantile(z.new_tensor([0.1587, 0.5, 0.8413]), 0)
+    scale = (high - low) / 2
+    return middle, torch.where(scale > 0, scale, 1.0)
+
+# %% ../../nbs/01_flows/27_bases.ipynb #db076935
+def _iterate_parts(part: Any) -> Iterator[Any]:
+    "A torch distribution, transform or constraint, and everything of that kind, or a tensor, in it."
+    yield part
+    if type(part) in (list, tuple):
+        inner = part
+    elif isinstance(part, _InverseTransform):
+        inner = [part.inv]
+    elif isinstance(part, (Distribution, Transform, constraints.Constraint)):
+        inner = [value for name, value in vars(part).items() if name != "_inv"]  # that leads back
+    else:
+        return
+    for item in inner:
+        yield from _iterate_parts(item)
+
+
+def _check_untrained(name, given):
+    "Raise unless a torch distribution is one that needs no training."
+    for part in _iterate_parts(given):
+        if hasattr(part, "rsample_and_log_prob"):
+            raise TypeError(
+                f"{name}: got q(), the distribution of a flow, which would be neither trained nor saved; "
+                f"give the flow itself, {name}=q"
+            )
+        if isinstance(part, torch.Tensor) and part.requires_grad:
+            raise ValueError(
+                f"{name}: {given} has a parameter that requires a gradient, "
+                "and a distribution is not trained; detach it, or put an Affine layer in front"
+            )
 
 # %% ../../nbs/01_flows/27_bases.ipynb #3beb805c
 def as_base(name: str, given: nn.Module | Distribution | None, dim: int) -> nn.Module:
@@ -158,16 +308,18 @@ def as_base(name: str, given: nn.Module | Distribution | None, dim: int) -> nn.M
     """
     if given is None:
         return StandardNormal(dim)
-    context_dim, support = (getattr(given, attribute, None) for attribute in ("context_dim", "support"))
+    context_dim = getattr(given, "context_dim", None)
     if context_dim is not None:
         raise ValueError(f"{name}: expected a flow without a context, got context_dim={context_dim}")
     if isinstance(given, nn.Module):
+        support = getattr(given, "support", None)
         if support not in (None, constraints.real_vector):
             raise ValueError(f"{name}: expected a flow on R^{dim}, got one on {support}")
         if hasattr(given, "log_prob") and getattr(given, "dim", None) == dim:
             return given
     if not isinstance(given, Distribution):
         raise TypeError(f"{name}: expected a distribution on R^{dim}, got {type(given).__name__}")
+    _check_untrained(name, given)
     if given.event_shape != (dim,) or given.batch_shape != () or not given.has_rsample:
         raise ValueError(f"{name}: expected event shape ({dim},), no batch shape and an rsample, got {given}")
     return FixedBase(given)

@@ -6,7 +6,9 @@
 __all__ = ['FlowDistribution', 'Flow']
 
 # %% ../../nbs/01_flows/30_flow.ipynb #59984346
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from .bases import as_base, mask_outside
 from .supports import Place, bijection_to, is_reachable
 from ..transforms.base import Combinator, Transform, check_transform
 from ..utils.checks import check_tensor
+from ..utils.modules import without_autocast
 from ..utils.patching import patch
 
 # %% ../../nbs/01_flows/30_flow.ipynb #3694de48
@@ -31,6 +34,44 @@ def draw_base(
         return base.rsample_and_log_prob(shape, generator)
     z0 = base.rsample(shape, generator)
     return z0, base.log_prob(z0)
+
+# %% ../../nbs/01_flows/30_flow.ipynb #be492f80
+def _is_exchanged(new, old):
+    "Whether a buffer is another tensor, and not the old one in another precision or place."
+    return new is not None and new is not old and (new.dtype, new.device) == (old.dtype, old.device)
+
+
+class Held:
+    "A module with the tensors that it has now: `module` is a module with these, whatever it is given later."
+
+    def __init__(self, module: nn.Module):
+        self.given, kinds = module, ("_parameters", "_buffers")
+        self.parts = [(part, [dict(vars(part)[kind]) for kind in kinds]) for part in module.modules()]
+
+    def _is_changed(self):
+        "Whether a parameter is another tensor; without parameters, a buffer (layers may move theirs)."
+        parameters = [(part._parameters, held) for part, (held, _) in self.parts if held]
+        if parameters:
+            return any(new.get(name) is not old for new, held in parameters for name, old in held.items())
+        buffers = [(part._buffers, held) for part, (_, held) in self.parts if held]
+        return any(_is_exchanged(new.get(name), old) for new, held in buffers for name, old in held.items())
+
+    @property
+    def module(self) -> nn.Module:
+        "The module itself while it has those tensors, later a copy with them."
+        if self._is_changed():
+            self.given, self.parts = self._copy(self.given, dict(self.parts)), []
+        return self.given
+
+    def _copy(self, module, tensors):
+        twin = copy.copy(module)
+        twin._parameters, twin._buffers = tensors[module]
+        twin._modules = {k: part and self._copy(part, tensors) for k, part in module._modules.items()}
+        return twin
+
+
+def _module_of(part):
+    return part.module if isinstance(part, Held) else part
 
 # %% ../../nbs/01_flows/30_flow.ipynb #ad2c2dba
 class FlowDistribution(Distribution):
@@ -50,13 +91,27 @@ class FlowDistribution(Distribution):
         context: torch.Tensor | None = None,
         place: Place | None = None,
     ):
-        self.base, self.transform, self.context, self.place = base, transform, context, place
+        self._base: Any = base
+        self._transform: Any = transform
+        self._place: Any = place
+        self.context = context
         if place is not None and place.support is not None:
             self.support = place.support
         batch_shape = torch.Size() if context is None else context.shape[:-1]
         event_shape = torch.Size([transform.dim]) if place is None else place.event_shape
         super().__init__(batch_shape, event_shape, validate_args=False)
 
+    def hold(self) -> "FlowDistribution":
+        "Keep the tensors of the parts as they are now; returns itself."
+        self._base, self._transform = Held(self._base), Held(self._transform)
+        self._place = self._place and Held(self._place)
+        return self
+
+    base = property(lambda self: _module_of(self._base))
+    transform = property(lambda self: _module_of(self._transform))
+    place = property(lambda self: _module_of(self._place))
+
+    @without_autocast
     def rsample_and_log_prob(
         self, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,6 +145,7 @@ def _log_density(self: FlowDistribution, value, generator):
 
 
 @patch
+@without_autocast
 def log_prob(
     self: FlowDistribution, value: torch.Tensor, generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -105,6 +161,34 @@ def log_prob(
         interior = bijection_to(support)(value.new_zeros(self.transform.dim)).to(value)
     reachable = is_reachable(support, value.detach())
     return mask_outside(lambda z: self._log_density(z, generator), value, reachable, interior)
+
+# %% ../../nbs/01_flows/30_flow.ipynb #30f6eba2
+_FROM_DRAWS = {
+    "mean": "q.sample((10_000,)).mean(0)",
+    "variance": "q.sample((10_000,)).var(0)",
+    "stddev": "q.sample((10_000,)).std(0)",
+    "mode": "the draw of q.rsample_and_log_prob((10_000,)) with the largest log-density",
+    "entropy": "-q.rsample_and_log_prob((10_000,))[1].mean(0)",
+    "perplexity": "the exponential of the entropy, -q.rsample_and_log_prob((10_000,))[1].mean(0)",
+    "cdf": "the share of draws q.sample((10_000,)) below the value",
+    "icdf": "q.sample((10_000,)).quantile(u, 0)",
+    "expand": "a context of that batch shape, or q.sample with that shape",
+    "enumerate_support": "q.sample((10_000,))",
+}
+
+
+def _refuse(name):
+    "A method that says where to get `name` from."
+
+    def refuse(self: FlowDistribution, *given: Any, **named: Any) -> NoReturn:
+        raise NotImplementedError(f"{name}: a flow has no closed form for it; use {_FROM_DRAWS[name]}")
+
+    return refuse
+
+
+for _name in _FROM_DRAWS:
+    _is_property = isinstance(getattr(Distribution, _name), property)
+    setattr(FlowDistribution, _name, property(_refuse(_name)) if _is_property else _refuse(_name))
 
 # %% ../../nbs/01_flows/30_flow.ipynb #b165a927
 class Flow(nn.Module):
@@ -153,6 +237,11 @@ class Flow(nn.Module):
 
     def forward(self, context: torch.Tensor | None = None) -> FlowDistribution:
         "The distribution `q()`, or those given each row of a context `(..., context_dim)`."
+        q = self._with(context)
+        return q if torch.compiler.is_compiling() else q.hold()
+
+    def _with(self, context=None):
+        "The same, of whatever tensors the flow has when it is used."
         if (context is None) != (self.context_dim is None):
             got = "none" if context is None else "one"
             raise ValueError(f"context: got {got}, but this flow has context_dim={self.context_dim}")
@@ -166,7 +255,7 @@ def rsample_and_log_prob(
     self: Flow, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Reparameterised draws `(*sample, D)` and their log-density `(*sample)` in nats, in one pass."
-    return self().rsample_and_log_prob(sample_shape, generator)
+    return self._with().rsample_and_log_prob(sample_shape, generator)
 
 
 @patch
@@ -174,7 +263,7 @@ def rsample(
     self: Flow, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
 ) -> torch.Tensor:
     "Reparameterised draws `(*sample, D)`."
-    return self().rsample(sample_shape, generator)
+    return self._with().rsample(sample_shape, generator)
 
 
 @patch
@@ -182,7 +271,7 @@ def sample(
     self: Flow, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
 ) -> torch.Tensor:
     "Draws `(*sample, D)` without a gradient."
-    return self().sample(sample_shape, generator)
+    return self._with().sample(sample_shape, generator)
 
 
 @patch  # type: ignore[no-redef]
@@ -190,4 +279,4 @@ def log_prob(  # noqa: F811
     self: Flow, value: torch.Tensor, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     "`log q(value)` in nats, `(..., D) -> (...)`; see `FlowDistribution.log_prob`."
-    return self().log_prob(value, generator)
+    return self._with().log_prob(value, generator)

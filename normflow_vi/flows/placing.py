@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/01_flows/46_placing.ipynb #165ef7b4
+# %% ../../nbs/01_flows/46_placing.ipynb #4129e599
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from .bases import StandardNormal
 from .flow import draw_base
-from .supports import Place
+from .supports import Place, mean_and_spread
 
 # %% ../../nbs/01_flows/46_placing.ipynb #f8a1a91e
 _HEATS = (0.1, 0.3)  # powers h of the density, the warmest first
@@ -165,7 +165,7 @@ def place_density(
         place.scale.copy_(math.sqrt(h) * log_scale.exp())
         place.loc.copy_(loc - place.scale * centre)
 
-# %% ../../nbs/01_flows/46_placing.ipynb #0e52510d
+# %% ../../nbs/01_flows/46_placing.ipynb #8c17642e
 def place_samples(place: Place, samples: torch.Tensor) -> None:
     """Set the units of a `Place` to the mean and standard deviation of samples `(N, D)`.
 
@@ -178,7 +178,6 @@ def place_samples(place: Place, samples: torch.Tensor) -> None:
     """
     with torch.no_grad():
         x, _ = place.inverse(samples)
-        loc = (place.loc + place.scale * x).mean(0)
-        scale = place.scale * x.std(0, correction=0)
+        loc, scale = mean_and_spread(place.loc.double() + place.scale.double() * x)
         place.loc.copy_(loc)
         place.scale.copy_(torch.where(scale > 0, scale, 1.0))

@@ -10,28 +10,45 @@ import torch
 from torch import nn
 from torch.distributions import Transform, biject_to, constraints
 
-from .bases import map_tensors
+from .bases import at_least_single, in_support, list_parts, map_tensors
 
 # %% ../../nbs/01_flows/28_supports.ipynb #2354751b
+class SideBySide(Transform):
+    "Bijections of vectors side by side: each takes numbers of its own, `maps[i]` to `outputs[i]` numbers."
+
+    bijective, domain, codomain = True, constraints.real_vector, constraints.real_vector
+
+    def __init__(self, maps: list[Transform], outputs: list[int]):
+        super().__init__()
+        self.maps, self.outputs = maps, outputs
+        pairs = zip(maps, outputs, strict=True)
+        self.inputs = [T.inverse_shape(torch.Size([length]))[0] for T, length in pairs]
+
+    def _call(self, x):
+        return torch.cat([T(part) for T, part in zip(self.maps, x.split(self.inputs, -1), strict=True)], -1)
+
+    def _inverse(self, y):
+        parts = zip(self.maps, y.split(self.outputs, -1), strict=True)
+        return torch.cat([T.inv(part) for T, part in parts], -1)
+
+    def log_abs_det_jacobian(self, x, y):
+        parts = zip(self.maps, x.split(self.inputs, -1), y.split(self.outputs, -1), strict=True)
+        return torch.stack([T.log_abs_det_jacobian(one, other) for T, one, other in parts]).sum(0)
+
+    def forward_shape(self, shape):
+        return torch.Size([*shape[:-1], sum(self.outputs)])
+
+    def inverse_shape(self, shape):
+        return torch.Size([*shape[:-1], sum(self.inputs)])
+
+# %% ../../nbs/01_flows/28_supports.ipynb #6e2ac4e5
 def bijection_to(support: constraints.Constraint) -> Transform:
-    "Torch's bijection from `R^dim` onto a constraint on vectors; one on numbers holds for each coordinate."
+    "The bijection from `R^dim` onto a constraint on vectors; one on numbers holds for each coordinate."
+    if parts := list_parts(support):
+        return SideBySide([bijection_to(part) for part, _ in parts], [length for _, length in parts])
     if not support.event_dim:
         support = constraints.independent(support, 1)
     return biject_to(support)
-
-
-def in_support(support: constraints.Constraint, z: torch.Tensor) -> torch.Tensor:
-    "Whether vectors `z` `(..., D)` lie in a support, `(...)`."
-    if isinstance(support, constraints.cat):
-        parts = zip(support.cseq, z.split(support.lengths, -1), strict=True)
-        answers = [in_support(part, coordinates) for part, coordinates in parts]
-        return torch.stack(answers).all(0)
-    if isinstance(support, type(constraints.simplex)):
-        rounding = torch.finfo(z.dtype).eps * z.shape[-1] ** 0.5
-        off = (z.sum(-1) - 1).abs()
-        return (z >= 0).all(-1) & (off <= max(1e-6, rounding))  # torch allows 1e-6
-    inside = support.check(z)
-    return inside if support.event_dim else inside.all(-1)
 
 
 def is_reachable(support: constraints.Constraint, z: torch.Tensor) -> torch.Tensor:
@@ -40,8 +57,13 @@ def is_reachable(support: constraints.Constraint, z: torch.Tensor) -> torch.Tens
 
 # %% ../../nbs/01_flows/28_supports.ipynb #bfae91a4
 def _maps_onto(support, dim):
-    "Whether torch's bijection takes one vector of `R^dim` to a finite one, with one log-determinant."
+    "Whether the bijection takes one vector of `R^dim` to a finite one, with one log-determinant."
     T, zero = bijection_to(support), torch.zeros(dim)
+    if isinstance(T, SideBySide) and (sum(T.inputs) != dim or 0 in T.inputs):
+        raise ValueError(
+            f"its parts, of {T.outputs} coordinates, take {T.inputs} numbers: give cat lengths=[...], "
+            "how many coordinates each part has; a simplex of n takes n - 1"
+        )
     if support.is_discrete or support.event_dim >= 2:
         return False
     z = T(zero)
@@ -102,8 +124,9 @@ class Place(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "`z` and `log |det dz/dx|`."
-        y = self.loc + self.scale * x
-        log_det = self.scale.log().sum(-1).expand(x.shape[:-1])
+        loc, scale = at_least_single(self.loc), at_least_single(self.scale)
+        y = loc + scale * x
+        log_det = scale.log().sum(-1).expand(x.shape[:-1])
         if self.support is None:
             return y, log_det
         T = bijection_to(self.support)
@@ -113,10 +136,46 @@ class Place(nn.Module):
     def inverse(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "`x` and `log |det dx/dz|`."
         log_det: torch.Tensor | float
-        y, log_det = z, 0.0
+        loc, scale = at_least_single(self.loc), at_least_single(self.scale)
+        y, log_det = at_least_single(z), 0.0
         if self.support is not None:
             T = bijection_to(self.support)
+            z = y
             y = T.inv(z)
             log_det = -T.log_abs_det_jacobian(y, z)
-        x = (y - self.loc) / self.scale
-        return x, log_det - self.scale.log().sum(-1).expand(y.shape[:-1])
+        x = (y - loc) / scale
+        return x, log_det - scale.log().sum(-1).expand(y.shape[:-1])
+
+# %% ../../nbs/01_flows/28_supports.ipynb #8a9fe369
+def mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each column of `x` `(N, D)`, in double precision.
+
+    Squares of large numbers do not overflow, and those of small ones do not vanish.
+
+    >>> mean, spread = mean_and_spread(torch.tensor([[1e200], [3e200]], dtype=torch.float64))
+    >>> round(mean.item() / 1e200, 6), round(spread.item() / 1e200, 6)
+    (2.0, 1.0)
+    """
+    x = x.double()
+    size = x.abs().amax(0)
+    size = torch.where(size > 0, size, 1.0)
+    x = x / size
+    return size * x.mean(0), size * x.std(0, correction=0)
+
+
+def describe_coarseness(place: Place, levels: int = 64) -> str | None:
+    """What is wrong with the units of a `Place` in its number format, with advice; `None` if nothing is.
+
+    It is where draws would differ in fewer than `levels` steps of the format within one scale.
+    """
+    loc, scale = at_least_single(place.loc), at_least_single(place.scale)
+    if place.support is not None or not (loc.isfinite() & scale.isfinite()).all():
+        return None
+    found = levels * torch.finfo(loc.dtype).eps * loc.abs() > scale
+    if not found.any():
+        return None
+    d = int(found.int().argmax())
+    return (
+        f"coordinate {d} is about {loc[d]:.6g} with a spread of {scale[d]:.3g}, which {loc.dtype} "
+        "cannot resolve; use a flow in double precision, q.double(), or subtract what is common"
+    )

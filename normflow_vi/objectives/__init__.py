@@ -69,7 +69,7 @@ LogJoint = Callable[[Tensor], Tensor | dict[str, Tensor]]
 def parts_of(log_joint: LogJoint, z: Tensor, log_q: Tensor) -> dict[str, Tensor]:
     """`log_joint(z)` as parts by name, each of the shape of `log_q`, in nats.
 
-    Raises `ValueError` for no parts, a part called `log_q`, and a part of another shape.
+    Raises `ValueError` for no parts, a part called `log_q`, and a part that is no tensor or of another shape.
     """
     parts = log_joint(z)
     if not isinstance(parts, dict):
@@ -79,10 +79,15 @@ def parts_of(log_joint: LogJoint, z: Tensor, log_q: Tensor) -> dict[str, Tensor]
             f"log_joint: expected at least one part, none of them called log_q, got {sorted(parts)}"
         )
     for name, part in parts.items():
-        shape = getattr(part, "shape", type(part).__name__)
-        if shape != log_q.shape:
+        if not isinstance(part, Tensor):
+            kind = f"{type(part).__module__}.{type(part).__qualname__}".removeprefix("builtins.")
             raise ValueError(
-                f"log_joint: {name} has shape {shape} for z of shape {tuple(z.shape)}; "
+                f"log_joint: {name} is {kind}; expected a tensor of shape {tuple(log_q.shape)}, "
+                "computed from z by torch operations, which carry the gradient"
+            )
+        if part.shape != log_q.shape:
+            raise ValueError(
+                f"log_joint: {name} has shape {part.shape} for z of shape {tuple(z.shape)}; "
                 f"expected {tuple(log_q.shape)}"
             )
     return parts

@@ -12,10 +12,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..flows import Flow, FlowDistribution
 from ..transforms.batchnorm import BatchNorm
+from ..utils.modules import call_with
 
 
 class Posterior(Protocol):
@@ -61,7 +61,7 @@ def stopped_log_prob(posterior: Posterior, z: Tensor) -> Tensor:
     density = _Density(q)
     fixed = {name: parameter.detach() for name, parameter in density.named_parameters()}
     context = None if q.context is None else q.context.detach()
-    return functional_call(density, fixed, (z, context))
+    return call_with(density, fixed, (z, context))
 
 # %% ../../nbs/01_flows/40_gradients.ipynb #e369fad9
 _NEED = "sticking-the-landing and doubly-reparameterised gradients evaluate log q again at the draws"

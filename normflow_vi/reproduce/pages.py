@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from normflow_vi.reproduce import status
-from normflow_vi.reproduce.notebooks import find_latest
+from normflow_vi.reproduce.notebooks import find_latest, read_cells
 from normflow_vi.utils.files import atomic_write
 from normflow_vi.utils.settings import project_root
 
@@ -83,7 +83,7 @@ def _clean(book):
 # %% ../../nbs/90_engine/68_pages.ipynb #9a5ec63d
 def _read_title(notebook):
     "A notebook's first heading."
-    for cell in json.loads((project_root() / notebook).read_text())["cells"]:
+    for cell in read_cells(notebook):
         heading = re.search(r"^# (.+)$", "".join(cell["source"]), re.M)
         if cell["cell_type"] == "markdown" and heading:
             return heading[1]

@@ -122,7 +122,10 @@ def check_notebook(
         return
     from papermill import inspect_notebook
 
-    declared = inspect_notebook(str(notebook))
+    try:
+        declared = inspect_notebook(str(notebook))
+    except Exception as error:  # of a JSON reader, a validator, or papermill
+        raise ParameterError(f"{notebook}: not a notebook ({type(error).__name__}: {error})") from error
     _check_names(parameters, declared)
     for name, value in parameters.items():
         kind = declared[name]["inferred_type_name"]

@@ -62,8 +62,11 @@ def _execute(path) -> Any:
 
 
 def readme(index: str = "nbs/index.ipynb") -> str:
-    "The README as text: executes the notebook `index` and converts it."
-    book = _execute(project_root() / index)
+    "The README as text: executes the notebook `index`, which an error names, and converts it."
+    try:
+        book = _execute(project_root() / index)
+    except Exception as error:
+        raise RuntimeError(f"{index}: {type(error).__name__}: {str(error).strip()}") from error
     cells = [_cell_markdown(cell) for cell in book.cells]
     return "\n\n".join([_NOTE, *(cell for cell in cells if cell)]) + "\n"
 

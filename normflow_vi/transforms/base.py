@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normflow_vi.numerics.product import linear
 from normflow_vi.utils.checks import check_int, check_tensor
-from normflow_vi.utils.modules import copy_into
+from normflow_vi.utils.modules import copy_into, without_autocast
 from normflow_vi.utils.patching import patch
 
 # what a direction costs, best first; "none": it does not exist
@@ -155,13 +155,22 @@ def prepare(self: Transform, **tensors: Tensor) -> Tensors:
 @patch
 def push(self: Transform, z: Tensor, **layer: Tensor) -> ValueAndLogDet:
     "One layer: `(y, log_det)`."
-    raise NotImplementedError
+    raise NotImplementedError(_explain_missing(self, "push", "forward"))
 
 
 @patch
 def pull(self: Transform, y: Tensor, **layer: Tensor) -> ValueAndLogDet:
     "The inverse of one layer: `(z, log_det)`."
-    raise NotImplementedError
+    raise NotImplementedError(_explain_missing(self, "pull", "inverse"))
+
+
+def _explain_missing(transform, method, direction):
+    "What is said of a transform without `push` or `pull`, which claims to have that direction."
+    kind = type(transform).__name__
+    return (
+        f"{kind} has no {method}, and so no {direction}: write {kind}.{method}, "
+        f"or set {kind}.{direction}_kind = 'none'"
+    )
 
 # %% ../../nbs/01_flows/05_transform.ipynb #252c4b1b
 def run_layers(step: Callable, value: Tensor, layers: Iterable[dict]) -> ValueAndLogDet:
@@ -266,6 +275,7 @@ def fetch_tensors(self: Transform, context: Tensor | None, dtype: torch.dtype) -
 
 # %% ../../nbs/01_flows/05_transform.ipynb #4f935b9a
 @patch
+@without_autocast
 def forward(
     self: Transform, z: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
 ) -> ValueAndLogDet:
@@ -276,6 +286,7 @@ def forward(
 
 
 @patch
+@without_autocast
 def inverse(
     self: Transform, y: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
 ) -> ValueAndLogDet:

@@ -24,6 +24,7 @@ from normflow_vi.transforms.base import (
 )
 from .conditioner import check_network, run_network, start_network
 from ..utils.checks import check_choice, check_int, check_limit, check_tensor
+from ..utils.modules import without_autocast
 from ..utils.patching import patch
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #8a2d55dc
@@ -248,12 +249,14 @@ class Given(Combinator):
         self.layer = self.layer.layer
         return self
 
+    @without_autocast
     def forward(
         self, w: Tensor, context: Tensor | None = None, generator: Generator | None = None
     ) -> ValueAndLogDet:
         self.check_call("forward", "w", w, context)
         return self.layer.push_given(w, self.u, self.layer.one_layer(context, w.dtype), generator)
 
+    @without_autocast
     def inverse(
         self, z: Tensor, context: Tensor | None = None, generator: Generator | None = None
     ) -> ValueAndLogDet:
@@ -262,6 +265,7 @@ class Given(Combinator):
 
 # %% ../../nbs/04_cif/15_continuously_indexed.ipynb #16dc33d1
 @patch
+@without_autocast
 def forward(
     self: ContinuouslyIndexed, w: Tensor, context: Tensor | None = None, generator: Generator | None = None
 ) -> ValueAndLogDet:
@@ -273,6 +277,7 @@ def forward(
 
 
 @patch
+@without_autocast
 def inverse(
     self: ContinuouslyIndexed, z: Tensor, context: Tensor | None = None, generator: Generator | None = None
 ) -> ValueAndLogDet:

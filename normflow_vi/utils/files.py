@@ -17,9 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/90_engine/00_files.ipynb #7ba051d4
+def user_path(path: Path | str) -> Path:
+    "A path as a user gave it, with the home folder in place of a leading `~`."
+    return Path(path).expanduser()
+
+
 def atomic_write(path: Path | str, data: bytes | str) -> Path:
-    "Write `data` to `path` so that other processes see the old file or the whole new one; returns `path`."
-    path, content = Path(path), data.encode() if isinstance(data, str) else data
+    "Write `data` to `path` so that other processes see the old file or the whole new one; returns the path."
+    path, content = user_path(path), data.encode() if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -89,7 +94,7 @@ class Busy(RuntimeError):
 @contextmanager
 def exclusive(folder: Path | str) -> Iterator[Path]:
     "Hold `folder` alone for the length of a `with` block; raises `Busy` at once if another process holds it."
-    folder = Path(folder)
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:

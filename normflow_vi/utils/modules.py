@@ -6,12 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/90_engine/03_modules.ipynb #1a61b319
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .checks import require
 from .files import sha256
@@ -36,6 +40,13 @@ def copy_into(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(saved[name])
+
+# %% ../../nbs/90_engine/03_modules.ipynb #762d8eae
+def call_with(module: nn.Module, tensors: dict[str, Tensor], arguments: tuple) -> Any:
+    "`functional_call`, which leaves a module as it was also if one part is in two places of it."
+    places = sum(1 for _ in module.named_modules(remove_duplicate=False))
+    parts = sum(1 for _ in module.modules())
+    return functional_call(module, tensors, arguments, tie_weights=places == parts)
 
 # %% ../../nbs/90_engine/03_modules.ipynb #63746743
 def is_finite(tensors: Sequence[Tensor]) -> bool:
@@ -63,31 +74,110 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
 
+# %% ../../nbs/90_engine/03_modules.ipynb #2fb78922
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    "The same function, computed in the precision of its arguments under `torch.autocast` too."
+
+    @functools.wraps(function)
+    def call(*given: _P.args, **named: _P.kwargs) -> _R:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return call(*given, **named)
+        return function(*given, **named)
+
+    return call
+
 # %% ../../nbs/90_engine/03_modules.ipynb #eb37d7d9
-@contextmanager
-def undisturbed(threads: int, device: torch.device) -> Iterator[None]:
-    "Use `threads` threads; afterwards restore their number and torch's global random streams."
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+class _Shared:
+    "A setting of the process that blocks of code change; the last to end puts back what the first found."
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], None]):
+        self.get, self.put = get, put
+        self.lock, self.inside, self.before = threading.Lock(), 0, None
+
+    @contextmanager
+    def set_to(self, value: Any) -> Iterator[None]:
+        with self.lock:
+            if not self.inside:
+                self.before = self.get()
+            self.inside += 1
+            self.put(value)
+        try:
             yield
-    finally:
-        torch.set_num_threads(before)
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if not self.inside:
+                    self.put(self.before)
 
 
-@contextmanager
-def unvalidated() -> Iterator[None]:
+_threads = _Shared(torch.get_num_threads, torch.set_num_threads)
+_checks = _Shared(
+    lambda: torch.distributions.Distribution._validate_args,
+    torch.distributions.Distribution.set_default_validate_args,
+)
+
+
+def unvalidated() -> AbstractContextManager[None]:
     """Torch's distributions that are made inside do not check their arguments.
 
     What is not finite is then found, and explained, by the training.
     """
-    before = torch.distributions.Distribution._validate_args
-    torch.distributions.Distribution.set_default_validate_args(False)
+    return _checks.set_to(False)
+
+# %% ../../nbs/90_engine/03_modules.ipynb #88887e19
+_stream_lock = threading.RLock()  # whoever exchanges torch's global random stream holds it
+
+
+@contextmanager
+def forked_stream(device: torch.device | None = None, seed: int | None = None) -> Iterator[None]:
+    """Torch's global random streams are afterwards as before; `seed` sets them.
+
+    They are those on the CPU and on `device`, or on all GPUs unless one is given.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    fork = torch.random.fork_rng(None if device is None else devices)
+    with _stream_lock:
+        fork.__enter__()
+        if seed is not None:
+            torch.manual_seed(seed)
     try:
         yield
     finally:
-        torch.distributions.Distribution.set_default_validate_args(before)
+        with _stream_lock:
+            fork.__exit__(*sys.exc_info())
+
+# %% ../../nbs/90_engine/03_modules.ipynb #2a5c3232
+@contextmanager
+def lent_stream(generator: torch.Generator | None) -> Iterator[None]:
+    """Torch's global stream on the CPU goes on from a generator, and the generator from there afterwards.
+
+    For what can only draw from the global stream. Without a generator, or with one on a GPU, nothing is lent.
+    """
+    if generator is None or generator is torch.default_generator or generator.device.type != "cpu":
+        yield
+        return
+    with _stream_lock:
+        stream = torch.default_generator
+        before = stream.get_state()
+        stream.set_state(generator.get_state())
+        try:
+            yield
+        finally:
+            generator.set_state(stream.get_state())
+            stream.set_state(before)
+
+
+@contextmanager
+def undisturbed(threads: int, device: torch.device) -> Iterator[None]:
+    "Use `threads` threads; afterwards restore their number and torch's global random streams."
+    with _threads.set_to(threads), forked_stream(device):
+        yield
 
 # %% ../../nbs/90_engine/03_modules.ipynb #e4397025
 def derive_seed(*parts: Any) -> int:
@@ -100,8 +190,10 @@ def fix_global_stream(device: torch.device, seeds: Sequence[int], step: int) -> 
     streams = [torch.default_generator]
     if device.type == "cuda":
         streams.append(torch.cuda.default_generators[device.index])
-    for stream in streams:
-        stream.manual_seed(derive_seed("global", seeds) + step)
+    seed = derive_seed("global", seeds) + step
+    with _stream_lock:
+        for stream in streams:
+            stream.manual_seed(seed)
 
 # %% ../../nbs/90_engine/03_modules.ipynb #b5834491
 def pick_device(name: str | torch.device) -> torch.device:
