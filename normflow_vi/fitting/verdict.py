@@ -94,7 +94,7 @@ def _testimony(fit: Judgement) -> Iterator[Reason]:
         lost = 1 - math.exp(-rise)
         yield Reason(f"draws from elsewhere put log Z {rise:.2f} nats higher: {lost:.0%} is missing", "modes")
 
-# %% ../../nbs/01_flows/48_verdict.ipynb #d43fa4f7
+# %% ../../nbs/01_flows/48_verdict.ipynb #d570432d
 def _divergences(fit: Judgement) -> Iterator[Reason]:
     "Which of the two divergences is above 0.1 nats."
     gap = float(fit.evidence.value - fit.elbo.value)
@@ -159,13 +159,13 @@ def _describe_region(fit, outside):
     d, side = (int(below.argmax()), "below") if below.max() >= above.max() else (int(above.argmax()), "above")
     return f", most of them {side} {least[d] if side == 'below' else most[d]:.3g} in z[{d}]"
 
-# %% ../../nbs/01_flows/48_verdict.ipynb #249e1765
+# %% ../../nbs/01_flows/48_verdict.ipynb #9ce5f6d9
 def _reasons_for_weights(fit: Judgement) -> Iterator[Reason]:
     "What importance weights still change: why q is not to be used as it is."
     S, ess = len(fit.log_w), fit.ess
     if (outside := fit.log_w == -math.inf).any():
-        share, where = outside.double().mean(), _describe_region(fit, outside)
-        yield Reason(f"{share:.1%} of its draws lie outside the target's support{where}", "support")
+        said = f"{outside.double().mean():.1%} of its draws lie outside the target's support"
+        yield Reason(said + _describe_region(fit, outside), "support")
     if ess < S / 2 and not _is_acquitted(fit):
         yield Reason(f"its {S:,} draws are worth {ess:,.0f}")
     if share := _missing_share(fit):
