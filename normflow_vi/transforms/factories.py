@@ -78,11 +78,13 @@ def RealNVP(
     context_dim: int | None = None,
     mask: str | Tensor = "half",
     shape: tuple[int, ...] | None = None,
-    max_log_scale: float | None = None,
+    max_log_scale: float | None = 3.0,
 ) -> AffineCoupling:
     """`length` affine couplings with alternating masks; both directions closed form.
 
-    The arguments are those of `AffineCoupling`. Raises `ValueError` naming what does not fit.
+    The arguments are those of `AffineCoupling`; unlike there, log-scales are bounded unless
+    `max_log_scale=None`: products of many exponentials overflow. Raises `ValueError` naming what does
+    not fit.
     Source: Dinh et al. 2017, section 3.
 
     >>> RealNVP(dim=4, length=3).inverse_kind
@@ -99,11 +101,12 @@ def MAF(
     hidden: tuple[int, ...] = (64, 64),
     activation: str = "relu",
     context_dim: int | None = None,
-    max_log_scale: float | None = None,
+    max_log_scale: float | None = 3.0,
 ) -> MaskedAutoregressive:
     """`length` masked autoregressive layers, order reversed between them.
 
-    The density is fast, draws are sequential. The arguments are those of `MaskedAutoregressive`.
+    The density is fast, draws are sequential. The arguments are those of `MaskedAutoregressive`; unlike
+    there, log-scales are bounded unless `max_log_scale=None`.
     Raises `ValueError` naming what does not fit. Source: Papamakarios et al. 2017, eqs. 3-4.
 
     >>> maf = MAF(dim=4, length=3)
