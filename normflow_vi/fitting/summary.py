@@ -106,7 +106,7 @@ def _moment_lines(fit: Judgement) -> Iterator[str]:
             line += f": they differ, by {by:.0f} standard errors of the difference"
         yield line
 
-# %% ../../nbs/01_flows/48_words.ipynb #4fb4d647
+# %% ../../nbs/01_flows/48_words.ipynb #bb50e85d
 def _row_kept(history):
     "The row of the training curve at the step that was kept."
     if history.best_step is None:
@@ -139,7 +139,8 @@ def describe(fit: Judgement) -> str:
         lines += _sample_lines(fit)
     else:
         lines += [f"next: {advice_in_words(fit)}", *_weight_lines(fit)]
-    lines += [_restarts_line(fit.bounds), _training_line(fit)]
+    if fit.history is not None:
+        lines += [_restarts_line(fit.bounds), _training_line(fit)]
     if fit.log_w is not None:
         lines += _moment_lines(fit)
         left = fit.z.shape[1] - _SHOWN
