@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'fit']
 
-# %% ../../nbs/01_flows/50_fit.ipynb #f3fc9080
+# %% ../../nbs/01_flows/50_fit.ipynb #ad80fec8
 import copy
 import math
 import warnings
@@ -646,7 +646,7 @@ def _conclude(q: Flow, trainer: _Settling, outcomes: list[Outcome], log_z) -> Fi
         log_likelihood=best.bound if best.log_w is None else None,
     )
 
-# %% ../../nbs/01_flows/50_fit.ipynb #5988b629
+# %% ../../nbs/01_flows/50_fit.ipynb #53619b95
 def _pursue(q: Flow, goal: Goal, options: FitOptions) -> Fit:
     "Fit `q` towards a goal, from its units to its judgement."
     goal.find_units(q)
@@ -728,7 +728,7 @@ def _fit_undisturbed(q, log_density, samples, support, options):
         check_flow(q, support)
         return _fit_to(q, log_density, samples, options)
 
-# %% ../../nbs/01_flows/50_fit.ipynb #6a8f3558
+# %% ../../nbs/01_flows/50_fit.ipynb #e4ed363f
 def _join_data(log_density, prior, likelihood, data, batch, options):
     "The posterior of these four; raises `ValueError` unless there are all of them, and nothing else."
     given = {"prior": prior, "likelihood": likelihood, "data": data, "batch": batch}
@@ -743,7 +743,7 @@ def _join_data(log_density, prior, likelihood, data, batch, options):
         )
     return DataDensity(prior, likelihood, data, batch)
 
-# %% ../../nbs/01_flows/50_fit.ipynb #8a0fd846
+# %% ../../nbs/01_flows/50_fit.ipynb #3d812f60
 def fit(
     q: Flow,
     log_density: Callable | None = None,
@@ -775,10 +775,11 @@ def fit(
     Or on the posterior of `prior` and `likelihood`, `batch` rows of the `data` an update: see
     `DataDensity`. Returns a `Fit`, which prints as a diagnosis. The log-density need not be normalised; a
     `Target` brings its `log_z`. `support`: a constraint of `torch.distributions` on which the target lives;
-    the other options are those of `FitOptions`. The same `seed` and the same starting values of `q` (from torch's global
-    generator, when it is built) give the same result on one machine. The flow is left in evaluation mode; a
-    second fit goes on from where it is, in the units it has. Raises `ValueError` or `TypeError` naming the
-    argument; `NonFinite` with step, layer and sample if a value stops being finite, the flow as it was last.
+    the other options are those of `FitOptions`. The same `seed` and the same starting values of `q` (from
+    torch's global generator, when it is built) give the same result on one machine. The flow is left in
+    evaluation mode; a second fit goes on from where it is, in the units it has. Raises `ValueError` or
+    `TypeError` naming the argument; `NonFinite` with step, layer and sample if a value stops being finite and
+    going back does not help, the flow as it was last.
     Source: Rezende & Mohamed 2015, eq. 15; Li & Turner 2016 for `alpha`.
 
     >>> from normflow_vi.transforms import Affine
