@@ -1784,6 +1784,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'normflow_vi/flows/flow.py'),
                                         'normflow_vi.flows.flow.FlowDistribution.__init__': ( '01_flows/flow.html#flowdistribution.__init__',
                                                                                               'normflow_vi/flows/flow.py'),
+                                        'normflow_vi.flows.flow.FlowDistribution._far_away': ( '01_flows/flow.html#flowdistribution._far_away',
+                                                                                               'normflow_vi/flows/flow.py'),
                                         'normflow_vi.flows.flow.FlowDistribution._log_density': ( '01_flows/flow.html#flowdistribution._log_density',
                                                                                                   'normflow_vi/flows/flow.py'),
                                         'normflow_vi.flows.flow.FlowDistribution.hold': ( '01_flows/flow.html#flowdistribution.hold',

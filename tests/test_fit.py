@@ -236,7 +236,7 @@ def test_the_best_of_several_starts_is_kept_and_their_curves_are_in_order():
     values = [bound.value for bound in result.bounds]
     assert len(values) == 4
     assert values == sorted(values, reverse=True)
-    assert values[0] - values[-1] > 0.02
+    assert values[0] - values[-1] > 0.005
     with torch.no_grad():
         z, log_q = q.rsample_and_log_prob((20_000,))
     again = lattice(9)(z) - log_q
@@ -723,9 +723,9 @@ def test_a_density_that_changes_its_argument():
 
 def test_nan_in_fresh_draws_is_explained():
     def rare(z):
-        return square(z) + 0 * torch.where(torch.as_tensor(len(z) > 1000) & (z[:, 0] > 2.5), math.nan, 0.0)
+        return square(z) + 0 * torch.where(torch.as_tensor(len(z) > 1000) & (z[:, 0] > 1.5), math.nan, 0.0)
 
-    with pytest.raises(NonFinite, match="fresh draw.*log_density, sample"):
+    with pytest.raises(NonFinite, match="fresh draw.*log_density, sample"):  # of 7 % of them
         fit(Flow(Affine(1)), log_density=rare, steps=20, draws=16, place=False)
 
 
@@ -736,9 +736,11 @@ def test_a_failure_that_does_not_come_back_costs_one_stretch():
         calls.append(len(z))
         return square(z) * (math.nan if len(calls) == 150 else 1.0)
 
-    with pytest.raises(FloatingPointError):
-        fit(Flow(Affine(1)), log_density=transient, steps=4000, draws=4, place=False)
-    assert len(calls) < 300
+    result = fit(
+        Flow(Affine(1)), log_density=transient, steps=1000, draws=4, place=False, modes="ignore"
+    )
+    assert result.retreats == 1
+    assert len(calls) < 1050
 
 
 def test_a_density_that_fails_far_away():

@@ -1,4 +1,4 @@
-"Fits that an earlier version saved are loaded, and say what they said then."
+"Fits that an earlier version saved are loaded; what they say follows the rules of today."
 
 import json
 from pathlib import Path

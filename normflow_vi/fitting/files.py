@@ -21,6 +21,7 @@ from torch import nn
 
 from ..engine.checkpoint import Damaged, pack, unpack
 from ..engine.history import History
+from ..evaluate.witness import Witness
 from ..flows import FixedBase, Flow, Place, StandardNormal
 from ..objectives import Estimate
 from ..transforms.laws import Law
@@ -163,12 +164,12 @@ def _check_comes_back(q, data):
 
 # %% ../../nbs/90_engine/37_fit_files.ipynb #3a9d5f28
 def _to_plain(item: Any) -> Any:
-    "Arrays and estimates as tensors and dicts, which a checkpoint can hold."
+    "Arrays, estimates and a witness as tensors and dicts, which a checkpoint can hold."
     if isinstance(item, (np.ndarray, np.generic)):
         return torch.as_tensor(item).clone()
     if isinstance(item, torch.Tensor):
         return item.detach().cpu().clone()
-    if isinstance(item, (Estimate, History)):
+    if isinstance(item, (Estimate, History, Witness)):
         return _to_plain(vars(item))
     if isinstance(item, dict):
         return {name: _to_plain(value) for name, value in item.items()}
@@ -189,7 +190,7 @@ def _to_estimate(values):
     return None if values is None else Estimate(**values)
 
 # %% ../../nbs/90_engine/37_fit_files.ipynb #f463ce37
-FORMAT = 1  # of the files that are written
+FORMAT = 2  # of the files that are written; files of format 1 know no witness
 
 
 def write_fields(path: str | Path, fields: dict, steps: int) -> Path:
@@ -224,9 +225,9 @@ def _read_state(path):
     if not isinstance(state, dict) or "format" not in state:
         raise Damaged(f"{path} cannot be loaded as a fit: it is a checkpoint of a training")
     found = state.pop("format")
-    if found != FORMAT:
+    if found not in range(1, FORMAT + 1):
         raise ValueError(
-            f"{path}: fit format {found}; this version of normflow_vi reads format {FORMAT}: "
+            f"{path}: fit format {found}; this version of normflow_vi reads formats 1 to {FORMAT}: "
             "fit again, or load it with the version that wrote it"
         )
     return state
@@ -239,6 +240,8 @@ def _fields_from(state, classes):
     fields["log_likelihood"] = _to_estimate(fields["log_likelihood"])
     fields["bounds"] = tuple(map(_to_estimate, fields["bounds"]))
     fields["history"] = History(**_to_arrays(fields["history"]))
+    if fields.get("witness") is not None:
+        fields["witness"] = Witness(**fields["witness"])
     return fields
 
 

@@ -7,6 +7,7 @@ __all__ = ['FlowDistribution', 'Flow']
 
 # %% ../../nbs/01_flows/30_flow.ipynb #59984346
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -141,7 +142,19 @@ def _log_density(self: FlowDistribution, value, generator):
     "`log q(value)`, for points inside the support."
     x, log_det_place = (value, 0.0) if self.place is None else self.place.inverse(value)
     z0, log_det = self.transform.inverse(x, self.context, generator)
-    return self.base.log_prob(z0) + log_det + log_det_place
+    return self._far_away(self.base.log_prob(z0) + log_det + log_det_place, value)
+
+
+@patch
+def _far_away(self: FlowDistribution, log_q, value):
+    "Log-densities with minus infinity for NaN, where neither the point, the context nor a parameter is NaN."
+    unknown = value.isnan().any(-1)
+    if self.context is not None:
+        unknown = unknown | self.context.isnan().any(-1)
+    for part in (self.base, self.transform, self.place):
+        for tensor in () if part is None else (*part.parameters(), *part.buffers()):
+            unknown = unknown | tensor.isnan().any()
+    return log_q.masked_fill(log_q.isnan() & ~unknown, -math.inf)
 
 
 @patch
@@ -151,7 +164,8 @@ def log_prob(
 ) -> torch.Tensor:
     """`log q(value)` in nats, through the inverse of the transform, at the cost `inverse_kind`.
 
-    Minus infinity outside the support; with continuously-indexed layers a random lower bound.
+    Minus infinity outside the support, and so far from the mass that the inverse overflows; with
+    continuously-indexed layers a random lower bound.
     """
     check_tensor("value", value, self.event_shape[0], "event size")
     support = None if self.place is None else self.place.support
