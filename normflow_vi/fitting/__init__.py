@@ -61,15 +61,19 @@ class FitOptions:
 
     Raises `ValueError` naming the first that does not fit.
 
-    `steps`: updates of `draws` draws (or samples); unless given, until the bound no longer rises.
+    `steps`: updates of `draws` draws (or samples); unless given, until the bound no
+    longer rises.
     `restarts`: starts trained side by side, as one program, of which the best is kept.
     `alpha`, `gradient`: another Renyi bound than the ELBO, and its gradient estimator.
-    `modes`: "report" what draws from far away find that the flow lacks, "ignore" that, or find "all" modes
-    before the training: the flow gets a mixture as its base.
-    `until`: "good": as long as the verdict is not, follow its advice, up to three times.
+    `modes`: "report" what draws from far away find that the flow lacks, "ignore" that,
+    or find "all" modes before the training: the flow gets a mixture as its base.
+    `until`: "good": as long as the verdict is not, follow its advice, up to three
+    times.
     `anneal`: begin with a normal density in place of the target.
-    `place`: find the units first, unless the flow has some already, say from an earlier fit.
-    `validation`: the share of the samples that is held out and by which the flow is chosen.
+    `place`: find the units first, unless the flow has some already, say from an earlier
+    fit.
+    `validation`: the share of the samples that is held out and by which the flow is
+    chosen.
     `evaluation_draws`: fresh draws by which the result is judged.
     `log_z`: the exact log Z in nats, if known: then the divergence itself is reported.
     `progress(step, steps, seconds, values)` is called now and then.
@@ -247,6 +251,8 @@ class Goal(Protocol):
 class DensityGoal:
     "A fit to an unnormalised log-density `(N, D) -> (N,)` in nats."
 
+    judge: Callable[..., Outcome]  # added by `patch` below
+    examine: Callable[..., Fit]
     validate = None
 
     def __init__(self, q: Flow, log_density: Callable, options: FitOptions):
@@ -421,7 +427,8 @@ _MOST, _LEAST = 20_000, 1_000  # updates at the full rate: at most, at least
 class _Settling(Trainer):
     """A training that begins to end by itself, when what it is judged by no longer rises.
 
-    `converged` says whether that was why; `retreats`, how often it went back; `lost`, which runs it gave up.
+    `converged` says whether that was why; `retreats`, how often it went back; `lost`,
+    which runs it gave up.
     """
 
     converged, since = None, 0  # since: updates before which nothing is judged
@@ -480,7 +487,8 @@ def retreat(self: _Settling, error: Exception, failures: list) -> bool:
 def redraw_parameters(q: Flow, seed: int) -> Flow:
     """A copy of a flow with the starting values that `seed` gives.
 
-    Each part draws its own, by `reset_parameters`; what is not trained is the same for all.
+    Each part draws its own, by `reset_parameters`; what is not trained is the same for
+    all.
     """
     q = copy.deepcopy(q)
     with forked_stream(seed=seed), torch.no_grad():
@@ -772,15 +780,17 @@ def fit(
 ) -> Fit:
     """Train the flow `q` in place on `log_density` `(N, D) -> (N,)` in nats, or on `samples` `(N, D)`.
 
-    Or on the posterior of `prior` and `likelihood`, `batch` rows of the `data` an update: see
-    `DataDensity`. Returns a `Fit`, which prints as a diagnosis. The log-density need not be normalised; a
-    `Target` brings its `log_z`. `support`: a constraint of `torch.distributions` on which the target lives;
-    the other options are those of `FitOptions`. The same `seed` and the same starting values of `q` (from
-    torch's global generator, when it is built) give the same result on one machine. The flow is left in
-    evaluation mode; a second fit goes on from where it is, in the units it has. Raises `ValueError` or
-    `TypeError` naming the argument; `NonFinite` with step, layer and sample if a value stops being finite and
-    going back does not help, the flow as it was last.
-    Source: Rezende & Mohamed 2015, eq. 15; Li & Turner 2016 for `alpha`.
+    Or on the posterior of `prior` and `likelihood`, `batch` rows of the `data` an
+    update: see `DataDensity`. Returns a `Fit`, which prints as a diagnosis. The
+    log-density need not be normalised; a `Target` brings its `log_z`. `support`: a
+    constraint of `torch.distributions` on which the target lives; the other options are
+    those of `FitOptions`. The same `seed` and the same starting values of `q` (from
+    torch's global generator, when it is built) give the same result on one machine. The
+    flow is left in evaluation mode; a second fit goes on from where it is, in the units
+    it has. Raises `ValueError` or `TypeError` naming the argument; `NonFinite` with
+    step, layer and sample if a value stops being finite and going back does not help,
+    the flow as it was last. Source: Rezende & Mohamed 2015, eq. 15; Li & Turner 2016
+    for `alpha`.
 
     >>> from normflow_vi.transforms import Affine
     >>> result = fit(Flow(Affine(dim=2)), lambda z: -z.square().sum(-1), steps=500)

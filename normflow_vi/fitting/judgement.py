@@ -26,7 +26,8 @@ from ..utils.patching import patch
 class Judgement:
     """A trained flow, and fresh draws from it with their log-weights in nats; all else follows from these.
 
-    What comes from weights is `None` for a fit to samples; flow and history are for one of another library.
+    What comes from weights is `None` for a fit to samples; flow and history are for one
+    of another library.
     """
 
     q: Flow | None

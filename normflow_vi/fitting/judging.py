@@ -75,11 +75,13 @@ def judge(
 ) -> Judged:
     """The diagnosis of a fit of any library from its `draws` `(S, D)`.
 
-    `log_p`: the unnormalised log-density of the target, `log_q`: that of the fit, both in nats and in the
-    coordinates of the draws: functions `(N, D) -> (N,)` of torch tensors, the first differentiable, or their
-    values `(S,)` at the draws. With two functions draws are sought elsewhere too, from thirty units away, on
-    `support` if there is one; with values the fit is judged by its own draws alone. Raises `TypeError` or
-    `ValueError` naming what does not fit. Source: Vehtari et al. 2024 for the weights.
+    `log_p`: the unnormalised log-density of the target, `log_q`: that of the fit, both
+    in nats and in the coordinates of the draws: functions `(N, D) -> (N,)` of torch
+    tensors, the first differentiable, or their values `(S,)` at the draws. With two
+    functions draws are sought elsewhere too, from thirty units away, on `support` if
+    there is one; with values the fit is judged by its own draws alone. Raises
+    `TypeError` or `ValueError` naming what does not fit. Source: Vehtari et al. 2024
+    for the weights.
 
     >>> target, draws = torch.distributions.Normal(0.0, 1.0), torch.randn(5000, 2)
     >>> log_p = lambda z: target.log_prob(z).sum(-1)

@@ -23,9 +23,10 @@ _AT_ONCE = 2**22  # log-likelihoods computed in one go
 class DataDensity:
     """A log-posterior as `prior(z) + sum_n likelihood(z, x)`, and its estimate from `batch` rows.
 
-    `prior`: `(S, D) -> (S,)`; `likelihood`: draws `(S, D)` and rows of the data to log-likelihoods `(S, B)`,
-    in nats; `data`: a tensor `(N, ...)` or a tuple of tensors with N rows each, of which the likelihood gets
-    some. Raises `TypeError` or `ValueError` naming what does not fit.
+    `prior`: `(S, D) -> (S,)`; `likelihood`: draws `(S, D)` and rows of the data to
+    log-likelihoods `(S, B)`, in nats; `data`: a tensor `(N, ...)` or a tuple of tensors
+    with N rows each, of which the likelihood gets some. Raises `TypeError` or
+    `ValueError` naming what does not fit.
     """
 
     prior: Callable

@@ -65,8 +65,8 @@ def cross_examine(
 ) -> Witness | None:
     """Draws from elsewhere and their weights by a fit, whose own are `z` `(S, D)` and `log_w` `(S,)`.
 
-    `log_q`: the fit's log-density in the units of `place`, `(N, D) -> (N,)`. `None` for a log-density that
-    particles cannot move on.
+    `log_q`: the fit's log-density in the units of `place`, `(N, D) -> (N,)`. `None` for
+    a log-density that particles cannot move on.
     """
     if (particles := send_particles(place, log_density, seed)) is None:
         return None
