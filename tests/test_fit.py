@@ -736,9 +736,7 @@ def test_a_failure_that_does_not_come_back_costs_one_stretch():
         calls.append(len(z))
         return square(z) * (math.nan if len(calls) == 150 else 1.0)
 
-    result = fit(
-        Flow(Affine(1)), log_density=transient, steps=1000, draws=4, place=False, modes="ignore"
-    )
+    result = fit(Flow(Affine(1)), log_density=transient, steps=1000, draws=4, place=False, modes="ignore")
     assert result.retreats == 1
     assert len(calls) < 1050
 

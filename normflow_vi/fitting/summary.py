@@ -54,7 +54,8 @@ def _restarts_line(bounds):
 # %% ../../nbs/01_flows/48_words.ipynb #554ba2c7
 def _training_line(fit):
     "How the training ended."
-    went_back = f"; went back {fit.retreats} times at half the rate" if fit.retreats else ""
+    times = "once" if fit.retreats == 1 else f"{fit.retreats} times"
+    went_back = f"; went back {times}, at half the rate" if fit.retreats else ""
     if fit.converged is None:
         rises = ": the bound still rose, more would help" if still_rises(fit) else ""
         return f"training: {fit.steps:,} steps, as asked{rises}{went_back}"
