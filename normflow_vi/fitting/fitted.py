@@ -24,17 +24,19 @@ from ..utils.patching import patch
 class Fit(Judgement):
     """What a fit came to: the trained flow `q`, its learning curves, and a judgement from fresh draws.
 
-    It prints as its `summary()`. Fields: `q`, `history`, `steps`, `converged`, `z` `(S, D)` and `log_w`
-    `(S,)` (fresh draws and `log_density(z) - log q(z)`), `log_z`, `bounds`, `log_likelihood`.
-    Derived: `elbo`, `evidence` (`log (1/S) sum w`), `kl` (`log_z - elbo`) as `Estimate`s in nats, `k_hat`,
-    `ess`, `moments`. What does not apply is `None`: whatever comes from weights for a fit to samples, `kl`
-    without `log_z`.
+    It prints as its `summary()`. Fields: `q`, `history`, `steps`, `converged`, `retreats`, `z` `(S, D)` and
+    `log_w` `(S,)` (fresh draws and `log_density(z) - log q(z)`), `log_z`, `bounds`, `log_likelihood`,
+    `witness` (draws from elsewhere).
+    Derived: `verdict` ("good", "usable" or "not to be trusted"), `elbo`, `evidence` (`log (1/S) sum w`), `kl`
+    (`log_z - elbo`) as `Estimate`s in nats, `k_hat`, `ess`, `moments`; from the witness `missing`, a share of
+    the mass, and `log_z_interval`. What does not apply is `None`: whatever comes from weights for a fit to
+    samples, `kl` without `log_z`.
 
     >>> from normflow_vi import Flow, fit
     >>> from normflow_vi.transforms import Affine
     >>> result = fit(Flow(Affine(2)), log_density=lambda z: -0.5 * (z * z).sum(-1), steps=200)
     >>> result.summary().splitlines()[0]
-    'verdict: good: q can be used as it is (as far as its own draws can tell)'
+    'verdict: good: q can be used as it is'
     """
 
     if TYPE_CHECKING:  # added by `patch` below, where a type checker does not see it
@@ -47,15 +49,16 @@ class Fit(Judgement):
         return self.summary()
 
     def summary(self) -> str:
-        """A diagnosis in a few lines, the verdict first.
+        """A diagnosis in a few lines: the verdict with its reasons, what to do next, the numbers.
 
-        Not to be trusted: k-hat at or above `k_threshold(S)` (unless 99 % of the draws are effective), under
-        100 effective draws, or, with a known `log_z`, over 5 % of the target's mass missing or an ELBO or
-        evidence above `log_z`.
-        Usable with importance weights: an effective sample size under half the draws, a mean off by over
-        0.1 sd, an sd by over 10 %, or draws outside the support.
+        Not to be trusted: a mode missing, over 5 % of the mass in a tail out of reach, or `log Z` higher by
+        draws from elsewhere; k-hat at or above `k_threshold(S)`, unless q is close by both divergences or
+        99 % of the draws are effective; under 100 effective draws; an ELBO 5 nats below the evidence; too
+        little precision; or, with a known `log_z`, over 5 % of the mass missing or an ELBO or evidence above.
+        Usable with importance weights: `KL(q || p)` or `KL(p || q)` over 0.1 nats, an effective sample size
+        under half the draws, a mean off by over 0.1 sd, an sd by over 10 %, or draws outside the support.
         Good otherwise. Estimates must pass a threshold by four standard errors. Restarts agree if their
-        bounds do within 0.05 nats or four standard errors.
+        bounds do within 0.05 nats or four standard errors of the best.
         """
         return describe(self)
 
