@@ -24,13 +24,16 @@ from ..utils.patching import patch
 class Fit(Judgement):
     """What a fit came to: the trained flow `q`, its learning curves, and a judgement from fresh draws.
 
-    It prints as its `summary()`. Fields: `q`, `history`, `steps`, `converged`, `retreats`, `z` `(S, D)` and
-    `log_w` `(S,)` (fresh draws and `log_density(z) - log q(z)`), `log_z`, `bounds`, `log_likelihood`,
-    `witness` (draws from elsewhere).
-    Derived: `verdict` ("good", "usable" or "not to be trusted"), `elbo`, `evidence` (`log (1/S) sum w`), `kl`
-    (`log_z - elbo`) as `Estimate`s in nats, `k_hat`, `ess`, `moments`; from the witness `missing`, a share of
-    the mass, and `log_z_interval`. What does not apply is `None`: whatever comes from weights for a fit to
-    samples, `kl` without `log_z`.
+    It prints as its `summary()`. Fields: `q`, `history`, `steps`, `converged`, `retreats`, `bounds`,
+    `z` `(S, D)` and `log_w` `(S,)` (fresh draws and `log_density(z) - log q(z)`), `log_z`,
+    `log_likelihood`, `witness` (draws from elsewhere).
+
+    Derived: `verdict` ("good", "usable" or "not to be trusted"); as `Estimate`s in nats `elbo`,
+    `evidence` (`log (1/S) sum w`) and `kl` (`log_z - elbo`); `k_hat`, `ess`, `moments`;
+    from the witness `missing`, a share of the mass, and `log_z_interval`.
+
+    What does not apply is `None`: whatever comes from weights for a fit to samples, `kl` without
+    `log_z`.
 
     >>> from normflow_vi import Flow, fit
     >>> from normflow_vi.transforms import Affine
@@ -51,14 +54,22 @@ class Fit(Judgement):
     def summary(self) -> str:
         """A diagnosis in a few lines: the verdict with its reasons, what to do next, the numbers.
 
-        Not to be trusted: a mode missing, over 5 % of the mass in a tail out of reach, or `log Z` higher by
-        draws from elsewhere; k-hat at or above `k_threshold(S)`, unless q is close by both divergences or
-        99 % of the draws are effective; under 100 effective draws; an ELBO 5 nats below the evidence; too
-        little precision; or, with a known `log_z`, over 5 % of the mass missing or an ELBO or evidence above.
-        Usable with importance weights: `KL(q || p)` or `KL(p || q)` over 0.1 nats, an effective sample size
-        under half the draws, a mean off by over 0.1 sd, an sd by over 10 %, or draws outside the support.
-        Good otherwise. Estimates must pass a threshold by four standard errors. Restarts agree if their
-        bounds do within 0.05 nats or four standard errors of the best.
+        Not to be trusted:
+        - a mode is missing, over 5 % of the mass is in a tail out of reach, or draws from elsewhere
+          put `log Z` higher;
+        - k-hat is not below `k_threshold(S)`, unless q is close by both divergences or 99 % of the
+          draws are effective;
+        - under 100 draws are effective, or the ELBO lies 5 nats below the evidence;
+        - the log-densities are too large for their precision;
+        - with a known `log_z`: over 5 % of the mass is missing, or ELBO or evidence lie above it.
+
+        Usable with importance weights:
+        - `KL(q || p)` or `KL(p || q)` is over 0.1 nats;
+        - an effective sample size under half the draws, a mean off by over 0.1 sd, an sd by over
+          10 %, or draws outside the support.
+
+        Good otherwise. Estimates must pass a threshold by four standard errors. Restarts agree if
+        their bounds do within 0.05 nats or four standard errors of the best.
         """
         return describe(self)
 

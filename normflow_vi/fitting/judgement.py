@@ -23,7 +23,7 @@ from ..utils.patching import patch
 
 # %% ../../nbs/01_flows/48_judgement.ipynb #974c4874
 def bound_inside(log_w: torch.Tensor) -> Estimate:
-    """The ELBO in nats from log-weights `(S,)`, of `q` cut off at the border of the target's support.
+    """The ELBO in nats from log-weights `(S,)`, of `q` cut off at the border of the support.
 
     Draws with the log-weight minus infinity are outside; minus infinity if all are.
     """
@@ -63,7 +63,10 @@ class Judgement:
 
     @property
     def elbo(self) -> Estimate | None:
-        "The mean log-weight in nats, a lower bound on `log Z`; see `bound_inside` for draws without weight."
+        """The mean log-weight in nats, a lower bound on `log Z`.
+
+        See `bound_inside` for draws without weight.
+        """
         return None if self.log_w is None else bound_inside(self.log_w)
 
     @property
