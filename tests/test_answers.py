@@ -24,6 +24,7 @@ QUESTIONS = [
     "My fit gives nan",
     "My KL is negative",
     "It finds one mode of two",
+    "Has my fit lost a mode?",
     "Which flow for 1, 10, 100 dimensions?",
     "How do I know it is good?",
     "My parameters must be positive",

@@ -24,18 +24,22 @@ from ..utils.patching import patch
 class Fit(Judgement):
     """What a fit came to: the trained flow `q`, its learning curves, and a judgement from fresh draws.
 
-    It prints as its `summary()`. Fields: `q`, `history`, `steps`, `converged`, `z` `(S,
-    D)` and `log_w` `(S,)` (fresh draws and `log_density(z) - log q(z)`), `log_z`,
-    `bounds`, `log_likelihood`. Derived: `elbo`, `evidence` (`log (1/S) sum w`), `kl`
-    (`log_z - elbo`) as `Estimate`s in nats, `k_hat`, `ess`, `moments`. What does not
-    apply is `None`: whatever comes from weights for a fit to samples, `kl` without
+    It prints as its `summary()`. Fields: `q`, `history`, `steps`, `converged`, `retreats`, `bounds`,
+    `z` `(S, D)` and `log_w` `(S,)` (fresh draws and `log_density(z) - log q(z)`), `log_z`,
+    `log_likelihood`, `witness` (draws from elsewhere).
+
+    Derived: `verdict` ("good", "usable" or "not to be trusted"); as `Estimate`s in nats `elbo`,
+    `evidence` (`log (1/S) sum w`) and `kl` (`log_z - elbo`); `k_hat`, `ess`, `moments`;
+    from the witness `missing`, a share of the mass, and `log_z_interval`.
+
+    What does not apply is `None`: whatever comes from weights for a fit to samples, `kl` without
     `log_z`.
 
     >>> from normflow_vi import Flow, fit
     >>> from normflow_vi.transforms import Affine
     >>> result = fit(Flow(Affine(2)), log_density=lambda z: -0.5 * (z * z).sum(-1), steps=200)
     >>> result.summary().splitlines()[0]
-    'verdict: good: q can be used as it is (as far as its own draws can tell)'
+    'verdict: good: q can be used as it is'
     """
 
     if TYPE_CHECKING:  # added by `patch` below, where a type checker does not see it
@@ -48,15 +52,24 @@ class Fit(Judgement):
         return self.summary()
 
     def summary(self) -> str:
-        """A diagnosis in a few lines, the verdict first.
+        """A diagnosis in a few lines: the verdict with its reasons, what to do next, the numbers.
 
-        Not to be trusted: k-hat at or above `k_threshold(S)` (unless 99 % of the draws
-        are effective), under 100 effective draws, or, with a known `log_z`, over 5 % of
-        the target's mass missing or an ELBO or evidence above `log_z`. Usable with
-        importance weights: an effective sample size under half the draws, a mean off by
-        over 0.1 sd, an sd by over 10 %, or draws outside the support. Good otherwise.
-        Estimates must pass a threshold by four standard errors. Restarts agree if their
-        bounds do within 0.05 nats or four standard errors.
+        Not to be trusted:
+        - a mode is missing, over 5 % of the mass is in a tail out of reach, or draws from elsewhere
+          put `log Z` higher;
+        - k-hat is not below `k_threshold(S)`, unless q is close by both divergences or 99 % of the
+          draws are effective;
+        - under 100 draws are effective, or the ELBO lies 5 nats below the evidence;
+        - the log-densities are too large for their precision;
+        - with a known `log_z`: over 5 % of the mass is missing, or ELBO or evidence lie above it.
+
+        Usable with importance weights:
+        - `KL(q || p)` or `KL(p || q)` is over 0.1 nats;
+        - an effective sample size under half the draws, a mean off by over 0.1 sd, an sd by over
+          10 %, or draws outside the support.
+
+        Good otherwise. Estimates must pass a threshold by four standard errors. Restarts agree if
+        their bounds do within 0.05 nats or four standard errors of the best.
         """
         return describe(self)
 
@@ -65,8 +78,7 @@ class Fit(Judgement):
 def save(self: Fit, path: str | Path) -> Path:
     """Write everything to one file, which appears whole or not at all; returns the path.
 
-    Raises `OSError`, which names path and size; `TypeError` for a flow that holds a
-    function.
+    Raises `OSError`, which names path and size; `TypeError` for a flow that holds a function.
     """
     return write_fields(path, vars(self), self.steps)
 
@@ -77,10 +89,10 @@ def load(cls: Fit, path: str | Path, classes: Sequence[type] = ()) -> Fit:
     """The fit in a file of `save`, on the CPU, with its flow.
 
     The file's SHA-256 is compared first, and no code in it is run.
-    `classes`: classes of yours that the flow is made of; those of this package and of
-    `torch.nn` and `torch.distributions` are known. Raises `checkpoint.Damaged` (a
-    `ValueError`) for a file that is not whole, not a fit, or made of other classes;
-    `ValueError` for another format, naming both.
+    `classes`: classes of yours that the flow is made of; those of this package and of `torch.nn` and
+    `torch.distributions` are known.
+    Raises `checkpoint.Damaged` (a `ValueError`) for a file that is not whole, not a fit, or made of other
+    classes; `ValueError` for another format, naming both.
     """
     return read_fit(cls, path, classes)
 
@@ -111,13 +123,11 @@ def _warn_of_weights(fit):
 def to_arviz(self: Fit, names: str | Sequence[str] | Mapping[str, int | slice] = "z") -> Any:
     """Draws in ArviZ's form (`InferenceData`; `DataTree` from ArviZ 1 on), one chain.
 
-    The group is `posterior`; `sample_stats` has the `log_weight` of the draws. Of a fit
-    to a density the draws are resampled by their smoothed weights, in order, whatever
-    the verdict; a warning says so where k-hat is not good. Of a fit to samples they are
-    q's.
-    `names`: one name for all coordinates, a list of one for each, or a dict from names
-    to positions or slices. Raises `ImportError` without the package arviz, `ValueError`
-    for names that do not fit.
+    The group is `posterior`; `sample_stats` has the `log_weight` of the draws. Of a fit to a density the
+    draws are resampled by their smoothed weights, in order, whatever the verdict; a warning says so where
+    k-hat is not good. Of a fit to samples they are q's.
+    `names`: one name for all coordinates, a list of one for each, or a dict from names to positions
+    or slices. Raises `ImportError` without the package arviz, `ValueError` for names that do not fit.
     """
     try:
         import arviz

@@ -21,6 +21,20 @@ from ..flows import Flow
 from ..objectives import Estimate, estimate
 from ..utils.patching import patch
 
+# %% ../../nbs/01_flows/48_judgement.ipynb #974c4874
+def bound_inside(log_w: torch.Tensor) -> Estimate:
+    """The ELBO in nats from log-weights `(S,)`, of `q` cut off at the border of the support.
+
+    Draws with the log-weight minus infinity are outside; minus infinity if all are.
+    """
+    is_inside = log_w != -math.inf
+    inside = log_w[is_inside].double()
+    if not len(inside):
+        return Estimate(log_w.new_tensor(-math.inf).double(), log_w.new_tensor(math.nan).double())
+    bound, share = estimate(inside), is_inside.double().mean()
+    error = ((1 - share) / (share * len(log_w))).sqrt()
+    return Estimate(bound.value + share.log(), bound.std_error.hypot(error))
+
 # %% ../../nbs/01_flows/48_judgement.ipynb #8de6a067
 @dataclass(frozen=True, eq=False, repr=False)
 class Judgement:
@@ -50,8 +64,11 @@ class Judgement:
 
     @property
     def elbo(self) -> Estimate | None:
-        "The mean log-weight in nats, a lower bound on `log Z`."
-        return None if self.log_w is None else estimate(self.log_w.double())
+        """The mean log-weight in nats, a lower bound on `log Z`.
+
+        See `bound_inside` for draws without weight.
+        """
+        return None if self.log_w is None else bound_inside(self.log_w)
 
     @property
     def evidence(self) -> Estimate | None:

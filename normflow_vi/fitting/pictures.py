@@ -39,7 +39,13 @@ def _draw_restarts(axes, steps, curves):
     if others:
         labels = ["other restarts"] + [None] * (others - 1)
         axes.plot(steps, curves[:, 1:], color=colour(_OURS, 0.5), lw=1, label=labels)
-    axes.plot(steps, curves[:, 0], color=colour(_THEIRS), lw=1.5, label="the one kept")
+    axes.plot(
+        steps,
+        curves[:, 0],
+        color=colour(_THEIRS),
+        lw=1.5,
+        label="the one kept",
+    )
 
 
 def _draw_curves(axes, fit: Judgement):
@@ -54,14 +60,31 @@ def _draw_curves(axes, fit: Judgement):
     else:
         source = "of q, on fresh draws"
     if final.value.isfinite():
-        axes.axhline(final.value, color=colour("cif"), ls="--", lw=1, label=source)
+        axes.axhline(
+            final.value,
+            color=colour("cif"),
+            ls="--",
+            lw=1,
+            label=source,
+        )
     if fit.log_z is not None and not of_samples:
-        axes.axhline(fit.log_z, color=colour("nice"), ls=":", lw=1.5, label="log Z")
+        axes.axhline(
+            fit.log_z,
+            color=colour("nice"),
+            ls=":",
+            lw=1.5,
+            label="log Z",
+        )
     shown = np.append(curves[np.isfinite(curves)], final.value.nan_to_num(0.0))
     low, high = np.quantile(shown, [0.1, 1.0])  # the first steps may be far below
     unit = "log-likelihood (nats)" if of_samples else "ELBO (nats)"
     bottom = low - 0.1 * (high - low) - 0.01
-    axes.set(title="learning curve", xlabel="step", ylabel=unit, ylim=(bottom, None))
+    axes.set(
+        title="learning curve",
+        xlabel="step",
+        ylabel=unit,
+        ylim=(bottom, None),
+    )
     axes.legend(fontsize=7, loc="lower right")
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #3585cc7a
@@ -73,13 +96,35 @@ def _draw_weights(axes, fit: Judgement):
     low, high = _axis_limits(finite)
     high = max(finite.max().item(), high)
     values = finite.clamp(min=low).numpy()
-    axes.hist(values, bins=60, range=(low, high), color=colour(_OURS, 0.6), log=True)
+    axes.hist(
+        values,
+        bins=60,
+        range=(low, high),
+        color=colour(_OURS, 0.6),
+        log=True,
+    )
     if fit.k_hat > -math.inf:
         shade = colour("cif", 0.15)
-        axes.axvspan(cutoff, high, color=shade, zorder=0, label="tail that k-hat is fitted to")
-    axes.axvline(0, color=colour(_THEIRS), lw=1, label="equal weights")
+        axes.axvspan(
+            cutoff,
+            high,
+            color=shade,
+            zorder=0,
+            label="tail that k-hat is fitted to",
+        )
+    axes.axvline(
+        0,
+        color=colour(_THEIRS),
+        lw=1,
+        label="equal weights",
+    )
     title = f"weights: k-hat {fit.k_hat:.2f}, ESS {fit.ess / len(log_w):.0%}"
-    axes.set(title=title, xlabel="log w - evidence (nats)", ylabel="draws", xlim=(low, high))
+    axes.set(
+        title=title,
+        xlabel="log w - evidence (nats)",
+        ylabel="draws",
+        xlim=(low, high),
+    )
     axes.legend(fontsize=7, loc="upper left")
 
 
@@ -100,7 +145,11 @@ def _draw_marginal(axes, fit: Judgement, d: int):
         weights = torch.softmax(smoothed, 0).cpu().numpy()
         outline = dict(histtype="step", color=colour(_THEIRS), label="reweighted")
         axes.hist(z.numpy(), weights=weights, **outline, **shared)
-    axes.set(title=f"z[{d}]", yticks=[], xlabel=f"z[{d}]")
+    axes.set(
+        title=f"z[{d}]",
+        yticks=[],
+        xlabel=f"z[{d}]",
+    )
     axes.legend(fontsize=7, loc="upper right")
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #fbd031f5
@@ -109,14 +158,35 @@ def _draw_pair(axes, fit: Judgement, points: int = 1500):
     z = fit.draws().cpu()
     step = max(1, len(z) // points)
     x, y = z[::step, :2].T.numpy()
-    axes.scatter(x, y, s=4, color=colour(_OURS, 0.45), label="q", rasterized=True)
+    axes.scatter(
+        x,
+        y,
+        s=4,
+        color=colour(_OURS, 0.45),
+        label="q",
+        rasterized=True,
+    )
     chosen = z
     if fit.log_w is not None:
         chosen = _resampled(fit, z)
         x, y = chosen[::step, :2].T.numpy()
-        axes.scatter(x, y, s=3, color=colour(_THEIRS), alpha=0.5, label="reweighted", rasterized=True)
+        axes.scatter(
+            x,
+            y,
+            s=3,
+            color=colour(_THEIRS),
+            alpha=0.5,
+            label="reweighted",
+            rasterized=True,
+        )
     xlim, ylim = (_axis_limits(z[:, d], chosen[:, d]) for d in (0, 1))
-    axes.set(title="first two coordinates", xlabel="z[0]", ylabel="z[1]", xlim=xlim, ylim=ylim)
+    axes.set(
+        title="first two coordinates",
+        xlabel="z[0]",
+        ylabel="z[1]",
+        xlim=xlim,
+        ylim=ylim,
+    )
     axes.legend(fontsize=7, loc="upper right", markerscale=2)
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #5de28a4b

@@ -34,7 +34,10 @@ def _reaches(best, bound):
 
 
 def _restarts_line(bounds):
-    "How many restarts there were, and whether their bounds agree."
+    """How many restarts there were, and whether their bounds agree.
+
+    `bounds`: best first; those without a finite value, of runs that were given up, come last.
+    """
     if len(bounds) < 2:
         return "restarts: 1, so nothing to compare it with"
     finite = [bound for bound in bounds if bound.value.isfinite()]
@@ -53,8 +56,12 @@ def _restarts_line(bounds):
 
 # %% ../../nbs/01_flows/48_words.ipynb #554ba2c7
 def _training_line(fit):
-    "How the training ended."
-    went_back = f"; went back {fit.retreats} times at half the rate" if fit.retreats else ""
+    """How the training ended.
+
+    By itself, at the limit, or after as many steps as were asked for; and how often it went back.
+    """
+    times = "once" if fit.retreats == 1 else f"{fit.retreats} times"
+    went_back = f"; went back {times}, at half the rate" if fit.retreats else ""
     if fit.converged is None:
         rises = ": the bound still rose, more would help" if still_rises(fit) else ""
         return f"training: {fit.steps:,} steps, as asked{rises}{went_back}"
@@ -92,7 +99,11 @@ _SHOWN = 3  # coordinates
 
 
 def _moment_lines(fit: Judgement) -> Iterator[str]:
-    "Mean and standard deviation of the first coordinates, by q and reweighted."
+    """Mean and standard deviation of the first coordinates, by q and reweighted.
+
+    They are said to differ where they do by over four standard errors of the difference, and by over
+    a fiftieth of a standard deviation: with many draws the smallest difference is significant.
+    """
     ours, theirs = diagnosis.moments(fit.z), fit.moments
     shifts = diagnosis.moment_shifts(fit.z, fit.log_w)
     for d in range(min(_SHOWN, fit.z.shape[1])):
@@ -144,7 +155,6 @@ def describe(fit: Judgement) -> str:
     if fit.log_w is not None:
         lines += _moment_lines(fit)
         left = fit.z.shape[1] - _SHOWN
-        lines += (
-            [f"and {left:,} more coordinates: see `moments`; the verdict names the worst"] if left > 0 else []
-        )
+        if left > 0:
+            lines.append(f"and {left:,} more coordinates: see `moments`; the verdict names the worst")
     return "\n".join(lines)

@@ -148,7 +148,10 @@ def _log_density(self: FlowDistribution, value, generator):
 
 @patch
 def _far_away(self: FlowDistribution, log_q, value):
-    "Log-densities with minus infinity for NaN, where neither the point, the context nor a parameter is NaN."
+    """Log-densities with minus infinity in place of NaN.
+
+    What is NaN because the point, its context or a parameter is NaN stays as it is.
+    """
     unknown = value.isnan().any(-1)
     if self.context is not None:
         unknown = unknown | self.context.isnan().any(-1)
