@@ -9,10 +9,11 @@ __all__ = []
 from .data import load_data
 from .fitting import fit
 from .fitting.fitted import Fit
+from .fitting.judging import judge
 from .flows import Flow
 from .models.vae import VAE
 from .objectives import Estimate
 from .transforms import Chain, Inverse
 
 __version__ = "0.1.0"
-__all__ = ["Chain", "Estimate", "Fit", "Flow", "Inverse", "VAE", "fit", "load_data"]
+__all__ = ["Chain", "Estimate", "Fit", "Flow", "Inverse", "VAE", "fit", "judge", "load_data"]

@@ -166,8 +166,9 @@ def _run_backward(sampler, point, sizes, betas):
 class Annealed:
     """Of `M` chains for each of `N` images: log-weights, acceptance, step lengths, and their bound.
 
-    `log_weights`: `(M, N)`; `acceptance` `(T,)`: its mean at each temperature; `step_sizes`: `(T,
-    N)`. Chains went `back` from an exact posterior draw, or else along the path from its beginning.
+    `log_weights`: `(M, N)`; `acceptance` `(T,)`: its mean at each temperature;
+    `step_sizes`: `(T, N)`. Chains went `back` from an exact posterior draw, or else
+    along the path from its beginning.
 
     >>> Annealed(torch.tensor([[1.0], [3.0]]).log(), torch.ones(1), torch.ones(1, 1)).log_p.exp()
     tensor([2.])
@@ -193,8 +194,8 @@ class Annealed:
     def error(self) -> Tensor:
         """The standard error `(N,)` of `log_p` over chains (delta method); NaN for a single chain.
 
-        On the way back all chains of an image start from one `z`, and the noise of that one draw is
-        not in it: look at the spread over images.
+        On the way back all chains of an image start from one `z`, and the noise of that
+        one draw is not in it: look at the spread over images.
         """
         w = (self.sign * (self.log_weights - self.log_p)).exp()
         return w.std(0) / math.sqrt(len(w)) if len(w) > 1 else torch.full_like(w[0], math.nan)
@@ -350,16 +351,17 @@ def ais(
 ) -> Annealed:
     """A stochastic lower bound on `log p(x)` for every row of `x`, by annealed importance sampling.
 
-    `log_joint(x, z)`: `(M, B)` log-densities of `z` `(M, B, latent_dim)` in nats, or a dict of such
-    parts, differentiable in `z`; `x`: `(N, ...)`. `chains` for each image, `steps` temperatures,
-    `leapfrog` steps a transition. `initial`: where the path starts, `None` for N(0, I), or mean and
-    scale `(N, latent_dim)` of a Gaussian for each image, such as those of draws from its posterior.
+    `log_joint(x, z)`: `(M, B)` log-densities of `z` `(M, B, latent_dim)` in nats, or a
+    dict of such parts, differentiable in `z`; `x`: `(N, ...)`. `chains` for each image,
+    `steps` temperatures, `leapfrog` steps a transition. `initial`: where the path
+    starts, `None` for N(0, I), or mean and scale `(N, latent_dim)` of a Gaussian for
+    each image, such as those of draws from its posterior.
     `block`: rows of one pass of the decoder.
 
-    Cost: `leapfrog * (steps * (chains + 4) + 80)` gradients an image, of which `leapfrog * (steps *
-    4 + 80)` settle and adapt the step lengths. Raises `ValueError` for an `x` that is empty or not
-    finite, and `FloatingPointError` naming an image without a finite result. Source: Neal 2001; Wu
-    et al. 2017.
+    Cost: `leapfrog * (steps * (chains + 4) + 80)` gradients an image, of which
+    `leapfrog * (steps * 4 + 80)` settle and adapt the step lengths. Raises `ValueError`
+    for an `x` that is empty or not finite, and `FloatingPointError` naming an image
+    without a finite result. Source: Neal 2001; Wu et al. 2017.
 
     >>> from torch.distributions import Normal
     >>> unit = Normal(0.0, 1.0)
@@ -390,10 +392,11 @@ def bidirectional(
 ) -> tuple[Annealed, Annealed]:
     """`(lower, upper)` bounds on `log p(x)` for rows of `x` simulated with the latent vectors `z` `(N, D)`.
 
-    The arguments are those of `ais`, and the errors; chains of one image all return from the same
-    `z`. `seed` must not be the one that `z` was drawn with: the chains' noise would be made of the
-    same numbers as `z`, and neither bound would hold. Cost: that of `ais` and `steps * leapfrog *
-    chains` gradients more. Source: Grosse et al. 2015.
+    The arguments are those of `ais`, and the errors; chains of one image all return
+    from the same `z`. `seed` must not be the one that `z` was drawn with: the chains'
+    noise would be made of the same numbers as `z`, and neither bound would hold. Cost:
+    that of `ais` and `steps * leapfrog * chains` gradients more. Source: Grosse et al.
+    2015.
 
     >>> from torch.distributions import Normal
     >>> unit, draw = Normal(0.0, 1.0), torch.Generator().manual_seed(1)

@@ -144,7 +144,8 @@ def _comb(log_w: Tensor, path: _Path) -> Tensor:
 class Particles:
     """Draws from a density `z` `(I, N, D)` in `I` islands, and what each island says of its integral.
 
-    `log_z` `(I,)` in nats; `stages`: temperatures passed; `evaluations`: of the log-density and its gradient.
+    `log_z` `(I,)` in nats; `stages`: temperatures passed; `evaluations`: of the
+    log-density and its gradient.
     """
 
     z: Tensor
@@ -205,12 +206,13 @@ def smc(
 ) -> Particles:
     """Draws from an unnormalised density and its integral, by sequential Monte Carlo from `N(mean, scale^2)`.
 
-    `log_density`: `(N, D) -> (N,)` in nats, differentiable; `mean`, `scale`: `(D,)`. Where the start is far
-    wider than the target, modes get their share whatever lies between them. `keep`: the share of effective
-    particles after a step; `moves` transitions of `leapfrog` steps a temperature, three times as many at the
-    end. Cost: `evaluations` of the result, about
-    `islands * particles * moves * leapfrog` for each of some `3 sqrt(D) log(scale / target)` temperatures.
-    Raises `ValueError` naming what does not fit. Source: Del Moral et al. 2006; Neal 2011.
+    `log_density`: `(N, D) -> (N,)` in nats, differentiable; `mean`, `scale`: `(D,)`.
+    Where the start is far wider than the target, modes get their share whatever lies
+    between them. `keep`: the share of effective particles after a step; `moves`
+    transitions of `leapfrog` steps a temperature, three times as many at the end. Cost:
+    `evaluations` of the result, about `islands * particles * moves * leapfrog` for each
+    of some `3 sqrt(D) log(scale / target)` temperatures. Raises `ValueError` naming
+    what does not fit. Source: Del Moral et al. 2006; Neal 2011.
 
     >>> def log_density(z):  # its integral is 2 pi
     ...     return -0.5 * (z - 3).square().sum(-1)

@@ -31,8 +31,9 @@ def _mean_of_islands(values: Tensor) -> tuple[Tensor, Tensor]:
 class Witness:
     """Draws of a target that a fit did not make, in `I` islands, and what the fit thinks of them.
 
-    `z` `(I, N, D)`; `log_w` `(I, N)`: `log f(z) - log q(z)` in nats; `barrier` `(I, N)`: by how many nats the
-    log-density falls below both ends on the way to the nearest draw of `q`, 0 where that was not asked for.
+    `z` `(I, N, D)`; `log_w` `(I, N)`: `log f(z) - log q(z)` in nats; `barrier` `(I,
+    N)`: by how many nats the log-density falls below both ends on the way to the
+    nearest draw of `q`, 0 where that was not asked for.
     """
 
     z: Tensor

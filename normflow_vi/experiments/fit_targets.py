@@ -143,8 +143,8 @@ def fit_blindly(
 ) -> tuple[Fit | None, dict[str, float]]:
     """Fit `q` to a target whose answers are hidden from it; the fit, and what it cost.
 
-    The cost is `{"seconds", "evaluations", "gradients"}`. The fit is `None` where a value stopped being
-    finite. `options` are those of `fit`.
+    The cost is `{"seconds", "evaluations", "gradients"}`. The fit is `None` where a
+    value stopped being finite. `options` are those of `fit`.
     """
     counted = Counted(target.hidden)
     start = time.perf_counter()
@@ -187,8 +187,8 @@ def word_of(found: Fit | None) -> str:
 def measure_forward(q: Flow, target: KnownTarget, samples: int, seed: int) -> dict[str, Any]:
     """What exact draws of a target say about `q`, in nats; nothing for a target without draws.
 
-    `{"log_q", "forward_kl"}` with standard errors, `forward_kl_99` without the worst hundredth, and
-    `unreached`, the share of the draws at which `log q` is not finite.
+    `{"log_q", "forward_kl"}` with standard errors, `forward_kl_99` without the worst
+    hundredth, and `unreached`, the share of the draws at which `log q` is not finite.
     """
     if target.sampler is None:
         return {}
@@ -211,8 +211,8 @@ def measure_forward(q: Flow, target: KnownTarget, samples: int, seed: int) -> di
 def measure_modes(q: Flow, z: torch.Tensor, target: KnownTarget) -> dict[str, float]:
     """How `q` treats the modes of a target, by its draws `z` `(S, D)`; nothing for a target without modes.
 
-    `{"modes", "log_q_modes", "log_p_modes"}`, and `{"modes_found", "share_error"}` where there are at most
-    a hundred.
+    `{"modes", "log_q_modes", "log_p_modes"}`, and `{"modes_found", "share_error"}`
+    where there are at most a hundred.
     """
     if target.modes is None:
         return {}
@@ -234,8 +234,9 @@ def measure_modes(q: Flow, z: torch.Tensor, target: KnownTarget) -> dict[str, fl
 def measure_itself(found: Fit, target: KnownTarget) -> dict[str, Any]:
     """What a fit says of itself, with `log Z` taken off: in nats, but for the `ess`, a share of its draws.
 
-    `{"gap"}`, `log Z` minus the ELBO; `{"evidence", "low", "high"}`, its estimate of `log Z` and the ends of
-    its interval, minus `log Z`; `{"k_hat", "ess", "missing", "steps"}`.
+    `{"gap"}`, `log Z` minus the ELBO; `{"evidence", "low", "high"}`, its estimate of
+    `log Z` and the ends of its interval, minus `log Z`; `{"k_hat", "ess", "missing",
+    "steps"}`.
     """
     elbo, evidence = found.elbo, found.evidence
     measured = {

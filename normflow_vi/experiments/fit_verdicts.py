@@ -245,8 +245,8 @@ def is_off(record: Record) -> bool:
 def is_bad(record: Record, forward: str = "forward_kl") -> bool:
     """Whether a fit is more than 0.1 nats from the truth in either divergence, or wrong about the evidence.
 
-    `forward`: the value that is taken for the forward divergence; `forward_kl_99` leaves out the worst draw
-    in a hundred.
+    `forward`: the value that is taken for the forward divergence; `forward_kl_99`
+    leaves out the worst draw in a hundred.
     """
     farther = max(record.value("gap"), record.value(forward))
     return farther > _NATS or is_off(record)

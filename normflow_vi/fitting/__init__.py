@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'fit']
 
-# %% ../../nbs/01_flows/50_fit.ipynb #40116cf0
+# %% ../../nbs/01_flows/50_fit.ipynb #ad80fec8
 import copy
 import math
 import warnings
@@ -32,6 +32,7 @@ from normflow_vi.fitting.checks import (
     total_of,
 )
 from .fitted import Fit
+from .minibatches import DataDensity, draw_rows, estimate_from, sum_all
 from .modes import MIXTURES, call_witness, check_base, find_modes, set_shares
 from .verdict import advise, rank_of
 from ..flows import Flow, FlowDistribution, draw_base
@@ -60,15 +61,19 @@ class FitOptions:
 
     Raises `ValueError` naming the first that does not fit.
 
-    `steps`: updates of `draws` draws (or samples); unless given, until the bound no longer rises.
+    `steps`: updates of `draws` draws (or samples); unless given, until the bound no
+    longer rises.
     `restarts`: starts trained side by side, as one program, of which the best is kept.
     `alpha`, `gradient`: another Renyi bound than the ELBO, and its gradient estimator.
-    `modes`: "report" what draws from far away find that the flow lacks, "ignore" that, or find "all" modes
-    before the training: the flow gets a mixture as its base.
-    `until`: "good": as long as the verdict is not, follow its advice, up to three times.
+    `modes`: "report" what draws from far away find that the flow lacks, "ignore" that,
+    or find "all" modes before the training: the flow gets a mixture as its base.
+    `until`: "good": as long as the verdict is not, follow its advice, up to three
+    times.
     `anneal`: begin with a normal density in place of the target.
-    `place`: find the units first, unless the flow has some already, say from an earlier fit.
-    `validation`: the share of the samples that is held out and by which the flow is chosen.
+    `place`: find the units first, unless the flow has some already, say from an earlier
+    fit.
+    `validation`: the share of the samples that is held out and by which the flow is
+    chosen.
     `evaluation_draws`: fresh draws by which the result is judged.
     `log_z`: the exact log Z in nats, if known: then the divergence itself is reported.
     `progress(step, steps, seconds, values)` is called now and then.
@@ -246,6 +251,8 @@ class Goal(Protocol):
 class DensityGoal:
     "A fit to an unnormalised log-density `(N, D) -> (N,)` in nats."
 
+    judge: Callable[..., Outcome]  # added by `patch` below
+    examine: Callable[..., Fit]
     validate = None
 
     def __init__(self, q: Flow, log_density: Callable, options: FitOptions):
@@ -333,6 +340,40 @@ def examine(self: DensityGoal, fit: Fit) -> Fit:
         witness = call_witness(fit.q, self.log_density, z, log_w, seed)
     return replace(fit, z=z, log_w=log_w, witness=witness)
 
+# %% ../../nbs/01_flows/50_fit.ipynb #34dc6e6a
+_ROWS = 1000  # of the data, by which units and modes are looked for, and up to which a witness is called
+
+
+class DataGoal(DensityGoal):
+    "A fit to a posterior, a batch of its data at a time."
+
+    def __init__(self, q: Flow, density: DataDensity, options: FitOptions):
+        order = torch.randperm(len(density), generator=torch.Generator().manual_seed(options.seed))
+        some = order[:_ROWS].to(density.parts[0].device)
+        super().__init__(q, lambda z: estimate_from(density, some, z), options)
+        self.data, self.some = density, self.log_density
+        self.bound = options.draws, self.anneal, options.alpha, options.gradient, units_of(q.base, q.dim)
+        self.loss = self._loss_of_batch
+
+    def _loss_of_batch(self, q, batch, step, generator):
+        rows = draw_rows(self.data, generator)
+        loss = density_loss(lambda z: estimate_from(self.data, rows, z), *self.bound)
+        return loss(q, batch, step, generator)
+
+    def judge(self, q: Flow) -> Outcome:
+        "Fresh draws from a trained flow and their log-weights by all data."
+        self.log_density = lambda z: sum_all(self.data, z)
+        try:
+            return super().judge(q)
+        finally:
+            self.log_density = self.some
+
+    def examine(self, fit: Fit) -> Fit:
+        "The fit, with a witness where the data are few."
+        if len(self.data) > _ROWS:
+            self.options = replace(self.options, modes="ignore")
+        return super().examine(fit)
+
 # %% ../../nbs/01_flows/50_fit.ipynb #be11261d
 class SampleGoal:
     "A fit to samples `(N, D)`."
@@ -386,7 +427,8 @@ _MOST, _LEAST = 20_000, 1_000  # updates at the full rate: at most, at least
 class _Settling(Trainer):
     """A training that begins to end by itself, when what it is judged by no longer rises.
 
-    `converged` says whether that was why; `retreats`, how often it went back; `lost`, which runs it gave up.
+    `converged` says whether that was why; `retreats`, how often it went back; `lost`,
+    which runs it gave up.
     """
 
     converged, since = None, 0  # since: updates before which nothing is judged
@@ -445,7 +487,8 @@ def retreat(self: _Settling, error: Exception, failures: list) -> bool:
 def redraw_parameters(q: Flow, seed: int) -> Flow:
     """A copy of a flow with the starting values that `seed` gives.
 
-    Each part draws its own, by `reset_parameters`; what is not trained is the same for all.
+    Each part draws its own, by `reset_parameters`; what is not trained is the same for
+    all.
     """
     q = copy.deepcopy(q)
     with forked_stream(seed=seed), torch.no_grad():
@@ -611,7 +654,7 @@ def _conclude(q: Flow, trainer: _Settling, outcomes: list[Outcome], log_z) -> Fi
         log_likelihood=best.bound if best.log_w is None else None,
     )
 
-# %% ../../nbs/01_flows/50_fit.ipynb #f7884595
+# %% ../../nbs/01_flows/50_fit.ipynb #53619b95
 def _pursue(q: Flow, goal: Goal, options: FitOptions) -> Fit:
     "Fit `q` towards a goal, from its units to its judgement."
     goal.find_units(q)
@@ -628,7 +671,7 @@ def _pursue(q: Flow, goal: Goal, options: FitOptions) -> Fit:
 def _check_kind(log_density, samples, options):
     "Raise `ValueError` unless a log-density is given, or samples without what belongs to a log-density."
     if (log_density is None) == (samples is None):
-        raise ValueError("give exactly one of log_density and samples")
+        raise ValueError("give exactly one of log_density and samples; or prior, likelihood, data and batch")
     alpha, gradient = options.alpha, options.gradient
     if samples is not None and (options.modes == "all" or options.until):
         raise ValueError(
@@ -646,6 +689,8 @@ def _fit_to(q, log_density, samples, options):
     if samples is not None:
         return _pursue(q, SampleGoal(q, samples, options), options)
     with unvalidated():  # torch's distributions would raise where a draw is nan
+        if isinstance(log_density, DataDensity):
+            return _pursue(q, DataGoal(q, log_density, options), options)
         result = _pursue(q, DensityGoal(q, log_density, options), options)
         return result if options.until is None else _improve(q, log_density, options, result)
 
@@ -691,12 +736,31 @@ def _fit_undisturbed(q, log_density, samples, support, options):
         check_flow(q, support)
         return _fit_to(q, log_density, samples, options)
 
-# %% ../../nbs/01_flows/50_fit.ipynb #19021217
+# %% ../../nbs/01_flows/50_fit.ipynb #e4ed363f
+def _join_data(log_density, prior, likelihood, data, batch, options):
+    "The posterior of these four; raises `ValueError` unless there are all of them, and nothing else."
+    given = {"prior": prior, "likelihood": likelihood, "data": data, "batch": batch}
+    if log_density is not None or (missing := [name for name, value in given.items() if value is None]):
+        wrong = "log_density as well" if log_density is not None else f"no {', no '.join(missing)}"
+        raise ValueError(
+            f"prior, likelihood, data and batch belong together, without log_density; got {wrong}"
+        )
+    if options.modes == "all" or options.until is not None:
+        raise ValueError(
+            "modes='all' and until='good' need a log_density: they pass through all data too often"
+        )
+    return DataDensity(prior, likelihood, data, batch)
+
+# %% ../../nbs/01_flows/50_fit.ipynb #3d812f60
 def fit(
     q: Flow,
     log_density: Callable | None = None,
     *,
     samples: torch.Tensor | np.ndarray | None = None,
+    prior: Callable | None = None,
+    likelihood: Callable | None = None,
+    data: Any = None,
+    batch: int | None = None,
     support: Constraint | None = None,
     log_z: float | None = None,
     steps: int | None = None,
@@ -716,13 +780,17 @@ def fit(
 ) -> Fit:
     """Train the flow `q` in place on `log_density` `(N, D) -> (N,)` in nats, or on `samples` `(N, D)`.
 
-    Returns a `Fit`, which prints as a diagnosis. The log-density need not be normalised; a `Target` brings
-    its `log_z`. `support`: a constraint of `torch.distributions` on which the target lives; the other options
-    are those of `FitOptions`. The same `seed` and the same starting values of `q` (from torch's global
-    generator, when it is built) give the same result on one machine. The flow is left in evaluation mode; a
-    second fit goes on from where it is, in the units it has. Raises `ValueError` or `TypeError` naming the
-    argument; `NonFinite` with step, layer and sample if a value stops being finite, the flow as it was last.
-    Source: Rezende & Mohamed 2015, eq. 15; Li & Turner 2016 for `alpha`.
+    Or on the posterior of `prior` and `likelihood`, `batch` rows of the `data` an
+    update: see `DataDensity`. Returns a `Fit`, which prints as a diagnosis. The
+    log-density need not be normalised; a `Target` brings its `log_z`. `support`: a
+    constraint of `torch.distributions` on which the target lives; the other options are
+    those of `FitOptions`. The same `seed` and the same starting values of `q` (from
+    torch's global generator, when it is built) give the same result on one machine. The
+    flow is left in evaluation mode; a second fit goes on from where it is, in the units
+    it has. Raises `ValueError` or `TypeError` naming the argument; `NonFinite` with
+    step, layer and sample if a value stops being finite and going back does not help,
+    the flow as it was last. Source: Rezende & Mohamed 2015, eq. 15; Li & Turner 2016
+    for `alpha`.
 
     >>> from normflow_vi.transforms import Affine
     >>> result = fit(Flow(Affine(dim=2)), lambda z: -z.square().sum(-1), steps=500)
@@ -733,4 +801,6 @@ def fit(
     bound: dict = dict(progress=progress, alpha=alpha, gradient=gradient, anneal=anneal, log_z=log_z)
     judgement: dict = dict(place=place, validation=validation, evaluation_draws=evaluation_draws)
     options = FitOptions(modes=modes, until=until, **pace, **bound, **judgement)
+    if likelihood is not None or prior is not None or data is not None or batch is not None:
+        log_density = _join_data(log_density, prior, likelihood, data, batch, options)
     return _fit_undisturbed(q, log_density, samples, support, options)

@@ -39,7 +39,8 @@ def _explain_refusal(error, dim):
 def _call_log_density(log_density, z, log_q):
     """The values of `log_density` at `z`; of one that returns parts, their sum.
 
-    One clear error if it cannot be called, changes `z`, or returns anything but one number a row.
+    One clear error if it cannot be called, changes `z`, or returns anything but one
+    number a row.
     """
     version = z._version
     try:
@@ -104,8 +105,9 @@ def _check_vmap(log_density, z, restarts):
 def check_log_density(q: Flow, log_density: Callable, restarts: int) -> None:
     """Raise unless `log_density` maps draws of the untrained flow to finite values with a gradient.
 
-    The draws are `(64, D)`, the values `(64,)`, or a dict of such parts; under `vmap` too, if there are
-    restarts. Values that are all equal, a uniform density, need no gradient.
+    The draws are `(64, D)`, the values `(64,)`, or a dict of such parts; under `vmap`
+    too, if there are restarts. Values that are all equal, a uniform density, need no
+    gradient.
     """
     if not callable(log_density):
         raise TypeError(
@@ -242,8 +244,8 @@ _LEVELS = 64  # by so many steps of a number format the middle half of a column 
 def _round_samples(q, samples):
     """Samples in the flow's precision, at least single; raises `ValueError` where that is too little.
 
-    It is where rounding moves half of a column's values by a part of their spread (the median distance from
-    the median).
+    It is where rounding moves half of a column's values by a part of their spread (the
+    median distance from the median).
     """
     rounded = samples.to(at_least_single(q.place.loc))
     unit = f"{rounded.dtype}; use a flow in double precision, q.double(), or other units"
@@ -318,9 +320,9 @@ def _warn_of_atoms(samples):
 def check_samples(q: Flow, samples: torch.Tensor | np.ndarray) -> torch.Tensor:
     """Samples as a tensor `(N, D)` of the flow's precision (at least single) and device.
 
-    Raises `TypeError` or `ValueError` for anything but finite rows inside the support, as different as draws
-    from a density are, also in that precision, and for a flow without a density at them. Warns of values that
-    come back.
+    Raises `TypeError` or `ValueError` for anything but finite rows inside the support,
+    as different as draws from a density are, also in that precision, and for a flow
+    without a density at them. Warns of values that come back.
     """
     _check_density(q)
     samples = _check_rows(q, samples)

@@ -119,8 +119,8 @@ def check_classes(classes: Sequence[type]) -> None:
 def module_from_bytes(data: bytes, classes: Sequence[type] = ()) -> nn.Module:
     """The module in bytes of `module_to_bytes`, on the CPU.
 
-    Nothing but trusted classes and `classes` is used to build it, and no function is called. Raises
-    `Damaged` for bytes that name anything else.
+    Nothing but trusted classes and `classes` is used to build it, and no function is
+    called. Raises `Damaged` for bytes that name anything else.
     """
     aliases = []  # a script's class is __main__'s when it runs, its module's later
     for name in _unknown_names(data, classes):
@@ -196,8 +196,8 @@ FORMAT = 2  # of the files that are written; files of format 1 know no witness
 def write_fields(path: str | Path, fields: dict, steps: int) -> Path:
     """Write the fields of a fit to one file, which appears whole or not at all; returns the path.
 
-    Raises `OSError`, which names path and size; `TypeError` for a flow that holds a function, or that would
-    not come back as it is.
+    Raises `OSError`, which names path and size; `TypeError` for a flow that holds a
+    function, or that would not come back as it is.
     """
     state: dict[str, Any] = {"format": FORMAT}
     for name, value in fields.items():
@@ -248,8 +248,9 @@ def _fields_from(state, classes):
 def read_fit(make: Any, path: str | Path, classes: Sequence[type] = ()) -> Any:
     """The fit `make(**fields)` in a file of `write_fields`, on the CPU.
 
-    Raises `Damaged` for a file that is not whole, not a fit, or made of classes that are neither trusted nor
-    among `classes`; `ValueError` for another format, naming both.
+    Raises `Damaged` for a file that is not whole, not a fit, or made of classes that
+    are neither trusted nor among `classes`; `ValueError` for another format, naming
+    both.
     """
     check_classes(classes)
     state = _read_state(path)

@@ -78,7 +78,8 @@ class Fit(Judgement):
 def save(self: Fit, path: str | Path) -> Path:
     """Write everything to one file, which appears whole or not at all; returns the path.
 
-    Raises `OSError`, which names path and size; `TypeError` for a flow that holds a function.
+    Raises `OSError`, which names path and size; `TypeError` for a flow that holds a
+    function.
     """
     return write_fields(path, vars(self), self.steps)
 
@@ -89,10 +90,10 @@ def load(cls: Fit, path: str | Path, classes: Sequence[type] = ()) -> Fit:
     """The fit in a file of `save`, on the CPU, with its flow.
 
     The file's SHA-256 is compared first, and no code in it is run.
-    `classes`: classes of yours that the flow is made of; those of this package and of `torch.nn` and
-    `torch.distributions` are known.
-    Raises `checkpoint.Damaged` (a `ValueError`) for a file that is not whole, not a fit, or made of other
-    classes; `ValueError` for another format, naming both.
+    `classes`: classes of yours that the flow is made of; those of this package and of
+    `torch.nn` and `torch.distributions` are known. Raises `checkpoint.Damaged` (a
+    `ValueError`) for a file that is not whole, not a fit, or made of other classes;
+    `ValueError` for another format, naming both.
     """
     return read_fit(cls, path, classes)
 
@@ -123,11 +124,13 @@ def _warn_of_weights(fit):
 def to_arviz(self: Fit, names: str | Sequence[str] | Mapping[str, int | slice] = "z") -> Any:
     """Draws in ArviZ's form (`InferenceData`; `DataTree` from ArviZ 1 on), one chain.
 
-    The group is `posterior`; `sample_stats` has the `log_weight` of the draws. Of a fit to a density the
-    draws are resampled by their smoothed weights, in order, whatever the verdict; a warning says so where
-    k-hat is not good. Of a fit to samples they are q's.
-    `names`: one name for all coordinates, a list of one for each, or a dict from names to positions
-    or slices. Raises `ImportError` without the package arviz, `ValueError` for names that do not fit.
+    The group is `posterior`; `sample_stats` has the `log_weight` of the draws. Of a fit
+    to a density the draws are resampled by their smoothed weights, in order, whatever
+    the verdict; a warning says so where k-hat is not good. Of a fit to samples they are
+    q's.
+    `names`: one name for all coordinates, a list of one for each, or a dict from names
+    to positions or slices. Raises `ImportError` without the package arviz, `ValueError`
+    for names that do not fit.
     """
     try:
         import arviz

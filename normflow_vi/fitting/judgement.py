@@ -35,16 +35,17 @@ def bound_inside(log_w: torch.Tensor) -> Estimate:
     error = ((1 - share) / (share * len(log_w))).sqrt()
     return Estimate(bound.value + share.log(), bound.std_error.hypot(error))
 
-# %% ../../nbs/01_flows/48_judgement.ipynb #baeccc19
+# %% ../../nbs/01_flows/48_judgement.ipynb #8de6a067
 @dataclass(frozen=True, eq=False, repr=False)
 class Judgement:
     """A trained flow, and fresh draws from it with their log-weights in nats; all else follows from these.
 
-    What comes from weights is `None` for a fit to samples.
+    What comes from weights is `None` for a fit to samples; flow and history are for one
+    of another library.
     """
 
-    q: Flow
-    history: History
+    q: Flow | None
+    history: History | None
     steps: int
     converged: bool | None = None
     z: torch.Tensor | None = None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/01_flows/49_modes.ipynb #a23f4992
+# %% ../../nbs/01_flows/49_modes.ipynb #c75daa7f
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +19,7 @@ from normflow_vi.flows import (
     Flow,
     FlowDistribution,
     GaussianMixture,
+    Place,
     ProductMixture,
     StandardNormal,
     draw_base,
@@ -28,12 +29,12 @@ from ..flows.placing import place_samples
 from ..transforms import ContinuouslyIndexed
 from ..utils.modules import evaluating
 
-# %% ../../nbs/01_flows/49_modes.ipynb #b8c53c5c
-def log_in_units(q: Flow, log_density: Callable) -> Callable[[Tensor], Tensor]:
-    "The log-density as one of the flow's coordinates before its last step, `(N, D) -> (N,)` in nats."
+# %% ../../nbs/01_flows/49_modes.ipynb #86bba59c
+def log_in_units(place: Place, log_density: Callable) -> Callable[[Tensor], Tensor]:
+    "A log-density as one of the coordinates before `place`, `(N, D) -> (N,)` in nats."
 
     def in_units(x):
-        z, log_det = q.place(x)
+        z, log_det = place(x)
         return log_density(z) + log_det
 
     return in_units
@@ -42,47 +43,51 @@ def log_in_units(q: Flow, log_density: Callable) -> Callable[[Tensor], Tensor]:
 _DISTANCES = (30.0, 10.0, 3.0)  # of the start, in the flow's units, the widest first
 
 
-def send_particles(q: Flow, log_density: Callable, seed: int, **how: Any) -> Particles | None:
-    "Particles in the flow's units that set out from as far as possible; `None` if nothing can be found."
-    origin = torch.zeros_like(q.place.scale)
+def send_particles(place: Place, log_density: Callable, seed: int, **how: Any) -> Particles | None:
+    "Particles in the units of `place` that set out from as far as possible; `None` if nothing can be found."
+    origin = torch.zeros_like(place.scale)
     for distance in _DISTANCES:
         try:
-            return smc(log_in_units(q, log_density), origin, origin + distance, seed=seed, **how)
+            return smc(log_in_units(place, log_density), origin, origin + distance, seed=seed, **how)
         except (ValueError, RuntimeError):  # the log-density cannot be computed out there
             continue
     return None
 
-# %% ../../nbs/01_flows/49_modes.ipynb #97b2af2f
+# %% ../../nbs/01_flows/49_modes.ipynb #4888b428
 def _has_density(q: Flow) -> bool:
     "Whether the density of a flow at given points can be computed."
     bounded = any(isinstance(part, ContinuouslyIndexed) for part in q.modules())
     return q.transform.inverse_kind != "none" and not bounded
 
 
-@torch.no_grad()
-def _log_weights(q: Flow, log_density: Callable, x: Tensor) -> Tensor:
-    "`log f - log q` at rows `x` in the flow's units; plus infinity where q has no density."
-    log_q = FlowDistribution(q.base, q.transform).log_prob(x).nan_to_num(nan=-math.inf)
-    return log_in_units(q, log_density)(x) - log_q
+def cross_examine(
+    place: Place, log_density: Callable, log_q: Callable, z: Tensor, log_w: Tensor, seed: int
+) -> Witness | None:
+    """Draws from elsewhere and their weights by a fit, whose own are `z` `(S, D)` and `log_w` `(S,)`.
+
+    `log_q`: the fit's log-density in the units of `place`, `(N, D) -> (N,)`. `None` for
+    a log-density that particles cannot move on.
+    """
+    if (particles := send_particles(place, log_density, seed)) is None:
+        return None
+    in_units = log_in_units(place, log_density)
+    with torch.no_grad():
+        x, own = particles.z, place.inverse(z)[0]
+        seen = in_units(particles.draws) - log_q(particles.draws).nan_to_num(nan=-math.inf)
+        seen = seen.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).view(x.shape[:2])
+        witness = find_barriers(Witness(x, seen, torch.zeros_like(seen)), log_w, in_units, own)
+        return Witness(place(x)[0], seen, witness.barrier)
 
 
 def call_witness(q: Flow, log_density: Callable, z: Tensor, log_w: Tensor, seed: int) -> Witness | None:
-    """Draws from elsewhere and their weights by a trained flow, its own are `z` `(S, D)` and `log_w`.
-
-    `None` for a flow without a density, and for a log-density that particles cannot move on.
-    """
-    if not _has_density(q) or (particles := send_particles(q, log_density, seed)) is None:
+    "The witness to a trained flow; `None` for one without a density at given points too."
+    if not _has_density(q):
         return None
     with evaluating(q):
-        x = particles.z
-        seen = _log_weights(q, log_density, particles.draws).view(x.shape[:2])
-        own, _ = q.place.inverse(z)
-        witness = find_barriers(
-            Witness(x, seen, torch.zeros_like(seen)), log_w, log_in_units(q, log_density), own
-        )
-        return Witness(q.place(x)[0], seen, witness.barrier)
+        log_q = FlowDistribution(q.base, q.transform).log_prob
+        return cross_examine(q.place, log_density, log_q, z, log_w, seed)
 
-# %% ../../nbs/01_flows/49_modes.ipynb #feefda91
+# %% ../../nbs/01_flows/49_modes.ipynb #afffdc8b
 MIXTURES = (GaussianMixture, ProductMixture)
 _MAP: dict[str, Any] = {"particles": 2500, "moves": 3, "keep": 0.9}
 
@@ -101,7 +106,7 @@ def find_modes(q: Flow, log_density: Callable, seed: int) -> Tensor:
 
     Raises `ValueError` if no particle gets anywhere.
     """
-    particles = send_particles(q, log_density, seed, **_MAP)
+    particles = send_particles(q.place, log_density, seed, **_MAP)
     if particles is None:
         raise ValueError(
             "log_density: finite at hardly any draw from far away; modes='all' needs support=, or q.place"
@@ -113,12 +118,12 @@ def find_modes(q: Flow, log_density: Callable, seed: int) -> Tensor:
     q.base = fit_mixture(x, seed) or StandardNormal(q.dim).to(x)
     return x
 
-# %% ../../nbs/01_flows/49_modes.ipynb #6b1beb39
+# %% ../../nbs/01_flows/49_modes.ipynb #547d0089
 @torch.no_grad()
 def set_shares(q: Flow, log_density: Callable, draws: int, generator: torch.Generator) -> None:
     "Give the components of a flow's base the shares that the log-density asks for."
     x0, log_q0 = draw_base(q.base, (draws,), generator)
     x, log_det = q.transform.forward(x0)
-    log_w = log_in_units(q, log_density)(x) - log_q0 + log_det
+    log_w = log_in_units(q.place, log_density)(x) - log_q0 + log_det
     weights = log_w.nan_to_num(nan=-math.inf).softmax(0)
     q.base.learn_shares(x0, weights)

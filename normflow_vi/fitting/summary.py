@@ -94,7 +94,7 @@ def _weight_lines(fit: Judgement) -> Iterator[str]:
     yield f"k-hat: {k_hat:.2f}, {opinion}"
     yield f"ESS: {ess:,.0f} of {S:,} draws ({ess / S:.0%})"
 
-
+# %% ../../nbs/01_flows/48_words.ipynb #ffa3c9cf
 _SHOWN = 3  # coordinates
 
 
@@ -117,7 +117,7 @@ def _moment_lines(fit: Judgement) -> Iterator[str]:
             line += f": they differ, by {by:.0f} standard errors of the difference"
         yield line
 
-# %% ../../nbs/01_flows/48_words.ipynb #4fb4d647
+# %% ../../nbs/01_flows/48_words.ipynb #bb50e85d
 def _row_kept(history):
     "The row of the training curve at the step that was kept."
     if history.best_step is None:
@@ -150,7 +150,8 @@ def describe(fit: Judgement) -> str:
         lines += _sample_lines(fit)
     else:
         lines += [f"next: {advice_in_words(fit)}", *_weight_lines(fit)]
-    lines += [_restarts_line(fit.bounds), _training_line(fit)]
+    if fit.history is not None:
+        lines += [_restarts_line(fit.bounds), _training_line(fit)]
     if fit.log_w is not None:
         lines += _moment_lines(fit)
         left = fit.z.shape[1] - _SHOWN

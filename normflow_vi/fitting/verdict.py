@@ -94,7 +94,7 @@ def _testimony(fit: Judgement) -> Iterator[Reason]:
         lost = 1 - math.exp(-rise)
         yield Reason(f"draws from elsewhere put log Z {rise:.2f} nats higher: {lost:.0%} is missing", "modes")
 
-# %% ../../nbs/01_flows/48_verdict.ipynb #d570432d
+# %% ../../nbs/01_flows/48_verdict.ipynb #3217a3ca
 def _divergences(fit: Judgement) -> Iterator[Reason]:
     "Which of the two divergences is above 0.1 nats."
     gap = float(fit.evidence.value - fit.elbo.value)
@@ -226,7 +226,7 @@ def verdict_in_words(fit: Judgement) -> str:
     told_by_itself = level == GOOD and fit.log_z is None and fit.witness is None
     return f"{words} (as far as its own draws can tell)" if told_by_itself else words
 
-# %% ../../nbs/01_flows/48_verdict.ipynb #59965148
+# %% ../../nbs/01_flows/48_verdict.ipynb #f7c77cc1
 REMEDIES = {
     "modes": 'fit(..., modes="all") looks for all modes first',
     "steps": "the bound still rose: more steps",
@@ -240,8 +240,8 @@ REMEDIES = {
 
 def still_rises(fit: Judgement) -> bool:
     "Whether the training ended, by its number of steps, while the bound still rose."
-    if fit.converged is not None:
-        return not fit.converged
+    if fit.converged is not None or fit.history is None:
+        return fit.converged is False
     for name in fit.history.values:
         if name in ("elbo", "log_likelihood"):
             curve = fit.history.values[name]

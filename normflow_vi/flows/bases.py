@@ -117,8 +117,8 @@ def mask_outside(
 def list_parts(support: constraints.Constraint) -> list[tuple[constraints.Constraint, int]]:
     """The parts of a constraint made by `cat` or `stack`, each with its number of coordinates, or `[]`.
 
-    They lie side by side along the last axis of a vector; the `dim` that torch counts among all axes is
-    not used.
+    They lie side by side along the last axis of a vector; the `dim` that torch counts
+    among all axes is not used.
     """
     if isinstance(support, constraints.independent) and support.reinterpreted_batch_ndims == 1:
         return list_parts(support.base_constraint)
@@ -225,7 +225,8 @@ class _BatchedDraw(torch.autograd.Function):
 class FixedBase(nn.Module):
     """A distribution of `torch.distributions` with event shape `(dim,)` as a base.
 
-    It is not trained, and it draws in single precision or the module's if that is higher.
+    It is not trained, and it draws in single precision or the module's if that is
+    higher.
     """
 
     def __init__(self, distribution: Distribution):
@@ -257,8 +258,9 @@ class FixedBase(nn.Module):
 def units_of(base: nn.Module, dim: int, draws: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
     """Location and scale of a base's coordinates, `(dim,)` each: exactly 0 and 1 for `N(0, I)`.
 
-    They are the median and half the distance of the quantiles that a normal has at one standard deviation
-    from it. A coordinate that does not vary has the scale 1. Its draws have a stream of their own.
+    They are the median and half the distance of the quantiles that a normal has at one
+    standard deviation from it. A coordinate that does not vary has the scale 1. Its
+    draws have a stream of their own.
     """
     like = next(iter((*base.parameters(), *base.buffers())), torch.zeros(()))
     like = at_least_single(like)
@@ -303,8 +305,9 @@ def _check_untrained(name, given):
 def as_base(name: str, given: nn.Module | Distribution | None, dim: int) -> nn.Module:
     """`given` as a base of `dim` dimensions; `name` is that of the argument, for messages.
 
-    `None` is `N(0, I)`; a module with `rsample` and `log_prob` of that `dim` (a `Flow`, say) stays as it is;
-    a torch distribution becomes a `FixedBase`. Raises `TypeError` or `ValueError` for anything else.
+    `None` is `N(0, I)`; a module with `rsample` and `log_prob` of that `dim` (a `Flow`,
+    say) stays as it is; a torch distribution becomes a `FixedBase`. Raises `TypeError`
+    or `ValueError` for anything else.
     """
     if given is None:
         return StandardNormal(dim)

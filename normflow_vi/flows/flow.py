@@ -28,8 +28,8 @@ def draw_base(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws `(*shape, D)` from a base and their log-density `(*shape)`.
 
-    They come in one pass where the base knows one: that saves a flow its inverse, and where the base has
-    only a random bound on its log-density it is the only right way.
+    They come in one pass where the base knows one: that saves a flow its inverse, and
+    where the base has only a random bound on its log-density it is the only right way.
     """
     if hasattr(base, "rsample_and_log_prob"):
         return base.rsample_and_log_prob(shape, generator)
@@ -78,7 +78,7 @@ def _module_of(part):
 class FlowDistribution(Distribution):
     """The distribution of `place(transform(z0, context))` with `z0` drawn from a base.
 
-    Its batch shape is that of the context's leading axes, its event shape `(D,)`; log-densities are in nats.
+    Batch shape: the context's leading axes; event shape: `(D,)`; log-densities in nats.
     """
 
     support: constraints.Constraint
@@ -159,7 +159,7 @@ def _far_away(self: FlowDistribution, log_q, value):
             unknown = unknown | tensor.isnan().any()
     return log_q.masked_fill(log_q.isnan() & ~unknown, -math.inf)
 
-
+# %% ../../nbs/01_flows/30_flow.ipynb #2c6a0033
 @patch
 @without_autocast
 def log_prob(
@@ -167,8 +167,8 @@ def log_prob(
 ) -> torch.Tensor:
     """`log q(value)` in nats, through the inverse of the transform, at the cost `inverse_kind`.
 
-    Minus infinity outside the support, and so far from the mass that the inverse overflows; with
-    continuously-indexed layers a random lower bound.
+    Minus infinity outside the support, and so far from the mass that the inverse
+    overflows; with continuously-indexed layers a random lower bound.
     """
     check_tensor("value", value, self.event_shape[0], "event size")
     support = None if self.place is None else self.place.support
@@ -212,12 +212,14 @@ class Flow(nn.Module):
     """A normalizing flow: `q()` is a distribution on `R^dim`, `q(context)` a batch of them.
 
     `transform`: any `Transform`, `Chain` or `Inverse`.
-    `base`: another flow, or a torch distribution of event shape `(dim,)`; `N(0, I)` unless given.
-    `support`: a constraint of `torch.distributions` on which it lives instead of all of `R^dim`.
+    `base`: another flow, or a torch distribution of event shape `(dim,)`; `N(0, I)`
+    unless given.
+    `support`: a constraint of `torch.distributions` on which it lives instead of all of
+    `R^dim`.
 
-    `sample`, `rsample`, `rsample_and_log_prob` and `log_prob` (nats) called on `q` itself forward to `q()`.
-    Raises `ValueError` if a context is missing, not wanted, or of the wrong width, and for a support that
-    `R^dim` cannot be mapped onto.
+    `sample`, `rsample`, `rsample_and_log_prob` and `log_prob` (nats) called on `q`
+    itself forward to `q()`. Raises `ValueError` if a context is missing, not wanted, or
+    of the wrong width, and for a support that `R^dim` cannot be mapped onto.
 
     >>> from normflow_vi.transforms import Planar
     >>> q = Flow(Planar(dim=2, length=4))

@@ -33,8 +33,9 @@ _LEAST_SHARE = 1e-4
 class GaussianMixture(nn.Module):
     """`sum_k pi_k N(m_k, S_k)` on `R^dim`, a base for `Flow`.
 
-    `shares` `(K,)`, divided by their sum, `means` `(K, D)`, `covariances` `(K, D, D)`. They are kept,
-    saved and moved with the flow, and not trained. Raises `ValueError` naming what does not fit.
+    `shares` `(K,)`, divided by their sum, `means` `(K, D)`, `covariances` `(K, D, D)`.
+    They are kept, saved and moved with the flow, and not trained. Raises `ValueError`
+    naming what does not fit.
 
     >>> two = GaussianMixture(torch.ones(2), torch.tensor([[-9.0], [9.0]]), torch.ones(2, 1, 1))
     >>> round(two.log_prob(torch.tensor([9.0])).item(), 4)  # log(1/2) - log(2 pi) / 2
@@ -88,9 +89,9 @@ class GaussianMixture(nn.Module):
 class ProductMixture(nn.Module):
     """`prod_d sum_k pi_dk N(m_dk, s_dk^2)` on `R^dim`, a base for `Flow`.
 
-    `shares`, which are divided by their sums, `means` and `sds`: `(D, K)` each; a share of 0 switches a
-    component off. Kept, saved and moved with the flow, and not trained. Raises `ValueError` naming what does
-    not fit.
+    `shares`, which are divided by their sums, `means` and `sds`: `(D, K)` each; a share
+    of 0 switches a component off. Kept, saved and moved with the flow, and not trained.
+    Raises `ValueError` naming what does not fit.
 
     >>> wells = ProductMixture(torch.ones(5, 2), torch.tensor([-3.0, 3.0]).repeat(5, 1), torch.ones(5, 2))
     >>> wells.rsample((100,)).shape  # from 32 modes
@@ -193,8 +194,8 @@ def _fit_both(x, like, seed):
 def fit_mixture(x: Tensor, seed: int = 0) -> GaussianMixture | ProductMixture | None:
     """A base fitted to draws `x` `(N, D)`, of about unit spread, with as many components as pay.
 
-    `None` if one bell is enough. Raises `ImportError` without the package scikit-learn, `ValueError` for
-    fewer than two draws.
+    `None` if one bell is enough. Raises `ImportError` without the package scikit-learn,
+    `ValueError` for fewer than two draws.
     """
     require(x.dim() == 2 and len(x) > 1, "x", tuple(x.shape), "rows (N, D), two or more")
     check_int("seed", seed, 0)

@@ -143,9 +143,10 @@ def place_density(
 ) -> None:
     """Set the units of a `Place` to those of a log-density, `(N, D) -> (N,)` in nats.
 
-    `base`: that of the flow, for which the units are; `N(0, I)` unless given. It takes a few hundred
-    evaluations of `2 * draws` rows, and leaves the units alone where the bound is finite nowhere. Raises
-    `ValueError` for a density whose mass seems to be infinite.
+    `base`: that of the flow, for which the units are; `N(0, I)` unless given. It takes
+    a few hundred evaluations of `2 * draws` rows, and leaves the units alone where the
+    bound is finite nowhere. Raises `ValueError` for a density whose mass seems to be
+    infinite.
     """
     eps = _trial_draws(place, generator, draws, base)
     centre = eps.mean(0)  # zero for the pairs of a standard normal

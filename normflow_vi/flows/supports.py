@@ -73,7 +73,8 @@ def _maps_onto(support, dim):
 def check_support(support: constraints.Constraint, dim: int) -> constraints.Constraint:
     """Return a `torch.distributions` constraint onto which `R^dim` can be mapped.
 
-    Raises `TypeError` for what is no constraint, `ValueError` for one that cannot be reached.
+    Raises `TypeError` for what is no constraint, `ValueError` for one that cannot be
+    reached.
     """
     if not isinstance(support, constraints.Constraint):
         raise TypeError(
@@ -95,8 +96,9 @@ def check_support(support: constraints.Constraint, dim: int) -> constraints.Cons
 class Place(nn.Module):
     """The fixed last step of a flow, `z = T(loc + scale * x)`.
 
-    `T` maps `R^dim` onto `support`; for `None` it is the identity. As transforms do, `forward` and `inverse`
-    return the pair of value and log-determinant, `(..., D)` and `(...)`.
+    `T` maps `R^dim` onto `support`; for `None` it is the identity. As transforms do,
+    `forward` and `inverse` return the pair of value and log-determinant, `(..., D)` and
+    `(...)`.
 
     >>> place = Place(1, constraints.positive)
     >>> z, log_det = place(torch.tensor([0.0]))  # exp(0), with slope 1
@@ -166,7 +168,8 @@ def mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def describe_coarseness(place: Place, levels: int = 64) -> str | None:
     """What is wrong with the units of a `Place` in its number format, with advice; `None` if nothing is.
 
-    It is where draws would differ in fewer than `levels` steps of the format within one scale.
+    It is where draws would differ in fewer than `levels` steps of the format within one
+    scale.
     """
     loc, scale = at_least_single(place.loc), at_least_single(place.scale)
     if place.support is not None or not (loc.isfinite() & scale.isfinite()).all():

@@ -27,8 +27,9 @@ class KnownTarget:
     `log_density`: `(..., D) -> (...)` in nats, unnormalised.
     `log_z`: the exact logarithm of its integral, in nats.
     `sampler`: `(n, generator) -> (n, D)`, exact draws in the default precision.
-    `modes`, `mode_shares`: `(M, D)` and `(M,)`, the maxima and the mass nearest to each.
-    What is not known is `None`. A target is a log-density itself, and brings its `log_z` to `fit`.
+    `modes`, `mode_shares`: `(M, D)` and `(M,)`, the maxima and the mass nearest to
+    each. What is not known is `None`. A target is a log-density itself, and brings its
+    `log_z` to `fit`.
 
     >>> from normflow_vi.targets.known import two_modes
     >>> target = two_modes(dim=3, distance=20.0, share=0.3)
@@ -95,10 +96,10 @@ _LOG_ROOT = 0.5 * math.log(2 * math.pi)
 def correlated_normal(dim: int = 10, rho: float = 0.9) -> KnownTarget:
     """A Gaussian of unit variances whose coordinates all have the correlation `rho`; normalised.
 
-    `log p(z) = -(|z|^2 - rho (sum z)^2 / (1 + (dim - 1) rho)) / (2 (1 - rho)) - constant`, from
-    `(..., dim)` to `(...)` in nats.
-    Its condition number is `(1 + (dim - 1) rho) / (1 - rho)`.
-    Raises `ValueError` unless `dim` is at least 1 and `0 <= rho < 1`.
+    `log p(z) = -(|z|^2 - rho (sum z)^2 / (1 + (dim - 1) rho)) / (2 (1 - rho)) -
+    constant`, from `(..., dim)` to `(...)` in nats. Its condition number is `(1 + (dim
+    - 1) rho) / (1 - rho)`. Raises `ValueError` unless `dim` is at least 1 and `0 <= rho
+    < 1`.
 
     >>> correlated_normal(dim=3, rho=0.5).sample(2).shape
     torch.Size([2, 3])
@@ -127,10 +128,10 @@ def correlated_normal(dim: int = 10, rho: float = 0.9) -> KnownTarget:
 def student_t(dim: int = 5, df: int = 2) -> KnownTarget:
     """Student's t in `dim` dimensions with `df` degrees of freedom, a whole number; normalised.
 
-    `log p(z) = constant - (df + dim) / 2 log(1 + |z|^2 / df)`, from `(..., dim)` to `(...)` in nats.
-    It has moments of orders below `df` only, so no Gaussian tail is at a finite forward divergence from it
-    where `df` is 1 or 2.
-    Raises `ValueError` unless both are at least 1.
+    `log p(z) = constant - (df + dim) / 2 log(1 + |z|^2 / df)`, from `(..., dim)` to
+    `(...)` in nats. It has moments of orders below `df` only, so no Gaussian tail is at
+    a finite forward divergence from it where `df` is 1 or 2. Raises `ValueError` unless
+    both are at least 1.
 
     >>> student_t(dim=5, df=2).name
     't2 5'
@@ -154,9 +155,10 @@ def student_t(dim: int = 5, df: int = 2) -> KnownTarget:
 def skewed(dim: int = 3, shape: int = 1) -> KnownTarget:
     """Independent logarithms of gamma variables of a whole `shape`: 1 is the most skewed.
 
-    Normalised, `log p(z) = sum (shape z - exp z - log Gamma(shape))`, from `(..., dim)` to `(...)` in nats.
-    A draw is the logarithm of a sum of `2 shape` halves of squares of standard normal numbers.
-    Raises `ValueError` unless `dim` and `shape` are at least 1.
+    Normalised, `log p(z) = sum (shape z - exp z - log Gamma(shape))`, from `(..., dim)`
+    to `(...)` in nats. A draw is the logarithm of a sum of `2 shape` halves of squares
+    of standard normal numbers. Raises `ValueError` unless `dim` and `shape` are at
+    least 1.
 
     >>> skewed(dim=3).log_z
     0.0
@@ -186,9 +188,9 @@ def _moved(z, bend):
 def banana(dim: int = 2, bend: float = 1.0) -> KnownTarget:
     """Standard normal but for `z_2`, which is moved by `bend` `(z_1^2 - 1)`; normalised.
 
-    The map from `N(0, I)` keeps volumes, so the density is that of a Gaussian at the point it came from;
-    from `(..., dim)` to `(...)` in nats.
-    Raises `ValueError` unless `dim` is at least 2 and `bend` positive. Source: Haario et al. 1999.
+    The map from `N(0, I)` keeps volumes, so the density is that of a Gaussian at the
+    point it came from; from `(..., dim)` to `(...)` in nats. Raises `ValueError` unless
+    `dim` is at least 2 and `bend` positive. Source: Haario et al. 1999.
 
     >>> banana(dim=2)(torch.tensor([[0.0, -1.0]])).exp()
     tensor([0.1592])
@@ -210,10 +212,10 @@ def banana(dim: int = 2, bend: float = 1.0) -> KnownTarget:
 def funnel(dim: int = 10, sd: float = 3.0, slope: float = 0.5) -> KnownTarget:
     """Neal's funnel: `v ~ N(0, sd^2)` and `dim - 1` times `x ~ N(0, exp(2 slope v))`, normalised.
 
-    `z = (v, x_1, ...)`, from `(..., dim)` to `(...)` in nats.
-    The forward divergence of a fit is decided by few draws: those deep in the neck and far out in the mouth.
-    Raises `ValueError` unless `dim` is at least 2, `sd` and `slope` positive.
-    Source: Neal 2003, section 8.
+    `z = (v, x_1, ...)`, from `(..., dim)` to `(...)` in nats. The forward divergence of
+    a fit is decided by few draws: those deep in the neck and far out in the mouth.
+    Raises `ValueError` unless `dim` is at least 2, `sd` and `slope` positive. Source:
+    Neal 2003, section 8.
 
     >>> funnel(10)(torch.zeros(1, 10)).item() < -9
     True
@@ -241,10 +243,11 @@ def funnel(dim: int = 10, sd: float = 3.0, slope: float = 0.5) -> KnownTarget:
 def tabulate(log_density: Callable, low: float, high: float, points: int = 20_001) -> tuple[float, Callable]:
     """The log-mass in nats of a density on a line between `low` and `high`, and exact draws from it.
 
-    `log_density`: `(n,) -> (n,)` in nats, smooth, and negligible at both ends.
-    The draws are `draw(n, generator) -> (n, 1)` in double precision. The distribution function is a straight
-    line from each of `points` grid points to the next, so their error is of the order of a squared step.
-    Raises `ValueError` unless there are three `points` or more.
+    `log_density`: `(n,) -> (n,)` in nats, smooth, and negligible at both ends. The
+    draws are `draw(n, generator) -> (n, 1)` in double precision. The distribution
+    function is a straight line from each of `points` grid points to the next, so their
+    error is of the order of a squared step. Raises `ValueError` unless there are three
+    `points` or more.
 
     >>> log_mass, draw = tabulate(lambda x: -0.5 * x * x, -9.0, 9.0)
     >>> round(log_mass, 6), draw(5, None).shape  # log root of 2 pi
@@ -303,9 +306,9 @@ def _pairs_from(x, generator):
 def rosenbrock_gaussian() -> KnownTarget:
     """Two Rosenbrock pairs and two Gaussians under a prior `N(0, 3^2)`, in six dimensions.
 
-    `z = (x_1, x_2, x_3, x_4, x_5, x_6)`, the pairs first, from `(..., 6)` to `(...)` in nats.
-    `log_z` is exact to ten digits; the source's is 0.00003 lower.
-    Source: Li et al. 2025, Table 1.
+    `z = (x_1, x_2, x_3, x_4, x_5, x_6)`, the pairs first, from `(..., 6)` to `(...)` in
+    nats. `log_z` is exact to ten digits; the source's is 0.00003 lower. Source: Li et
+    al. 2025, Table 1.
 
     >>> round(rosenbrock_gaussian().log_z, 8)
     -6.82227934
@@ -339,9 +342,10 @@ def _log_normal_at(z, means):
 def two_modes(dim: int = 2, distance: float = 20.0, share: float = 0.3) -> KnownTarget:
     """Unit Gaussians a `distance` apart on the first axis, the one at the right with `share` of the mass.
 
-    Normalised, from `(..., dim)` to `(...)` in nats. A fit that sits on one of them has a reverse divergence
-    of minus the logarithm of its share, and nothing of its own draws shows it.
-    Raises `ValueError` unless `dim` is at least 1, `distance` positive and `0 < share < 1`.
+    Normalised, from `(..., dim)` to `(...)` in nats. A fit that sits on one of them has
+    a reverse divergence of minus the logarithm of its share, and nothing of its own
+    draws shows it. Raises `ValueError` unless `dim` is at least 1, `distance` positive
+    and `0 < share < 1`.
 
     >>> two_modes(dim=2, distance=20.0).modes
     tensor([[ 10.,   0.],
@@ -377,9 +381,9 @@ _GMM_SIDE, _GMM_SD = 40.0, softplus(torch.tensor(1.0)).item()  # half side of th
 def gmm40() -> KnownTarget:
     """Forty equal Gaussians of deviation 1.3133 in the square of half side 40, normalised.
 
-    The means are the first numbers of torch's generator with seed 0; from `(..., 2)` to `(...)` in nats.
-    Some means are nearer to each other than one deviation, so `mode_shares` are not all equal.
-    Source: Midgley et al. 2023.
+    The means are the first numbers of torch's generator with seed 0; from `(..., 2)` to
+    `(...)` in nats. Some means are nearer to each other than one deviation, so
+    `mode_shares` are not all equal. Source: Midgley et al. 2023.
 
     >>> gmm40().modes.shape
     torch.Size([40, 2])
@@ -443,11 +447,11 @@ def _half_mass(side, middle, points=20_001):
 def many_well(dim: int = 6) -> KnownTarget:
     """Pairs of a double well and a Gaussian, `2^(dim/2)` modes of unequal weight.
 
-    `z = (x_1, y_1, x_2, y_2, ...)` with the log-density `x/2 + 6 x^2 - x^4 - y^2/2` a pair, from
-    `(..., dim)` to `(...)` in nats. `log_z` is 10.29347971 a pair.
+    `z = (x_1, y_1, x_2, y_2, ...)` with the log-density `x/2 + 6 x^2 - x^4 - y^2/2` a
+    pair, from `(..., dim)` to `(...)` in nats. `log_z` is 10.29347971 a pair.
     `modes`: the right well of the last pair changes fastest, all left ones come first.
-    Raises `ValueError` unless `dim` is even and at most 32.
-    Source: Noe et al. 2019; Midgley et al. 2023.
+    Raises `ValueError` unless `dim` is even and at most 32. Source: Noe et al. 2019;
+    Midgley et al. 2023.
 
     >>> target = many_well(32)
     >>> round(target.log_z, 5), len(target.modes)
@@ -501,9 +505,9 @@ _ENDS = torch.tensor([[2.0, 0.0], [-2.0, 0.0]])  # the modes of U1
 def energy(name: str = "U1") -> KnownTarget:
     """One of the energies `U1` to `U4` with exact draws; the two ends of `U1` are its modes.
 
-    From `(..., 2)` to `(...)` in nats; `U2` to `U4` behind the soft wall at 4. The draws are by rejection
-    from the square of half side 5, a few percent of the points kept.
-    Raises `ValueError` for another name. Source: Rezende & Mohamed 2015, Table 1.
+    From `(..., 2)` to `(...)` in nats; `U2` to `U4` behind the soft wall at 4. The
+    draws are by rejection from the square of half side 5, a few percent of the points
+    kept. Raises `ValueError` for another name. Source: Rezende & Mohamed 2015, Table 1.
 
     >>> energy("U2").sample(3).shape
     torch.Size([3, 2])
@@ -520,8 +524,8 @@ def energy(name: str = "U1") -> KnownTarget:
 def ring(radius: float = 3.0, sd: float = 0.25) -> KnownTarget:
     """A circle around the origin blurred by a Gaussian of standard deviation `sd`, normalised.
 
-    From `(..., 2)` to `(...)` in nats; one of the circles of `rings`.
-    Raises `ValueError` unless `radius` and `sd` are positive.
+    From `(..., 2)` to `(...)` in nats; one of the circles of `rings`. Raises
+    `ValueError` unless `radius` and `sd` are positive.
 
     >>> ring(3.0).log_z
     0.0
@@ -538,9 +542,9 @@ _SIGNED = torch.tensor(  # x times the sign of its label, for points that a line
 def separable_logistic(prior_sd: float = 5.0) -> KnownTarget:
     """The posterior of two coefficients of a logistic regression on six points that a line separates.
 
-    The prior is `N(0, prior_sd^2)` on each; from `(..., 2)` to `(...)` in nats.
-    `log_z` is the evidence by quadrature; the draws are from the prior, kept with the likelihood.
-    Raises `ValueError` unless `prior_sd` is positive.
+    The prior is `N(0, prior_sd^2)` on each; from `(..., 2)` to `(...)` in nats. `log_z`
+    is the evidence by quadrature; the draws are from the prior, kept with the
+    likelihood. Raises `ValueError` unless `prior_sd` is positive.
 
     >>> separable_logistic()(torch.zeros(1, 2)).item() < separable_logistic()(torch.ones(1, 2)).item()
     True
@@ -597,8 +601,9 @@ def schools_posterior() -> KnownTarget:
     """The posterior of `eight_schools`, with exact draws.
 
     `z = (mu, log tau, theta_1, ..., theta_8)`, from `(..., 10)` to `(...)` in nats.
-    `log_z` is the evidence, by a sum over a line. A draw is one of `log tau` from there, then of `mu` given
-    `tau`, then of the effects given both, Gaussians all of them.
+    `log_z` is the evidence, by a sum over a line. A draw is one of `log tau` from
+    there, then of `mu` given `tau`, then of the effects given both, Gaussians all of
+    them.
 
     >>> round(schools_posterior().log_z, 6)
     -31.311347

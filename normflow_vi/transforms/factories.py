@@ -53,10 +53,10 @@ def NICE(
 ) -> Chain:
     """`length` times (mix, additive coupling) as one stack, then `Affine` if `scale`.
 
-    `mix`: "perm" or "ortho", a fixed random permutation or rotation. `hidden`: widths of the coupling
-    networks; `(2, 2, 2, 2)` is that of a student replication. Both directions are closed form; without
-    `scale` the log-det is zero. Raises `ValueError` naming what does not fit.
-    Source: Dinh et al. 2015; Rezende & Mohamed 2015, on NICE.
+    `mix`: "perm" or "ortho", a fixed random permutation or rotation. `hidden`: widths
+    of the coupling networks; `(2, 2, 2, 2)` is that of a student replication. Both
+    directions are closed form; without `scale` the log-det is zero. Raises `ValueError`
+    naming what does not fit. Source: Dinh et al. 2015; Rezende & Mohamed 2015, on NICE.
 
     >>> import torch
     >>> y, log_det = NICE(dim=4, length=10).forward(torch.ones(3, 4))
@@ -78,12 +78,14 @@ def RealNVP(
     context_dim: int | None = None,
     mask: str | Tensor = "half",
     shape: tuple[int, ...] | None = None,
-    max_log_scale: float | None = None,
+    max_log_scale: float | None = 3.0,
 ) -> AffineCoupling:
     """`length` affine couplings with alternating masks; both directions closed form.
 
-    The arguments are those of `AffineCoupling`. Raises `ValueError` naming what does not fit.
-    Source: Dinh et al. 2017, section 3.
+    The arguments are those of `AffineCoupling`; unlike there, log-scales are bounded
+    unless
+    `max_log_scale=None`: products of many exponentials overflow. Raises `ValueError`
+    naming what does not fit. Source: Dinh et al. 2017, section 3.
 
     >>> RealNVP(dim=4, length=3).inverse_kind
     'closed form'
@@ -99,12 +101,14 @@ def MAF(
     hidden: tuple[int, ...] = (64, 64),
     activation: str = "relu",
     context_dim: int | None = None,
-    max_log_scale: float | None = None,
+    max_log_scale: float | None = 3.0,
 ) -> MaskedAutoregressive:
     """`length` masked autoregressive layers, order reversed between them.
 
-    The density is fast, draws are sequential. The arguments are those of `MaskedAutoregressive`.
-    Raises `ValueError` naming what does not fit. Source: Papamakarios et al. 2017, eqs. 3-4.
+    The density is fast, draws are sequential. The arguments are those of
+    `MaskedAutoregressive`; unlike there, log-scales are bounded unless
+    `max_log_scale=None`. Raises `ValueError` naming what does not fit. Source:
+    Papamakarios et al. 2017, eqs. 3-4.
 
     >>> maf = MAF(dim=4, length=3)
     >>> maf.forward_kind, maf.inverse_kind
@@ -124,10 +128,10 @@ def IAF(
 ) -> InverseAutoregressive:
     """`length` inverse autoregressive layers, order reversed between them.
 
-    Draws are fast, the density is sequential. `form="gated"` only contracts: put an `Affine` after it,
-    or take `form="plain"`, where the target is wider than the base. The arguments are those of
-    `InverseAutoregressive`. Raises `ValueError` naming what does not fit.
-    Source: Kingma et al. 2016, algorithm 1.
+    Draws are fast, the density is sequential. `form="gated"` only contracts: put an
+    `Affine` after it, or take `form="plain"`, where the target is wider than the base.
+    The arguments are those of `InverseAutoregressive`. Raises `ValueError` naming what
+    does not fit. Source: Kingma et al. 2016, algorithm 1.
 
     >>> iaf = IAF(dim=4, length=3)
     >>> iaf.forward_kind, iaf.inverse_kind
@@ -153,11 +157,12 @@ def NSF(
 ) -> Chain:
     """`length` times (rational-quadratic spline layer, mix).
 
-    `kind`: "coupling", or "autoregressive" with fast draws; `mix`: "perm", "ortho" or "plu". Splines
-    leave what is outside `[-bound, bound]` where it is, at 3 (as in the paper) one draw of the base in 370,
-    which is felt as a wrong tail: the default is 5. Put an `Affine` after the stack where the target
-    is wider. `residual` belongs to the autoregressive networks. Raises `ValueError` naming what does not
-    fit. Source: Durkan et al. 2019, section 3.
+    `kind`: "coupling", or "autoregressive" with fast draws; `mix`: "perm", "ortho" or
+    "plu". Splines leave what is outside `[-bound, bound]` where it is, at 3 (as in the
+    paper) one draw of the base in 370, which is felt as a wrong tail: the default is 5.
+    Put an `Affine` after the stack where the target is wider. `residual` belongs to the
+    autoregressive networks. Raises `ValueError` naming what does not fit. Source:
+    Durkan et al. 2019, section 3.
 
     >>> [type(layer).__name__ for layer in NSF(dim=4, length=2, mix="plu").transforms]
     ['SplineCoupling', 'PLU', 'SplineCoupling', 'PLU']
@@ -195,12 +200,13 @@ def CIF(
 ) -> Chain:
     """`length` times (continuously-indexed autoregressive spline layer, mix).
 
-    Draws are fast; `log_prob` is sequential and a stochastic bound, in nats. To fit samples, take
-    `Inverse(CIF(...))`. `index_dim`, `index_hidden`: the index `u` of a layer and its networks; `form`:
-    where `u` acts. `conditional=False` shows the context to the auxiliary densities alone, as Caterini et
-    al. do. The other arguments are those of `NSF`: here too, put an `Affine` after it where the target is
-    wider than `bound`. Raises `ValueError` naming what does not fit.
-    Source: Caterini et al. 2020; Cornish et al. 2020.
+    Draws are fast; `log_prob` is sequential and a stochastic bound, in nats. To fit
+    samples, take `Inverse(CIF(...))`. `index_dim`, `index_hidden`: the index `u` of a
+    layer and its networks; `form`: where `u` acts. `conditional=False` shows the
+    context to the auxiliary densities alone, as Caterini et al. do. The other arguments
+    are those of `NSF`: here too, put an `Affine` after it where the target is wider
+    than `bound`. Raises `ValueError` naming what does not fit. Source: Caterini et al.
+    2020; Cornish et al. 2020.
 
     >>> [type(layer).__name__ for layer in CIF(dim=4, length=2).transforms]
     ['ContinuouslyIndexed', 'Permutation', 'ContinuouslyIndexed', 'Permutation']
