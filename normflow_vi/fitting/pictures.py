@@ -47,7 +47,7 @@ def _draw_restarts(axes, steps, curves):
         label="the one kept",
     )
 
-
+# %% ../../nbs/90_engine/38_fit_pictures.ipynb #4304b8a7
 def _draw_curves(axes, fit: Judgement):
     "The bound of every restart against steps, and dashed the value of the one kept on fresh draws."
     of_samples = fit.log_w is None
@@ -127,7 +127,7 @@ def _draw_weights(axes, fit: Judgement):
     )
     axes.legend(fontsize=7, loc="upper left")
 
-
+# %% ../../nbs/90_engine/38_fit_pictures.ipynb #2eba8cf9
 def _resampled(fit: Judgement, z):
     "Draws resampled by their smoothed weights."
     return z[diagnosis.resample(fit.log_w).cpu()]

@@ -94,7 +94,7 @@ def _weight_lines(fit: Judgement) -> Iterator[str]:
     yield f"k-hat: {k_hat:.2f}, {opinion}"
     yield f"ESS: {ess:,.0f} of {S:,} draws ({ess / S:.0%})"
 
-
+# %% ../../nbs/01_flows/48_words.ipynb #ffa3c9cf
 _SHOWN = 3  # coordinates
 
 

@@ -78,8 +78,7 @@ def _module_of(part):
 class FlowDistribution(Distribution):
     """The distribution of `place(transform(z0, context))` with `z0` drawn from a base.
 
-    Its batch shape is that of the context's leading axes, its event shape `(D,)`;
-    log-densities are in nats.
+    Batch shape: the context's leading axes; event shape: `(D,)`; log-densities in nats.
     """
 
     support: constraints.Constraint
@@ -160,7 +159,7 @@ def _far_away(self: FlowDistribution, log_q, value):
             unknown = unknown | tensor.isnan().any()
     return log_q.masked_fill(log_q.isnan() & ~unknown, -math.inf)
 
-
+# %% ../../nbs/01_flows/30_flow.ipynb #2c6a0033
 @patch
 @without_autocast
 def log_prob(
