@@ -32,6 +32,7 @@ from normflow_vi.fitting.checks import (
     total_of,
 )
 from .fitted import Fit
+from .judgement import bound_inside
 from .minibatches import DataDensity, draw_rows, estimate_from, sum_all
 from .modes import MIXTURES, call_witness, check_base, find_modes, set_shares
 from .verdict import advise, rank_of
@@ -312,7 +313,7 @@ def judge(self: DensityGoal, q: Flow) -> Outcome:
         generator = torch.Generator(q.place.loc.device).manual_seed(seed)
         z, log_q = q.rsample_and_log_prob((self.options.evaluation_draws,), generator)
         log_w = self.log_density(z) - log_q
-    return Outcome(estimate(log_w), z, log_w)
+    return Outcome(bound_inside(log_w), z, log_w)
 
 
 _RARE = 0.01  # share of fresh draws without a log-weight up to which these count as outside the support
@@ -598,6 +599,7 @@ def _train(models, goal: Goal, options: FitOptions) -> _Settling:
     for model in models:
         model.train()
     failures: list = []
+    start, failed_at = trainer.state(), None
     while True:
         try:
             trainer.run()
@@ -605,6 +607,9 @@ def _train(models, goal: Goal, options: FitOptions) -> _Settling:
         except (NonFinite, RuntimeError, ValueError) as error:
             if not trainer.retreat(error, failures):
                 raise _explain(error, trainer, goal) from None
+            if trainer.step == failed_at and not trainer.lost:  # nothing good comes of that state
+                trainer.load_state(start | {"config": trainer.config()})
+            failed_at = trainer.step
     if goal.validate is not None:
         trainer.load_best()
     return trainer
@@ -612,7 +617,7 @@ def _train(models, goal: Goal, options: FitOptions) -> _Settling:
 # %% ../../nbs/01_flows/50_fit.ipynb #1e1d9a55
 def _best_first(bounds):
     "The order of the runs by their bounds, best first; one that is not finite comes last."
-    values = [bound.value.nan_to_num(-math.inf).item() for bound in bounds]
+    values = [bound.value.nan_to_num(nan=-math.inf, posinf=-math.inf).item() for bound in bounds]
     return sorted(range(len(values)), key=lambda run: -values[run])
 
 

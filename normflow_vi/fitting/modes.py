@@ -80,12 +80,15 @@ def cross_examine(
 
 
 def call_witness(q: Flow, log_density: Callable, z: Tensor, log_w: Tensor, seed: int) -> Witness | None:
-    "The witness to a trained flow; `None` for one without a density at given points too."
+    "The witness to a trained flow; `None` for one without a density at given points, or one that fails."
     if not _has_density(q):
         return None
+    log_q = FlowDistribution(q.base, q.transform).log_prob
     with evaluating(q):
-        log_q = FlowDistribution(q.base, q.transform).log_prob
-        return cross_examine(q.place, log_density, log_q, z, log_w, seed)
+        try:
+            return cross_examine(q.place, log_density, log_q, z, log_w, seed)
+        except (RuntimeError, ValueError, NotImplementedError):  # a fit is not lost for its witness
+            return None
 
 # %% ../../nbs/01_flows/49_modes.ipynb #afffdc8b
 MIXTURES = (GaussianMixture, ProductMixture)
