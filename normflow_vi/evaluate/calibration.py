@@ -113,8 +113,8 @@ def ecdf_test(counts: Tensor) -> Tensor:
 def band(simulations: int, draws: int, level: float = 0.95) -> tuple[Tensor, Tensor]:
     """Simultaneous limits of the counts `S_1..S_L`, two tensors `(L,)`.
 
-    Uniform ranks stay within both with a probability of at least `level`. Source:
-    Säilynoja et al. 2022.
+    Uniform ranks stay within both with a probability of at least `level`. Source: Säilynoja et al.
+    2022.
     """
     low = math.log((1 - level) / (2 * draws))  # by the union bound
     high = math.log(1 - level)
@@ -220,12 +220,11 @@ class RankTests:
 class Calibration:
     """Ranks of N true values among L draws, and what they say of the posterior that the draws came from.
 
-    `ranks` `(N, Q)`, `distance` `(N,)`: 0 to L; the first `dim` of the Q quantities
-    `names` are coordinates. `passed`: whether `p_value`, over all tests, exceeds
-    `alpha`. `p_values` by test; `slope`, `spread` `(Q,)` and `width` `()`: standardised
-    statistics with their p-values. `histogram` `(B, Q + 1)` and `counts` `(L + 1, Q +
-    1)`, the distance last. `words`, `summary()`, `plot()`. Source: Talts et al. 2018;
-    Säilynoja et al. 2022.
+    `ranks` `(N, Q)`, `distance` `(N,)`: 0 to L; the first `dim` of the Q quantities `names` are
+    coordinates. `passed`: whether `p_value`, over all tests, exceeds `alpha`. `p_values` by test;
+    `slope`, `spread` `(Q,)` and `width` `()`: standardised statistics with their p-values.
+    `histogram` `(B, Q + 1)` and `counts` `(L + 1, Q + 1)`, the distance last. `words`, `summary()`,
+    `plot()`. Source: Talts et al. 2018; Säilynoja et al. 2022.
 
     >>> draw = torch.Generator().manual_seed(0)
     >>> ranks = torch.randint(100, (200, 3), generator=draw)  # as a correct posterior has them
@@ -521,13 +520,12 @@ def sbc(
 ) -> Calibration:
     """Simulation-based calibration of `posterior`, a function from N data sets to N distributions.
 
-    `prior`: a torch distribution of event shape `(D,)`. `simulate(theta)`: `(N, D)` to
-    data sets `x`, `(N, ...)`. `posterior(x)`: a distribution whose `sample((L,))` is
-    `(L, N, D)`: an amortised flow, an exact posterior, or `fit_each(...)`.
-    `quantities`: further test quantities, `{name: f}` with `f(theta, x)` from `(S, D)`
-    and one data set to `(S,)`; the log-likelihood is a good one. All random numbers
-    come from `seed` as far as they come from torch's global generator, which is left as
-    it was. Raises `TypeError` or `ValueError`. Source: Talts et al. 2018.
+    `prior`: a torch distribution of event shape `(D,)`. `simulate(theta)`: `(N, D)` to data sets
+    `x`, `(N, ...)`. `posterior(x)`: a distribution whose `sample((L,))` is `(L, N, D)`: an
+    amortised flow, an exact posterior, or `fit_each(...)`. `quantities`: further test quantities,
+    `{name: f}` with `f(theta, x)` from `(S, D)` and one data set to `(S,)`; the log-likelihood is a
+    good one. All random numbers come from `seed` as far as they come from torch's global generator,
+    which is left as it was. Raises `TypeError` or `ValueError`. Source: Talts et al. 2018.
 
     >>> from torch.distributions import Independent, Normal
     >>> prior = Independent(Normal(torch.zeros(1), 1.0), 1)
@@ -556,8 +554,8 @@ def log_joint(
 ) -> Callable[[Tensor], Tensor]:
     """The unnormalised posterior log-density of one data set `x`, in nats.
 
-    A function from theta `(..., D)` to `log p(theta) + log p(x | theta)`, `(...)`,
-    which raises `ValueError` for a likelihood of another shape.
+    A function from theta `(..., D)` to `log p(theta) + log p(x | theta)`, `(...)`, which raises
+    `ValueError` for a likelihood of another shape.
     """
 
     def log_density(theta):
@@ -629,12 +627,11 @@ def fit_each(
 ) -> Callable[[Tensor], FlowsOfData]:
     """A `posterior` for `sbc` that fits a flow of its own to each data set, all as one batched program.
 
-    `log_likelihood(theta, x)`: from theta `(S, D)` and one data set to `(S,)`, in
-    operations that `torch.func.vmap` knows. `make_flow()`: a new `Flow` without context
-    on the prior's support. The reverse divergence is minimised by Adam with a cosine
-    schedule, `samples` draws a step. Time grows with N, `steps` and `samples`. Raises
-    `ValueError` or `TypeError` naming the argument, and the trainer's `NonFinite`,
-    whose seed is the number of the data set.
+    `log_likelihood(theta, x)`: from theta `(S, D)` and one data set to `(S,)`, in operations that
+    `torch.func.vmap` knows. `make_flow()`: a new `Flow` without context on the prior's support. The
+    reverse divergence is minimised by Adam with a cosine schedule, `samples` draws a step. Time
+    grows with N, `steps` and `samples`. Raises `ValueError` or `TypeError` naming the argument, and
+    the trainer's `NonFinite`, whose seed is the number of the data set.
     """
     for name, value in (("steps", steps), ("samples", samples)):
         check_int(name, value)

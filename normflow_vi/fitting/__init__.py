@@ -35,6 +35,8 @@ from .fitted import Fit
 from .judgement import bound_inside
 from .minibatches import DataDensity, draw_rows, estimate_from, sum_all
 from .modes import MIXTURES, call_witness, check_base, find_modes, set_shares
+
+# %% ../../nbs/01_flows/50_fit.ipynb #9ff50d7e
 from .verdict import advise, rank_of
 from ..flows import Flow, FlowDistribution, draw_base
 from ..flows.bases import units_of

@@ -99,7 +99,7 @@ def judge(
         witness = _call_for(log_p, log_q, z, log_w, support, seed)
     return Judged(None, None, 0, z=z, log_w=log_w, log_z=log_z, bounds=(estimate(log_w),), witness=witness)
 
-
+# %% ../../nbs/01_flows/51_judge.ipynb #c891d7ad
 def _call_for(log_p, log_q, z, log_w, support, seed):
     "The witness to draws `(S, D)`, in units found from them."
     place = Place(z.shape[1], support).to(z)

@@ -111,7 +111,7 @@ def _is_acquitted(fit: Judgement) -> bool:
     agrees = fit.witness is not None and not _missing_share(fit) and not _disagreement(fit)
     return agrees and not list(_divergences(fit))
 
-
+# %% ../../nbs/01_flows/48_verdict.ipynb #c87553ab
 def _reasons_for_distrust(fit: Judgement) -> Iterator[Reason]:
     "Why neither q nor its weights can be relied upon."
     S, k_hat, ess = len(fit.log_w), fit.k_hat, fit.ess

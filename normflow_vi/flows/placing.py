@@ -133,7 +133,7 @@ def _trial_draws(place, generator, draws, base):
     eps = torch.randn(draws, len(place.loc), generator=generator, **like)
     return torch.cat([eps, -eps])  # in pairs: a symmetric target then has no preferred side
 
-
+# %% ../../nbs/01_flows/46_placing.ipynb #a767f80b
 def place_density(
     place: Place,
     log_density: Callable,
