@@ -641,7 +641,7 @@ def _without_bound(outcome: Outcome) -> Outcome:
     nothing = torch.full_like(outcome.bound.value, -math.inf)
     return outcome._replace(bound=Estimate(nothing, torch.zeros_like(nothing)))
 
-
+# %% ../../nbs/01_flows/50_fit.ipynb #72d4c216
 def _conclude(q: Flow, trainer: _Settling, outcomes: list[Outcome], log_z) -> Fit:
     "The `Fit` of a training whose runs came to these outcomes; puts the best run into `q`."
     order = _best_first([outcome.bound for outcome in outcomes])
