@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -744,9 +744,16 @@ def _fit_undisturbed(q, log_density, samples, support, options):
         return _fit_to(q, log_density, samples, options)
 
 # %% ../../nbs/01_flows/50_fit.ipynb #e4ed363f
+def _collect(given):
+    "The options among the arguments of `fit`."
+    return FitOptions(**{field.name: given[field.name] for field in fields(FitOptions)})
+
+
 def _join_data(log_density, prior, likelihood, data, batch, options):
-    "The posterior of these four; raises `ValueError` unless there are all of them, and nothing else."
+    "The posterior of these four, if they are given; `ValueError` unless all are, and nothing else."
     given = {"prior": prior, "likelihood": likelihood, "data": data, "batch": batch}
+    if all(value is None for value in given.values()):
+        return log_density
     if log_density is not None or (missing := [name for name, value in given.items() if value is None]):
         wrong = "log_density as well" if log_density is not None else f"no {', no '.join(missing)}"
         raise ValueError(
@@ -787,27 +794,15 @@ def fit(
 ) -> Fit:
     """Train the flow `q` in place on `log_density` `(N, D) -> (N,)` in nats, or on `samples` `(N, D)`.
 
-    Or on the posterior of `prior` and `likelihood`, `batch` rows of the `data` an
-    update: see `DataDensity`. Returns a `Fit`, which prints as a diagnosis. The
-    log-density need not be normalised; a `Target` brings its `log_z`. `support`: a
-    constraint of `torch.distributions` on which the target lives; the other options are
-    those of `FitOptions`. The same `seed` and the same starting values of `q` (from
-    torch's global generator, when it is built) give the same result on one machine. The
-    flow is left in evaluation mode; a second fit goes on from where it is, in the units
-    it has. Raises `ValueError` or `TypeError` naming the argument; `NonFinite` with
-    step, layer and sample if a value stops being finite and going back does not help,
-    the flow as it was last. Source: Rezende & Mohamed 2015, eq. 15; Li & Turner 2016
-    for `alpha`.
+    Or on the posterior of `prior` and `likelihood`, `batch` rows of the `data` an update (`DataDensity`).
+    Returns a `Fit`, which prints as a diagnosis; options: `FitOptions`. Goes on where an earlier fit ended.
+    Raises `ValueError` or `TypeError` naming the argument, `NonFinite`. Source: Rezende & Mohamed 2015.
 
     >>> from normflow_vi.transforms import Affine
     >>> result = fit(Flow(Affine(dim=2)), lambda z: -z.square().sum(-1), steps=500)
     >>> round(result.elbo.value.item(), 2)  # log pi is 1.14
     1.14
     """
-    pace: dict = dict(steps=steps, restarts=restarts, seed=seed, learning_rate=learning_rate, draws=draws)
-    bound: dict = dict(progress=progress, alpha=alpha, gradient=gradient, anneal=anneal, log_z=log_z)
-    judgement: dict = dict(place=place, validation=validation, evaluation_draws=evaluation_draws)
-    options = FitOptions(modes=modes, until=until, **pace, **bound, **judgement)
-    if likelihood is not None or prior is not None or data is not None or batch is not None:
-        log_density = _join_data(log_density, prior, likelihood, data, batch, options)
+    options = _collect(locals())
+    log_density = _join_data(log_density, prior, likelihood, data, batch, options)
     return _fit_undisturbed(q, log_density, samples, support, options)
