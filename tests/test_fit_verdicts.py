@@ -32,7 +32,7 @@ def test_three_hundred_fits_half_of_them_spoiled():
     assert done == {judged.PLAIN: 150} | dict.fromkeys(set(judged.TREATMENTS) - {judged.PLAIN}, 30)
     names = {judged.situation(run)[0] for run in PAPER}
     assert {KNOWN[name]().dim for name in names} >= {2, 3, 4, 5, 6, 10, 20, 50}
-    assert len(judged.plan("quick")) == 60
+    assert len(judged.plan("quick")) == 20
     assert len(judged.plan("smoke")) == 4
 
 
@@ -52,7 +52,7 @@ def test_what_is_done_to_a_fit():
         assert options["place"] is False
         assert judged.prepare(run_of("U3, early stop", seed))[2]["steps"] == 60 * (seed + 1)
     q, _, options = judged.prepare(run_of("t3 3, light tails"))
-    assert set(options) == {"seed", "evaluation_draws"}
+    assert set(options) == {"seed", "evaluation_draws", "steps"}
     assert (q.place.scale == 1).all()
     with pytest.raises(ValueError, match="ring has no list of modes"):
         judged.TREATMENTS["lost mode"](q, KNOWN["ring"](), 0)
