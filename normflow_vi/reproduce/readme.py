@@ -30,7 +30,7 @@ def _relink(text, folder="nbs"):
 # %% ../../nbs/90_engine/75_readme.ipynb #fc7cdbeb
 _NOTE = "<!-- Made from nbs/index.ipynb by `make readme`; edit the notebook. -->"
 
-
+# %% ../../nbs/90_engine/75_readme.ipynb #8b9d18cf
 def _output_markdown(output):
     "An output of a cell as Markdown: Markdown as it is, what was printed as a block of text, nothing else."
     if "text/markdown" in output.get("data", {}):
