@@ -23,12 +23,11 @@ from ..utils.patching import patch
 class Optimizer:
     """How parameters move.
 
-    `weight_decay` is decoupled, `p -= rate * weight_decay * p` (Loshchilov and Hutter
-    2019); `clip` bounds each run's global gradient norm. `betas` are Adam's and
-    Adamax's, `momentum` is RMSprop's. `warmup` and `hold` count updates: the rate rises
-    until the one and does not fall before the other. `average`: what a moving average
-    of the parameters keeps of itself at each update; 0: there is none. Raises
-    `ValueError` naming the field.
+    `weight_decay` is decoupled, `p -= rate * weight_decay * p` (Loshchilov and Hutter 2019); `clip` bounds
+    each run's global gradient norm. `betas` are Adam's and Adamax's, `momentum` is RMSprop's. `warmup` and
+    `hold` count updates: the rate rises until the one and does not fall before the other. `average`: what a
+    moving average of the parameters keeps of itself at each update; 0: there is none. Raises `ValueError`
+    naming the field.
 
     >>> Optimizer("adam", 0.01, warmup=100).rate_at(49, steps=1000)
     0.005

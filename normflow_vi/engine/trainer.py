@@ -62,10 +62,10 @@ class Watch:
 class Trainer:
     """Train S modules of one shape by one loss; `run()` does it.
 
-    A run resumes from the newest good checkpoint in `folder`. Afterwards `models` hold
-    the final parameters, or, after `load_best()`, the best, or, after `load_average()`,
-    their moving average. Raises `NonFinite`, `Interrupted`, `MemoryError` or
-    `files.Busy`; each leaves the last good state in the trainer and on the disk.
+    A run resumes from the newest good checkpoint in `folder`. Afterwards `models` hold the final parameters,
+    or, after `load_best()`, the best, or, after `load_average()`, their moving average. Raises `NonFinite`,
+    `Interrupted`, `MemoryError` or `files.Busy`; each leaves the last good state in the trainer and on the
+    disk.
 
     >>> from types import SimpleNamespace
     >>> model = torch.nn.Linear(1, 1)
@@ -262,8 +262,7 @@ _PLAIN = ("config", "threads", "step", "seconds", "window", "rows", "rows_valid"
 def load_state(self: Trainer, saved: Mapping[str, Any]) -> None:
     """Go on from `saved`.
 
-    Raises `KeyError` or `ValueError`, and changes nothing, if it is not a state of this
-    training.
+    Raises `KeyError` or `ValueError`, and changes nothing, if it is not a state of this training.
     """
     live = self._live()
     if "config" in saved:

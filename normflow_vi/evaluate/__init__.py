@@ -30,9 +30,8 @@ _all_ = ["ais", "bidirectional"]  # the other evaluators belong to the names of 
 class LogMarginal:
     """What `samples` draws say of each of N images, `(N,)` each.
 
-    `log_p` (importance weighted) and `elbo` (the mean over the same draws), in nats;
-    `ess`, the effective number of draws, and `k_hat`, the shape of the tail of the
-    weights (see `diagnosis`).
+    `log_p` (importance weighted) and `elbo` (the mean over the same draws), in nats; `ess`, the
+    effective number of draws, and `k_hat`, the shape of the tail of the weights (see `diagnosis`).
     """
 
     log_p: Tensor
@@ -60,8 +59,7 @@ class LogMarginal:
     def error(self) -> Tensor:
         """The standard error `(N,)` of each `log_p` by the delta method; NaN for one draw.
 
-        It is `sqrt((S / ess - 1) / (S - 1))`, and as good as the weights: look at
-        `k_hat` first.
+        It is `sqrt((S / ess - 1) / (S - 1))`, and as good as the weights: look at `k_hat` first.
         """
         if self.samples == 1:
             return torch.full_like(self.ess, math.nan)
@@ -202,8 +200,8 @@ def iterate_posteriors(
 ) -> Iterator[tuple[Tensor, Posterior]]:
     """`(images, distribution)` of `x` a few at a time, at most `most`.
 
-    An amortised flow's network is evaluated once an image; any other posterior is
-    called again for each few.
+    An amortised flow's network is evaluated once an image; any other posterior is called again for
+    each few.
     """
     for group in x.split(GROUP):
         q: Any = _call_posterior(posterior, group)
@@ -236,8 +234,8 @@ def iterate_log_weights(
 def summarise_log_weights(groups: Iterable[Iterable[Tensor]], samples: int) -> LogMarginal:
     """The `LogMarginal` of log-weights: for each group of images an iterable of blocks `(s, B)`.
 
-    Each image has `samples` weights in all. Raises `FloatingPointError` for a result
-    that is NaN or infinite.
+    Each image has `samples` weights in all. Raises `FloatingPointError` for a result that is NaN or
+    infinite.
     """
     sums, tops = zip(*(_accumulate(blocks, tail_size(samples) + 1) for blocks in groups), strict=True)
     total, once, twice = (
@@ -259,15 +257,14 @@ def log_marginal(
 ) -> LogMarginal:
     """Importance-weighted `log p(x)` and ELBO of every row of `x`, effective sample sizes and k-hat.
 
-    `log_joint(x, z)`: `(S, B)` log-densities in nats, or a dict of such parts;
-    `posterior(x)`: a distribution with `rsample_and_log_prob`; `x`: `(N, ...)`.
-    `block`: rows of one pass of the decoder, at most. Draws come from a generator of
-    their own, seeded with `seed`. A model with layers that behave differently in
-    training must be in evaluation mode.
+    `log_joint(x, z)`: `(S, B)` log-densities in nats, or a dict of such parts; `posterior(x)`: a
+    distribution with `rsample_and_log_prob`; `x`: `(N, ...)`. `block`: rows of one pass of the
+    decoder, at most. Draws come from a generator of their own, seeded with `seed`. A model with
+    layers that behave differently in training must be in evaluation mode.
 
     Raises `ValueError` for an `x` that is empty or not finite or `samples < 1`,
-    `FloatingPointError` for a result that is NaN or infinite. Source: Rezende et al.
-    2014, appendix E; Burda et al. 2016, eq. 8; Vehtari et al. 2024, algorithm 1.
+    `FloatingPointError` for a result that is NaN or infinite. Source: Rezende et al. 2014, appendix
+    E; Burda et al. 2016, eq. 8; Vehtari et al. 2024, algorithm 1.
 
     >>> from torch.distributions import Normal
     >>> from normflow_vi.flows import Flow

@@ -28,6 +28,29 @@ def temperatures(steps: int) -> Tensor:
     s = torch.sigmoid(torch.linspace(-4, 4, check_int("steps", steps) + 1, dtype=torch.float64))
     return (s - s[0]) / (s[-1] - s[0])
 
+# %% ../../nbs/01_flows/44_annealed.ipynb #e87e076d
+def mix(chosen, mine, theirs):
+    "A point whose parts are those of `mine` where `chosen` `(M, N)`, those of `theirs` elsewhere."
+    parts = []
+    for part in fields(mine):
+        one, other = getattr(mine, part.name), getattr(theirs, part.name)
+        mask = chosen[..., None] if one.dim() > chosen.dim() else chosen
+        parts.append(torch.where(mask, one, other))
+    return type(mine)(*parts)
+
+
+def leapfrog(move, gradient, point, momentum, size, count):
+    """`(point, momentum)` after `count` leapfrog steps of length `size`.
+
+    `move(point, shift)` is the point at another place, `gradient(point)` that of the log-density there.
+    """
+    momentum = momentum + 0.5 * size * gradient(point)
+    for step in range(count):
+        point = move(point, size * momentum)
+        last = step == count - 1
+        momentum = momentum + (0.5 * size if last else size) * gradient(point)
+    return point, momentum
+
 # %% ../../nbs/01_flows/44_annealed.ipynb #5dfa2d2c
 @dataclass(frozen=True)
 class _Point:
@@ -51,15 +74,6 @@ class _Point:
     def log_weight(self, rise):
         "What the step from one temperature to the next, higher by `rise`, adds to `log w`, in float64."
         return rise * (self.log_joint - self.log_initial()).double()
-
-    def where(self, chosen, other):
-        "This point where `chosen` `(M, N)`, the `other` elsewhere."
-        mixed = []
-        for part in fields(self):
-            mine, theirs = getattr(self, part.name), getattr(other, part.name)
-            mask = chosen[..., None] if mine.dim() > chosen.dim() else chosen
-            mixed.append(torch.where(mask, mine, theirs))
-        return _Point(*mixed)
 
 # %% ../../nbs/01_flows/44_annealed.ipynb #0e7a31b9
 @dataclass(frozen=True)
@@ -103,12 +117,14 @@ class _Hamiltonian:
 
     def leap(self, point, momentum, size, beta):
         "`(point, momentum)` after the leapfrog steps, of length `size` `(M, N, 1)`, on `f_beta`."
-        momentum = momentum + 0.5 * size * point.gradient(beta)
-        for step in range(self.leapfrog):
-            point = self.path.at(point.e + size * momentum)
-            last = step == self.leapfrog - 1
-            momentum = momentum + (0.5 * size if last else size) * point.gradient(beta)
-        return point, momentum
+
+        def move(point, shift):
+            return self.path.at(point.e + shift)
+
+        def gradient(point):
+            return point.gradient(beta)
+
+        return leapfrog(move, gradient, point, momentum, size, self.leapfrog)
 
     def noise(self, draw, shape, like):
         return draw(shape, generator=self.generator, dtype=like.dtype, device=like.device)
@@ -122,7 +138,7 @@ class _Hamiltonian:
         change = new.log_density(beta) - point.log_density(beta) + kinetic
         chance = change.exp().clamp(max=1).nan_to_num(0)
         accepted = self.noise(torch.rand, chance.shape, point.e) < chance
-        return new.where(accepted & new.slope.isfinite().all(-1), point), chance
+        return mix(accepted & new.slope.isfinite().all(-1), new, point), chance
 
 # %% ../../nbs/01_flows/44_annealed.ipynb #30eeb1ca
 ACCEPTANCE = 0.65  # of transitions, which step lengths are adapted to
@@ -166,9 +182,8 @@ def _run_backward(sampler, point, sizes, betas):
 class Annealed:
     """Of `M` chains for each of `N` images: log-weights, acceptance, step lengths, and their bound.
 
-    `log_weights`: `(M, N)`; `acceptance` `(T,)`: its mean at each temperature;
-    `step_sizes`: `(T, N)`. Chains went `back` from an exact posterior draw, or else
-    along the path from its beginning.
+    `log_weights`: `(M, N)`; `acceptance` `(T,)`: its mean at each temperature; `step_sizes`: `(T,
+    N)`. Chains went `back` from an exact posterior draw, or else along the path from its beginning.
 
     >>> Annealed(torch.tensor([[1.0], [3.0]]).log(), torch.ones(1), torch.ones(1, 1)).log_p.exp()
     tensor([2.])
@@ -194,8 +209,8 @@ class Annealed:
     def error(self) -> Tensor:
         """The standard error `(N,)` of `log_p` over chains (delta method); NaN for a single chain.
 
-        On the way back all chains of an image start from one `z`, and the noise of that
-        one draw is not in it: look at the spread over images.
+        On the way back all chains of an image start from one `z`, and the noise of that one draw is
+        not in it: look at the spread over images.
         """
         w = (self.sign * (self.log_weights - self.log_p)).exp()
         return w.std(0) / math.sqrt(len(w)) if len(w) > 1 else torch.full_like(w[0], math.nan)
@@ -351,17 +366,16 @@ def ais(
 ) -> Annealed:
     """A stochastic lower bound on `log p(x)` for every row of `x`, by annealed importance sampling.
 
-    `log_joint(x, z)`: `(M, B)` log-densities of `z` `(M, B, latent_dim)` in nats, or a
-    dict of such parts, differentiable in `z`; `x`: `(N, ...)`. `chains` for each image,
-    `steps` temperatures, `leapfrog` steps a transition. `initial`: where the path
-    starts, `None` for N(0, I), or mean and scale `(N, latent_dim)` of a Gaussian for
-    each image, such as those of draws from its posterior.
+    `log_joint(x, z)`: `(M, B)` log-densities of `z` `(M, B, latent_dim)` in nats, or a dict of such
+    parts, differentiable in `z`; `x`: `(N, ...)`. `chains` for each image, `steps` temperatures,
+    `leapfrog` steps a transition. `initial`: where the path starts, `None` for N(0, I), or mean and
+    scale `(N, latent_dim)` of a Gaussian for each image, such as those of draws from its posterior.
     `block`: rows of one pass of the decoder.
 
-    Cost: `leapfrog * (steps * (chains + 4) + 80)` gradients an image, of which
-    `leapfrog * (steps * 4 + 80)` settle and adapt the step lengths. Raises `ValueError`
-    for an `x` that is empty or not finite, and `FloatingPointError` naming an image
-    without a finite result. Source: Neal 2001; Wu et al. 2017.
+    Cost: `leapfrog * (steps * (chains + 4) + 80)` gradients an image, of which `leapfrog * (steps *
+    4 + 80)` settle and adapt the step lengths. Raises `ValueError` for an `x` that is empty or not
+    finite, and `FloatingPointError` naming an image without a finite result. Source: Neal 2001; Wu
+    et al. 2017.
 
     >>> from torch.distributions import Normal
     >>> unit = Normal(0.0, 1.0)
@@ -392,11 +406,10 @@ def bidirectional(
 ) -> tuple[Annealed, Annealed]:
     """`(lower, upper)` bounds on `log p(x)` for rows of `x` simulated with the latent vectors `z` `(N, D)`.
 
-    The arguments are those of `ais`, and the errors; chains of one image all return
-    from the same `z`. `seed` must not be the one that `z` was drawn with: the chains'
-    noise would be made of the same numbers as `z`, and neither bound would hold. Cost:
-    that of `ais` and `steps * leapfrog * chains` gradients more. Source: Grosse et al.
-    2015.
+    The arguments are those of `ais`, and the errors; chains of one image all return from the same
+    `z`. `seed` must not be the one that `z` was drawn with: the chains' noise would be made of the
+    same numbers as `z`, and neither bound would hold. Cost: that of `ais` and `steps * leapfrog *
+    chains` gradients more. Source: Grosse et al. 2015.
 
     >>> from torch.distributions import Normal
     >>> unit, draw = Normal(0.0, 1.0), torch.Generator().manual_seed(1)

@@ -19,8 +19,8 @@ from ..objectives import Estimate
 def check_log_weights(log_w: Tensor) -> Tensor:
     """Log-weights `(S,)` in double precision, detached.
 
-    Raises `TypeError` or `ValueError` unless each is a number below infinity and one is
-    above minus infinity.
+    Raises `TypeError` or `ValueError` unless each is a number below infinity and one is above minus
+    infinity.
     """
     if not isinstance(log_w, Tensor) or not log_w.is_floating_point():
         found = log_w.dtype if isinstance(log_w, Tensor) else type(log_w).__name__
@@ -37,6 +37,11 @@ def check_log_weights(log_w: Tensor) -> Tensor:
         raise ValueError(f"log_w: all {len(log_w)} are -inf: no draw lies where the target has mass")
     return log_w.detach().double()
 
+# %% ../../nbs/01_flows/45_diagnosis.ipynb #937c84b6
+def effective_count(log_w: Tensor) -> Tensor:
+    "`(sum w)^2 / sum w^2` along the last axis of log-weights, `(..., S) -> (...)`."
+    return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp()
+
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #69f7006f
 def effective_sample_size(log_w: Tensor) -> Tensor:
     """`(sum w)^2 / sum w^2` of log-weights `(S,)`: a number between 1 and S.
@@ -46,15 +51,13 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
     >>> effective_sample_size(torch.tensor([1.0, 1.0, 2.0]).log())
     tensor(2.6667, dtype=torch.float64)
     """
-    log_w = check_log_weights(log_w)
-    return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
+    return effective_count(check_log_weights(log_w))
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #33af1879
 def log_mean_weight(log_w: Tensor) -> Estimate:
     """`log (1/S) sum w`, the log-evidence, as an `Estimate` in nats.
 
-    Its error is by the delta method, and NaN for S = 1. Raises as `check_log_weights`
-    does.
+    Its error is by the delta method, and NaN for S = 1. Raises as `check_log_weights` does.
 
     >>> print(log_mean_weight(torch.tensor([1.0, 1.0, 2.0]).log()))
     0.288 ± 0.250
@@ -68,9 +71,8 @@ def log_mean_weight(log_w: Tensor) -> Estimate:
 def generalised_pareto(x: Tensor) -> tuple[Tensor, Tensor]:
     """`(k, sigma)`, `(...)` each, of generalised Pareto distributions fitted to sorted excesses `(..., n)`.
 
-    All `x > 0`, and `Pr(X > x) = (1 + k x / sigma)^(-1/k)`. Source: Zhang & Stephens
-    2009, eqs. 5-7, with the prior of Vehtari et al. 2024, appendix C: ten observations
-    of `k = 1/2`.
+    All `x > 0`, and `Pr(X > x) = (1 + k x / sigma)^(-1/k)`. Source: Zhang & Stephens 2009, eqs.
+    5-7, with the prior of Vehtari et al. 2024, appendix C: ten observations of `k = 1/2`.
     """
     n = x.shape[-1]
     m = 30 + math.isqrt(n)
@@ -106,10 +108,9 @@ def _pareto_quantiles(n, k, sigma, like):
 def pareto_smoothed(log_w: Tensor) -> tuple[Tensor, float]:
     """`(smoothed, k_hat)`: Pareto-smoothed log-weights `(S,)`, not normalised, and the shape of their tail.
 
-    `k_hat` is `inf` if fewer than five weights exceed the cutoff, `-inf` if the largest
-    are equal up to a thousandth. Cost: a sort. Raises `TypeError` or `ValueError` for
-    NaN, plus infinity, or weights that are all zero. Source: Vehtari et al. 2024,
-    algorithm 1.
+    `k_hat` is `inf` if fewer than five weights exceed the cutoff, `-inf` if the largest are equal
+    up to a thousandth. Cost: a sort. Raises `TypeError` or `ValueError` for NaN, plus infinity, or
+    weights that are all zero. Source: Vehtari et al. 2024, algorithm 1.
 
     >>> smoothed, k = pareto_smoothed(torch.zeros(1000))  # q is the target
     >>> k
@@ -131,8 +132,8 @@ def pareto_smoothed(log_w: Tensor) -> tuple[Tensor, float]:
 def k_hat(log_w: Tensor) -> float:
     """The shape of the tail of log-weights `(S,)`; good below `k_threshold(S)`.
 
-    Above 1 the weights may have no mean. Raises as `check_log_weights` does. Source:
-    Vehtari et al. 2024.
+    Above 1 the weights may have no mean. Raises as `check_log_weights` does. Source: Vehtari et al.
+    2024.
 
     >>> k_hat(torch.zeros(1000))  # equal weights: the best case
     -inf
@@ -191,10 +192,9 @@ def _normalise(z, log_w):
 def moments(z: Tensor, log_w: Tensor | None = None) -> Moments:
     """`Moments` of the target from draws `z` `(S, D)` of q and log-weights `(S,)`.
 
-    Of q itself without weights. By smoothed self-normalised weights, errors by the
-    delta method; they are as good as the weights: look at `k_hat` first. Raises
-    `ValueError` for points that are not finite or do not match, and as
-    `check_log_weights` does. Source: Owen 2013, ch. 9, eq. 9.9.
+    Of q itself without weights. By smoothed self-normalised weights, errors by the delta method;
+    they are as good as the weights: look at `k_hat` first. Raises `ValueError` for points that are
+    not finite or do not match, and as `check_log_weights` does. Source: Owen 2013, ch. 9, eq. 9.9.
 
     >>> moments(torch.tensor([[0.0], [3.0]]), torch.tensor([1.0, 2.0]).log()).mean.float()
     tensor([2.])
@@ -212,19 +212,28 @@ def moment_shifts(z: Tensor, log_w: Tensor) -> Moments:
     mean, sd, of_mean, of_sd = (a - b for a, b in zip(weighted, plain, strict=True))
     return Moments(mean, of_mean.norm(dim=0), sd, of_sd.norm(dim=0))
 
+# %% ../../nbs/01_flows/45_diagnosis.ipynb #e200381c
+def comb(w: Tensor, offset: float | Tensor) -> Tensor:
+    """Positions `(..., S)`, ascending, of draws in proportion to weights `(..., S)` that sum to one.
+
+    Where the teeth of a comb, one for each weight and `offset` of their distance from the left, fall on the
+    cumulated weights. Source: Kitagawa 1996.
+    """
+    S = w.shape[-1]
+    teeth = (torch.arange(S, dtype=w.dtype, device=w.device) + offset) / S
+    return torch.searchsorted(w.cumsum(-1), teeth).clamp(max=S - 1)
+
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #4a57d4f6
 def resample(log_w: Tensor) -> Tensor:
     """Positions `(S,)`, ascending, of draws taken in proportion to their smoothed weights.
 
-    Systematic resampling, without noise of its own. Raises as `check_log_weights` does.
-    Source: Kitagawa 1996.
+    Systematic resampling, without noise of its own. Raises as `check_log_weights` does. Source:
+    Kitagawa 1996.
 
     >>> resample(torch.tensor([1.0, 2.0, 1.0]).log())
     tensor([0, 1, 2])
     """
-    w = torch.softmax(pareto_smoothed(log_w)[0], 0)
-    points = (torch.arange(len(w), dtype=w.dtype, device=w.device) + 0.5) / len(w)
-    return torch.searchsorted(w.cumsum(0), points).clamp(max=len(w) - 1)
+    return comb(torch.softmax(pareto_smoothed(log_w)[0], 0), 0.5)
 
 # %% ../../nbs/01_flows/45_diagnosis.ipynb #6cf38378
 RISE = 0.01  # nats

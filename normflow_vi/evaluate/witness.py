@@ -68,7 +68,8 @@ class Witness:
         looked_at = self.beyond(log_w) & ~self.barrier.isnan()
         return bool(looked_at.any() and (self.barrier[looked_at] > least).double().mean() > 0.5)
 
-    def place_of_missing(self, log_w: Tensor) -> Tensor:
+    @property
+    def place_of_missing(self) -> Tensor:
         "The draw `(D,)` that lies beyond by the most."
         return self.z.flatten(0, 1)[self.log_w.flatten().argmax()]
 

@@ -269,6 +269,16 @@ def measure(found: Fit | None, target: KnownTarget, samples: int, seed: int) -> 
     return values
 
 # %% ../../nbs/80_plans/55_fit_targets.ipynb #2d5a0f1f
+def record_fit(
+    run: Run, q: Flow, target: KnownTarget, options: dict[str, Any], progress: Callable | None
+) -> Record:
+    "Fit `q` blindly with these `options` of `fit`; the record of what came out, and of what it cost."
+    found, cost = fit_blindly(q, target, progress, **options)
+    values = measure(found, target, run.get("samples"), run.seed)
+    summary = "" if found is None else found.summary()
+    return Record(run, values | cost, {}, {"summary": summary})
+
+
 def train(
     runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
 ) -> list[Record]:
@@ -277,10 +287,7 @@ def train(
     for run in runs:
         target = KNOWN[run.model]()
         q = build(run.flow, target.dim, run.length, run.seed).to(device)
-        found, cost = fit_blindly(q, target, progress, **options_of(run))
-        values = measure(found, target, run.get("samples"), run.seed)
-        summary = "" if found is None else found.summary()
-        records.append(Record(run, values | cost, {}, {"summary": summary}))
+        records.append(record_fit(run, q, target, options_of(run), progress))
     return records
 
 

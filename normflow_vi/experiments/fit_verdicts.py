@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/80_plans/57_fit_verdicts.ipynb #6b5d089a
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from normflow_vi.experiments.common import COUNT, SEEDS
 from normflow_vi.experiments.fit_targets import (
     VERDICTS,
     build,
-    fit_blindly,
-    measure,
     options_of,
+    record_fit,
 )
 from normflow_vi.flows import Flow
 from normflow_vi.results.record import Record
@@ -213,11 +213,8 @@ def train(
     records = []
     for run in runs:
         q, target, options = prepare(run)
-        found, cost = fit_blindly(q.to(device), target, progress, **options)
-        values = measure(found, target, run.get("samples"), run.seed)
-        summary = "" if found is None else found.summary()
-        values |= cost | {"dim": target.dim}
-        records.append(Record(run, values, {}, {"summary": summary}))
+        found = record_fit(run, q.to(device), target, options, progress)
+        records.append(replace(found, values=found.values | {"dim": target.dim}))
     return records
 
 
@@ -278,7 +275,7 @@ def confusion(
     return {said: (counted[said, False], counted[said, True]) for said in VERDICTS}
 
 
-def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(count: int, total: int) -> tuple[float, float]:
     """A 95 % interval for a share of which `count` of `total` were seen; from 0 to 1 where there is none.
 
     Source: Wilson 1927.
@@ -286,13 +283,12 @@ def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
     >>> [round(end, 3) for end in wilson(0, 100)]
     [0.0, 0.037]
     """
+    from scipy.stats import binomtest
+
     if not total:
         return 0.0, 1.0
-    share = count / total
-    centre = share + z**2 / (2 * total)
-    half = z * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
-    scale = 1 + z**2 / total
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    ends = binomtest(count, total).proportion_ci(method="wilson")
+    return float(ends.low), float(ends.high)
 
 # %% ../../nbs/80_plans/57_fit_verdicts.ipynb #5231d9c9
 BANDS = ((1, 2), (3, 5), (6, 10), (11, 50))  # of dimensions

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -64,19 +65,15 @@ class FitOptions:
 
     Raises `ValueError` naming the first that does not fit.
 
-    `steps`: updates of `draws` draws (or samples); unless given, until the bound no
-    longer rises.
+    `steps`: updates of `draws` draws (or samples); unless given, until the bound no longer rises.
     `restarts`: starts trained side by side, as one program, of which the best is kept.
     `alpha`, `gradient`: another Renyi bound than the ELBO, and its gradient estimator.
     `modes`: "report" what draws from far away find that the flow lacks, "ignore" that,
     or find "all" modes before the training: the flow gets a mixture as its base.
-    `until`: "good": as long as the verdict is not, follow its advice, up to three
-    times.
+    `until`: "good": as long as the verdict is not, follow its advice, up to three times.
     `anneal`: begin with a normal density in place of the target.
-    `place`: find the units first, unless the flow has some already, say from an earlier
-    fit.
-    `validation`: the share of the samples that is held out and by which the flow is
-    chosen.
+    `place`: find the units first, unless the flow has some already, say from an earlier fit.
+    `validation`: the share of the samples that is held out and by which the flow is chosen.
     `evaluation_draws`: fresh draws by which the result is judged.
     `log_z`: the exact log Z in nats, if known: then the divergence itself is reported.
     `progress(step, steps, seconds, values)` is called now and then.
@@ -205,12 +202,11 @@ def sample_loss(samples: torch.Tensor, draws: int) -> Callable:
 _KEPT = 0.25  # weight of the likelihood of draws from elsewhere that stays to the end
 
 
-def mode_loss(log_density: Callable, draws: int, anneal: int, rows: torch.Tensor) -> Callable:
-    """From minus the mean log-density of `rows` `(N, D)`, in the flow's units, towards minus the bound.
+def mode_loss(to_density: Callable, draws: int, anneal: int, rows: torch.Tensor) -> Callable:
+    """From minus the mean log-density of `rows` `(N, D)`, in the flow's units, towards a loss `to_density`.
 
     Over the first `anneal` updates; its term `elbo` is that of the target all along.
     """
-    to_density = density_loss(log_density, draws)
 
     def loss(q, batch, step, generator):
         beta = (1 - _KEPT) * annealing(step, anneal, 0.0)
@@ -269,8 +265,14 @@ class DensityGoal:
         self.anneal = 0
         if options.anneal:
             self.anneal = _LEAST if options.steps is None else options.steps // 3
-        bound = options.draws, self.anneal, options.alpha, options.gradient, units_of(q.base, q.dim)
-        self.loss = density_loss(self.log_density, *bound)
+        self.units = units_of(q.base, q.dim)
+        self.loss = self._loss_of(self.log_density, self.anneal)
+        self.judged_by = self.log_density
+
+    def _loss_of(self, log_density, anneal):
+        "Minus the bound that was asked for, annealed over the first `anneal` updates."
+        options = self.options
+        return density_loss(log_density, options.draws, anneal, options.alpha, options.gradient, self.units)
 
     def find_units(self, q: Flow) -> None:
         "Set the units of the last step of a flow to those of the log-density; find its modes, if asked to."
@@ -284,27 +286,33 @@ class DensityGoal:
 
     def _find_modes(self, q):
         rows = find_modes(q, self.log_density, self.options.seed)
+        self.loss = self._loss_of(self.log_density, 0)
         if q.transform.inverse_kind == "closed form":
-            self.loss = mode_loss(self.log_density, self.options.draws, self.anneal, rows)
+            self.loss = mode_loss(self.loss, self.options.draws, self.anneal, rows)
         else:
             self.anneal = 0
-            self.loss = density_loss(self.log_density, self.options.draws)
 
-    def finish(self, q: Flow) -> None:
-        "Give the modes of a trained flow their shares."
-        if self.options.modes != "all" or not isinstance(q.base, MIXTURES):
-            return
-        generator = torch.Generator(q.place.loc.device).manual_seed(self.options.seed + 2)
-        for _ in range(2):
-            set_shares(q, self.log_density, self.options.evaluation_draws, generator)
+# %% ../../nbs/01_flows/50_fit.ipynb #08bf8384
+@patch
+def finish(self: DensityGoal, q: Flow) -> None:
+    "Give the modes of a trained flow their shares."
+    if self.options.modes != "all" or not isinstance(q.base, MIXTURES):
+        return
+    generator = torch.Generator(q.place.loc.device).manual_seed(self.options.seed + 2)
+    for _ in range(2):
+        set_shares(q, self.log_density, self.options.evaluation_draws, generator)
 
-    def first_rows(self, q: Flow, generator: torch.Generator) -> torch.Tensor:
-        "The draws of the base with which an update begins."
-        return draw_base(q.base, (self.options.draws,), generator)[0]
 
-    def steps(self, q: Flow) -> list[Step]:
-        "What happens to them."
-        return density_steps(q, self.log_density)
+@patch
+def first_rows(self: DensityGoal, q: Flow, generator: torch.Generator) -> torch.Tensor:
+    "The draws of the base with which an update begins."
+    return draw_base(q.base, (self.options.draws,), generator)[0]
+
+
+@patch
+def steps(self: DensityGoal, q: Flow) -> list[Step]:
+    "What happens to them."
+    return density_steps(q, self.log_density)
 
 # %% ../../nbs/01_flows/50_fit.ipynb #42d5fb5a
 @patch
@@ -314,7 +322,7 @@ def judge(self: DensityGoal, q: Flow) -> Outcome:
     with evaluating(q), forked_stream(seed=seed):  # the seed is for a base that knows no generator
         generator = torch.Generator(q.place.loc.device).manual_seed(seed)
         z, log_q = q.rsample_and_log_prob((self.options.evaluation_draws,), generator)
-        log_w = self.log_density(z) - log_q
+        log_w = self.judged_by(z) - log_q
     return Outcome(bound_inside(log_w), z, log_w)
 
 
@@ -353,29 +361,15 @@ class DataGoal(DensityGoal):
     def __init__(self, q: Flow, density: DataDensity, options: FitOptions):
         order = torch.randperm(len(density), generator=torch.Generator().manual_seed(options.seed))
         some = order[:_ROWS].to(density.parts[0].device)
+        if len(density) > _ROWS:
+            options = replace(options, modes="ignore")
         super().__init__(q, lambda z: estimate_from(density, some, z), options)
-        self.data, self.some = density, self.log_density
-        self.bound = options.draws, self.anneal, options.alpha, options.gradient, units_of(q.base, q.dim)
-        self.loss = self._loss_of_batch
+        self.data, self.loss = density, self._loss_of_batch
+        self.judged_by = partial(sum_all, density)
 
     def _loss_of_batch(self, q, batch, step, generator):
-        rows = draw_rows(self.data, generator)
-        loss = density_loss(lambda z: estimate_from(self.data, rows, z), *self.bound)
-        return loss(q, batch, step, generator)
-
-    def judge(self, q: Flow) -> Outcome:
-        "Fresh draws from a trained flow and their log-weights by all data."
-        self.log_density = lambda z: sum_all(self.data, z)
-        try:
-            return super().judge(q)
-        finally:
-            self.log_density = self.some
-
-    def examine(self, fit: Fit) -> Fit:
-        "The fit, with a witness where the data are few."
-        if len(self.data) > _ROWS:
-            self.options = replace(self.options, modes="ignore")
-        return super().examine(fit)
+        of_batch = partial(estimate_from, self.data, draw_rows(self.data, generator))
+        return self._loss_of(of_batch, self.anneal)(q, batch, step, generator)
 
 # %% ../../nbs/01_flows/50_fit.ipynb #be11261d
 class SampleGoal:

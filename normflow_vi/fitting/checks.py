@@ -120,9 +120,8 @@ def check_log_density(q: Flow, log_density: Callable, restarts: int) -> None:
             f"and q draws vectors of {q.place.event_shape[0]}"
         )
     q.eval()  # a trial must not move running statistics
-    generator = torch.Generator(q.place.loc.device).manual_seed(
-        0
-    )  # not torch's own: a thread may have lent it
+    generator = torch.Generator(q.place.loc.device)  # not torch's own: a thread may have lent it
+    generator.manual_seed(0)
     z, log_q = q().rsample_and_log_prob((64,), generator)
     values = _call_log_density(log_density, z, log_q)
     _check_finite_values(values, z)
@@ -171,40 +170,39 @@ def check_flow(q: Flow, support: Constraint | None) -> None:
         raise ValueError(f"support={support}: q has the support {q.place.support} already")
 
 # %% ../../nbs/90_engine/36_fit_checks.ipynb #b9e7587a
-def _read_array(samples):
+def read_array(name: str, array: np.ndarray) -> torch.Tensor:
     "A numpy array as a tensor; raises `TypeError` or `ValueError` for what has masked values or no numbers."
-    mask = np.ma.getmaskarray(samples)
+    mask = np.ma.getmaskarray(array)
     if mask.dtype == bool and mask.any():  # an array with named fields is refused below
-        rows = mask.reshape(len(samples), -1).any(1).sum()
+        rows = mask.reshape(len(array), -1).any(1).sum()
         raise ValueError(
-            f"samples: {mask.sum()} of {samples.size} values, in {rows} of {len(samples)} rows, are masked; "
+            f"{name}: {mask.sum()} of {array.size} values, in {rows} of {len(array)} rows, are masked; "
             "leave these rows out, or fill the values in"
         )
-    samples = np.ma.getdata(samples)
+    array = np.ma.getdata(array)
     try:
-        return torch.from_numpy(np.ascontiguousarray(samples, samples.dtype.newbyteorder("=")))
+        return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
     except (TypeError, ValueError):
         raise TypeError(
-            f"samples: expected an array of numbers, got dtype {samples.dtype}; "
-            "samples.astype(float) makes one"
+            f"{name}: expected an array of numbers, got dtype {array.dtype}; {name}.astype(float) makes one"
         ) from None
 
 
-def _check_dense(samples):
+def check_dense(name: str, tensor: torch.Tensor) -> None:
     "Raise unless a tensor has a number in each place."
-    if isinstance(samples, torch.masked.MaskedTensor):
-        masked = int((~samples.get_mask()).sum())
-        raise ValueError(f"samples: {masked} of {samples.numel()} values are masked; leave their rows out")
-    if samples.layout != torch.strided:
-        raise TypeError(f"samples: expected a dense tensor, got {samples.layout}; use samples.to_dense()")
+    if isinstance(tensor, torch.masked.MaskedTensor):
+        masked = int((~tensor.get_mask()).sum())
+        raise ValueError(f"{name}: {masked} of {tensor.numel()} values are masked; leave their rows out")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}; use {name}.to_dense()")
 
 # %% ../../nbs/90_engine/36_fit_checks.ipynb #fa000c74
 def _check_rows(q, samples) -> torch.Tensor:
     "Samples as a tensor of finite rows; raises `TypeError` or `ValueError` otherwise."
     if isinstance(samples, np.ndarray):
-        samples = _read_array(samples)
+        samples = read_array("samples", samples)
     if isinstance(samples, torch.Tensor):
-        _check_dense(samples)
+        check_dense("samples", samples)
     if isinstance(samples, tuple):
         raise TypeError(
             "samples: expected one tensor (N, D), got a tuple; a pair (samples, labels) has the samples first"

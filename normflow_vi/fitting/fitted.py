@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..evaluate import diagnosis
 from .files import read_fit, write_fields
-from .judgement import Judgement
 from .pictures import draw_fit
-from .summary import describe
+from .summary import Judgement
 from ..utils.patching import patch
 
 # %% ../../nbs/01_flows/49_fitted.ipynb #b0198333
@@ -47,31 +46,6 @@ class Fit(Judgement):
         load: ClassVar[Callable[..., "Fit"]]
         plot: ClassVar[Callable[..., Any]]
         to_arviz: ClassVar[Callable[..., Any]]
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    def summary(self) -> str:
-        """A diagnosis in a few lines: the verdict with its reasons, what to do next, the numbers.
-
-        Not to be trusted:
-        - a mode is missing, over 5 % of the mass is in a tail out of reach, or draws from elsewhere
-          put `log Z` higher;
-        - k-hat is not below `k_threshold(S)`, unless q is close by both divergences or 99 % of the
-          draws are effective;
-        - under 100 draws are effective, or the ELBO lies 5 nats below the evidence;
-        - the log-densities are too large for their precision;
-        - with a known `log_z`: over 5 % of the mass is missing, or ELBO or evidence lie above it.
-
-        Usable with importance weights:
-        - `KL(q || p)` or `KL(p || q)` is over 0.1 nats;
-        - an effective sample size under half the draws, a mean off by over 0.1 sd, an sd by over
-          10 %, or draws outside the support.
-
-        Good otherwise. Estimates must pass a threshold by four standard errors. Restarts agree if
-        their bounds do within 0.05 nats or four standard errors of the best.
-        """
-        return describe(self)
 
 # %% ../../nbs/01_flows/49_fitted.ipynb #ed8698f9
 @patch

@@ -61,6 +61,7 @@ class Judgement:
         ess: ClassVar[float | None]
         moments: ClassVar[diagnosis.Moments | None]
         draws: ClassVar[Callable[..., torch.Tensor]]
+        summary: ClassVar[Callable[..., str]]
 
     @property
     def elbo(self) -> Estimate | None:

@@ -15,30 +15,20 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from .judgement import Judgement
+from .checks import check_dense, read_array
 from .modes import cross_examine
-from .summary import describe
+from .summary import Judgement
 from ..flows import Place, in_support
 from ..flows.placing import place_samples
-from ..objectives import estimate
 from ..utils.checks import check_int, require
 
 # %% ../../nbs/01_flows/51_judge.ipynb #3ebe6250
-class Judged(Judgement):
-    "A judgement that prints as its diagnosis."
-
-    def __repr__(self) -> str:
-        return describe(self)
-
-    def summary(self) -> str:
-        "The diagnosis in a few lines, the verdict first."
-        return describe(self)
-
-
 def _as_rows(draws: Any) -> Tensor:
     "Draws as a tensor of finite rows `(S, D)`; raises `TypeError` or `ValueError` otherwise."
     if isinstance(draws, np.ndarray):
-        draws = torch.from_numpy(np.ascontiguousarray(draws))
+        draws = read_array("draws", draws)
+    if isinstance(draws, Tensor):
+        check_dense("draws", draws)
     if not isinstance(draws, Tensor) or not draws.is_floating_point():
         raise TypeError(
             f"draws: expected a tensor or array of real numbers (S, D), got {type(draws).__name__}"
@@ -72,7 +62,7 @@ def judge(
     support: Constraint | None = None,
     log_z: float | None = None,
     seed: int = 0,
-) -> Judged:
+) -> Judgement:
     """The diagnosis of a fit of any library from its `draws` `(S, D)`.
 
     `log_p`: the unnormalised log-density of the target, `log_q`: that of the fit, both
@@ -97,7 +87,7 @@ def judge(
     witness = None
     if callable(log_p) and callable(log_q) and log_w.isfinite().any():
         witness = _call_for(log_p, log_q, z, log_w, support, seed)
-    return Judged(None, None, 0, z=z, log_w=log_w, log_z=log_z, bounds=(estimate(log_w),), witness=witness)
+    return Judgement(None, None, 0, z=z, log_w=log_w, log_z=log_z, witness=witness)
 
 # %% ../../nbs/01_flows/51_judge.ipynb #c891d7ad
 def _call_for(log_p, log_q, z, log_w, support, seed):

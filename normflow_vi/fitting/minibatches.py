@@ -57,33 +57,29 @@ class DataDensity:
         return chosen if isinstance(self.data, tuple) else chosen[0]
 
 # %% ../../nbs/01_flows/49_minibatches.ipynb #f3754669
-def _check_values(values: Any, draws: int, rows: int) -> Tensor:
-    "The log-likelihoods, if they are one a draw and row."
+def _log_likelihoods(density: DataDensity, which: Any, z: Tensor) -> Tensor:
+    "The log-likelihoods `(S, B)` of draws `z` `(S, D)` and the rows `which`; raises for any other shape."
+    rows = density.rows(which)
+    values = density.likelihood(z, rows)
+    expected = len(z), len(rows[0] if isinstance(rows, tuple) else rows)
     shape = tuple(getattr(values, "shape", ()))
     require(
-        shape == (draws, rows),
-        "likelihood",
-        shape,
-        f"log-likelihoods of shape {(draws, rows)}, one a draw and row",
+        shape == expected, "likelihood", shape, f"log-likelihoods of shape {expected}, one a draw and row"
     )
     return values
 
 
 def estimate_from(density: DataDensity, which: Any, z: Tensor) -> Tensor:
     "The log-posterior at `z` `(S, D)`, `(S,)` in nats, estimated from the rows `which`."
-    rows = density.rows(which)
-    count = len(rows[0]) if isinstance(rows, tuple) else len(rows)
-    values = _check_values(density.likelihood(z, rows), len(z), count)
-    return density.prior(z) + len(density) / count * values.sum(-1)
+    values = _log_likelihoods(density, which, z)
+    return density.prior(z) + len(density) / values.shape[1] * values.sum(-1)
 
 
 def sum_all(density: DataDensity, z: Tensor) -> Tensor:
     "The log-posterior at `z` `(S, D)` from all rows, `(S,)` in nats, a portion of them at a time."
     total, step = density.prior(z), max(1, _AT_ONCE // len(z))
     for first in range(0, len(density), step):
-        rows = density.rows(slice(first, first + step))
-        count = min(step, len(density) - first)
-        total = total + _check_values(density.likelihood(z, rows), len(z), count).sum(-1)
+        total = total + _log_likelihoods(density, slice(first, first + step), z).sum(-1)
     return total
 
 

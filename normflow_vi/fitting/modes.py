@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/01_flows/49_modes.ipynb #c75daa7f
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def cross_examine(
         seen = in_units(particles.draws) - log_q(particles.draws).nan_to_num(nan=-math.inf)
         seen = seen.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).view(x.shape[:2])
         witness = find_barriers(Witness(x, seen, torch.zeros_like(seen)), log_w, in_units, own)
-        return Witness(place(x)[0], seen, witness.barrier)
+        return replace(witness, z=place(x)[0])
 
 
 def call_witness(q: Flow, log_density: Callable, z: Tensor, log_w: Tensor, seed: int) -> Witness | None:

@@ -14,6 +14,7 @@ import numpy as np
 from ..evaluate import diagnosis
 from .judgement import Judgement
 from .verdict import advice_in_words, still_rises, verdict_in_words
+from ..utils.patching import patch
 
 # %% ../../nbs/01_flows/48_words.ipynb #6702a891
 def _format_pair(ours, value, error):
@@ -142,7 +143,7 @@ def _sample_lines(fit: Judgement) -> Iterator[str]:
         line += f": it overfits by {excess:.2f} nats; fewer parameters or more samples"
     yield line
 
-
+# %% ../../nbs/01_flows/48_words.ipynb #6f02ddbf
 def describe(fit: Judgement) -> str:
     "The diagnosis of a fit in a few lines, the verdict first; see `Fit.summary`."
     lines = [f"verdict: {verdict_in_words(fit)}"]
@@ -158,3 +159,32 @@ def describe(fit: Judgement) -> str:
         if left > 0:
             lines.append(f"and {left:,} more coordinates: see `moments`; the verdict names the worst")
     return "\n".join(lines)
+
+# %% ../../nbs/01_flows/48_words.ipynb #4dc2f1e8
+@patch
+def summary(self: Judgement) -> str:
+    """A diagnosis in a few lines: the verdict with its reasons, what to do next, the numbers.
+
+    Not to be trusted:
+    - a mode is missing, over 5 % of the mass is in a tail out of reach, or draws from elsewhere
+      put `log Z` higher;
+    - k-hat is not below `k_threshold(S)`, unless q is close by both divergences or 99 % of the
+      draws are effective;
+    - under 100 draws are effective, or the ELBO lies 5 nats below the evidence;
+    - the log-densities are too large for their precision;
+    - with a known `log_z`: over 5 % of the mass is missing, or ELBO or evidence lie above it.
+
+    Usable with importance weights:
+    - `KL(q || p)` or `KL(p || q)` is over 0.1 nats;
+    - an effective sample size under half the draws, a mean off by over 0.1 sd, an sd by over
+      10 %, or draws outside the support.
+
+    Good otherwise. Estimates must pass a threshold by four standard errors. Restarts agree if
+    their bounds do within 0.05 nats or four standard errors of the best.
+    """
+    return describe(self)
+
+
+@patch
+def __repr__(self: Judgement) -> str:
+    return describe(self)

@@ -74,16 +74,17 @@ def _disagreement(fit: Judgement) -> float:
 
 def _where(fit):
     "The place of what is missing, in words: its first coordinates."
-    z = fit.witness.place_of_missing(fit.log_w)
+    z = fit.witness.place_of_missing
     shown = ", ".join(f"{x:.3g}" for x in z[:3].tolist())
     return f"z = [{shown}{', ...' if len(z) > 3 else ''}]"
 
-
+# %% ../../nbs/01_flows/48_verdict.ipynb #3df4be9f
 def _testimony(fit: Judgement) -> Iterator[Reason]:
     "Reasons to distrust a fit that come from its witness."
-    share, is_apart = _missing_share(fit), fit.witness is not None and fit.witness.is_apart(fit.log_w)
-    error = fit.missing.std_error if share else 0.0
-    if share and is_apart:
+    if fit.witness is None:
+        return
+    share, error = _missing_share(fit), fit.missing.std_error
+    if share and fit.witness.is_apart(fit.log_w):
         found = f"draws from elsewhere put {share:.0%} ± {error:.0%} of the mass where q has none"
         yield Reason(f"{found}, apart from its own, near {_where(fit)}", "modes")
     elif share > _TAIL:
@@ -248,19 +249,21 @@ def still_rises(fit: Judgement) -> bool:
     return False
 
 
+def _choose_remedy(fit: Judgement, reasons: list[Reason]) -> str | None:
+    if reasons and reasons[0].remedy in ("length", "tail") and still_rises(fit):
+        return "steps"
+    return reasons[0].remedy if reasons else None
+
+
 def advise(fit: Judgement) -> str | None:
     "The name of the remedy, among `REMEDIES`, that comes next; `None` where none is needed."
-    level, reasons = find_reasons(fit)
-    if level == GOOD:
-        return None
-    if reasons[0].remedy in ("length", "tail") and still_rises(fit):
-        return "steps"
-    return reasons[0].remedy
+    return _choose_remedy(fit, find_reasons(fit)[1])
 
 
 def advice_in_words(fit: Judgement) -> str:
     "What to do next with a fit to a log-density."
-    if (remedy := advise(fit)) is not None:
-        weighted = "; until then the weights: moments, to_arviz()" if fit.verdict == USABLE else ""
-        return REMEDIES[remedy] + weighted
-    return "draw from q"
+    level, reasons = find_reasons(fit)
+    if (remedy := _choose_remedy(fit, reasons)) is None:
+        return "draw from q"
+    weighted = "; until then the weights: moments, to_arviz()" if level == USABLE else ""
+    return REMEDIES[remedy] + weighted

@@ -24,8 +24,7 @@ def draw_index_weights(
 ) -> tuple[Tensor, Tensor]:
     """Draws `z` and their `log q(z, u_m) / r(u_m | z)`, `(extra + 1, *sample, *batch)` in nats.
 
-    `z`: `(*sample, *batch, D)`. The first index is the one that made `z`; the others
-    are from `r`, given `z`.
+    `z`: `(*sample, *batch, D)`. The first index is the one that made `z`; the others are from `r`, given `z`.
     """
     z, first = q.rsample_and_log_prob(sample_shape, generator)
     if not extra:
@@ -55,13 +54,12 @@ class _ManyIndicesAt:
 class ManyIndices(nn.Module):
     """A continuously-indexed `flow` with the tighter bound of `extra` further indices for each draw.
 
-    In the place of `log q(z)`: `log 1/(M+1) sum_m q(z, u_m) / r(u_m | z)` in nats, with
-    `M = extra`, `u_0` the index that made `z` and the others from `r`. In the mean it
-    is at least `log q(z)`, no more than with fewer indices, and the ordinary term at
-    `extra=0`. With a context, `flow(context)` is wrapped. Costs `extra` inverse passes
-    a draw. Only the reparameterised gradient is known for it. Raises `TypeError` unless
-    `flow` is a `Flow`, and `ValueError` for a negative `extra`. Source: Sobolev &
-    Vetrov 2019; Yin & Zhou 2018.
+    In the place of `log q(z)`: `log 1/(M+1) sum_m q(z, u_m) / r(u_m | z)` in nats, with `M = extra`, `u_0`
+    the index that made `z` and the others from `r`. In the mean it is at least `log q(z)`, no more than
+    with fewer indices, and the ordinary term at `extra=0`. With a context, `flow(context)` is wrapped.
+    Costs `extra` inverse passes a draw. Only the reparameterised gradient is known for it. Raises
+    `TypeError` unless `flow` is a `Flow`, and `ValueError` for a negative `extra`.
+    Source: Sobolev & Vetrov 2019; Yin & Zhou 2018.
 
     >>> from normflow_vi.transforms import Affine, ContinuouslyIndexed
     >>> q = ManyIndices(Flow(ContinuouslyIndexed(Affine(dim=2))), extra=10)

@@ -48,8 +48,7 @@ Step = tuple[str, Callable]  # a name, and a function `value -> (value, log term
 def list_layers(transform: torch.nn.Module, name: str = "transform", direction: str = "push") -> list[Step]:
     """The layers of a transform without context, as names and functions `value -> (value, log_det)`.
 
-    They come in the order in which `direction` runs them: "push" for `forward`, "pull"
-    for `inverse`.
+    They come in the order in which `direction` runs them: "push" for `forward`, "pull" for `inverse`.
     """
     forward = direction == "push"
     if isinstance(transform, Inverse):

@@ -50,9 +50,8 @@ def _independent_values(draws: Tensor) -> Tensor:
 def estimate(draws: Tensor, terms: Mapping[str, Tensor] | None = None) -> Estimate:
     """The mean of `draws`, `(sample,)` or `(sample, *batch)`, as an `Estimate` in the unit of the draws.
 
-    Its error is that of independent draws, or with a batch that of independent images;
-    NaN for a single one. `terms` maps names to tensors of the same shape, of which the
-    means are kept.
+    Its error is that of independent draws, or with a batch that of independent images; NaN for a
+    single one. `terms` maps names to tensors of the same shape, of which the means are kept.
 
     >>> print(estimate(torch.tensor([1.0, 2.0, 3.0])))
     2.000 ± 0.577
@@ -70,8 +69,7 @@ LogJoint = Callable[[Tensor], Tensor | dict[str, Tensor]]
 def parts_of(log_joint: LogJoint, z: Tensor, log_q: Tensor) -> dict[str, Tensor]:
     """`log_joint(z)` as parts by name, each of the shape of `log_q`, in nats.
 
-    Raises `ValueError` for no parts, a part called `log_q`, and a part that is no
-    tensor or of another shape.
+    Raises `ValueError` for no parts, a part called `log_q`, and a part that is no tensor or of another shape.
     """
     parts = log_joint(z)
     if not isinstance(parts, dict):
@@ -105,8 +103,8 @@ def draw_terms(
 ) -> dict[str, Tensor]:
     """`samples` draws as named terms `(samples, *batch)` in nats: `log_q`, and `log_joint` or its parts.
 
-    `gradient` is one of `GRADIENTS`; for `rate` see `path_draws`. Raises `ValueError`
-    for other values, and as `parts_of` and `check_posterior` do.
+    `gradient` is one of `GRADIENTS`; for `rate` see `path_draws`. Raises `ValueError` for other
+    values, and as `parts_of` and `check_posterior` do.
     """
     check_choice("gradient", gradient, GRADIENTS)
     check_int("samples", samples)
@@ -131,11 +129,10 @@ def elbo(
 ) -> Estimate:
     """The evidence lower bound `E_q[log p(x, z) - log q(z)] <= log p(x)`, an `Estimate` to maximise (nats).
 
-    `log_joint(z)`: from `(samples, *batch, D)` to `(samples, *batch)`, or a dict of
-    such parts.
-    `posterior`: what has `rsample_and_log_prob`, such as a `Flow` or `flow(context)`.
-    `gradient`: one of `GRADIENTS`. Raises `ValueError` for wrong shapes and names, and
-    as `check_posterior` does. Source: Jordan et al. 1999.
+    `log_joint(z)`: from `(samples, *batch, D)` to `(samples, *batch)`, or a dict of such parts.
+    `posterior`: what has `rsample_and_log_prob`, such as a `Flow` or `flow(context)`. `gradient`:
+    one of `GRADIENTS`. Raises `ValueError` for wrong shapes and names, and as `check_posterior`
+    does. Source: Jordan et al. 1999.
 
     >>> from normflow_vi.flows import Flow
     >>> from normflow_vi.transforms import Affine
@@ -189,11 +186,11 @@ def free_energy(
 ) -> Estimate:
     """The annealed free energy, an `Estimate` to minimise in nats; at `beta=1` without free bits `F = -ELBO`.
 
-    `anneal`: "joint" weights `log p(x, z)` by `beta` (Rezende & Mohamed 2015, eq. 20);
-    "kl" weights `KL = log q(z) - log p(z)` and needs a `log_joint` that returns
-    `log_prior` by name. `free_bits` (nats, "kl" only): the mean of KL over draws and
-    batch counts as no less (Kingma et al. 2016, appendix C.8). The terms include the
-    true `free_energy`. The other arguments are those of `elbo`, as are the errors.
+    `anneal`: "joint" weights `log p(x, z)` by `beta` (Rezende & Mohamed 2015, eq. 20); "kl" weights
+    `KL = log q(z) - log p(z)` and needs a `log_joint` that returns `log_prior` by name. `free_bits`
+    (nats, "kl" only): the mean of KL over draws and batch counts as no less (Kingma et al. 2016,
+    appendix C.8). The terms include the true `free_energy`. The other arguments are those of
+    `elbo`, as are the errors.
 
     >>> from normflow_vi.flows import Flow
     >>> from normflow_vi.transforms import Affine
@@ -226,8 +223,8 @@ def _anneal_divergence(terms, plain, beta, free_bits):
 def log_power_mean(log_w: Tensor, a: float) -> Tensor:
     """`(1/a) log mean w^a` over the first axis of `log_w` `(K, ...)`, finite for every finite log-weight.
 
-    At `a = 0` it is the limit, the mean of `log_w`; near 0 it is computed by `expm1`,
-    and keeps its digits.
+    At `a = 0` it is the limit, the mean of `log_w`; near 0 it is computed by `expm1`, and keeps its
+    digits.
 
     >>> log_power_mean(torch.tensor([1.0, 3.0]).log(), 1.0).exp()
     tensor(2.)
@@ -268,13 +265,12 @@ def renyi(
 ) -> Estimate:
     """The bound `1/(1-alpha) log (1/K) sum_k w_k^(1-alpha)` of `K = samples` draws, an `Estimate` in nats.
 
-    It is averaged over `outer` repetitions (and images). `alpha`: any finite number; 1
-    is the ELBO, 0 the importance weighted bound; a lower bound on `log p(x)` for `alpha
-    >= 0`. The terms include the `elbo` of the same draws. The other arguments are those
-    of `elbo`. Doubly reparameterised, each path counts `alpha w + (1-alpha) w^2` with
-    normalised `w = w_k^(1-alpha) / sum`. Raises `ValueError` for a pair of bound and
-    gradient that would be biased, and as `elbo` does. Source: Li & Turner 2016,
-    sections 3 and 4; Tucker et al. 2019 (`alpha = 0`).
+    It is averaged over `outer` repetitions (and images). `alpha`: any finite number; 1 is the ELBO,
+    0 the importance weighted bound; a lower bound on `log p(x)` for `alpha >= 0`. The terms include
+    the `elbo` of the same draws. The other arguments are those of `elbo`. Doubly reparameterised,
+    each path counts `alpha w + (1-alpha) w^2` with normalised `w = w_k^(1-alpha) / sum`. Raises
+    `ValueError` for a pair of bound and gradient that would be biased, and as `elbo` does. Source:
+    Li & Turner 2016, sections 3 and 4; Tucker et al. 2019 (`alpha = 0`).
 
     >>> from normflow_vi.flows import Flow
     >>> from normflow_vi.transforms import Affine
@@ -309,8 +305,7 @@ def importance_weighted(
 ) -> Estimate:
     """The bound `log (1/K) sum_k w_k <= log p(x)` of `K = samples` draws, an `Estimate` in nats.
 
-    It is `renyi` at `alpha=0`; arguments and errors are the same. Source: Burda et al.
-    2016, eq. 8.
+    It is `renyi` at `alpha=0`; arguments and errors are the same. Source: Burda et al. 2016, eq. 8.
 
     >>> from normflow_vi.flows import Flow
     >>> from normflow_vi.transforms import Affine
@@ -330,11 +325,11 @@ def forward_kl(
 ) -> Estimate:
     """`-mean log q(x)` over `samples` of the target, an `Estimate` to minimise, in nats.
 
-    It is KL(p || q) up to the entropy of `p`. `samples`: `(N, *batch, D)`.
-    `log_density(x)`: the normalised log-density of the target, `(N, *batch)`; with it
-    the value is KL(p || q). Costs one inverse pass (`inverse_kind`); with layers that
-    draw an index it is a random upper bound, with draws from `generator`. Nothing is
-    drawn from `q`, so any `gradient` but the ordinary one raises `ValueError`.
+    It is KL(p || q) up to the entropy of `p`. `samples`: `(N, *batch, D)`. `log_density(x)`: the
+    normalised log-density of the target, `(N, *batch)`; with it the value is KL(p || q). Costs one
+    inverse pass (`inverse_kind`); with layers that draw an index it is a random upper bound, with
+    draws from `generator`. Nothing is drawn from `q`, so any `gradient` but the ordinary one raises
+    `ValueError`.
 
     >>> from normflow_vi.flows import Flow
     >>> from normflow_vi.transforms import Affine

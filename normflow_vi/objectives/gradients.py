@@ -46,10 +46,10 @@ class _Density(nn.Module):
 def stopped_log_prob(posterior: Posterior, z: Tensor) -> Tensor:
     """`log q(z)`, differentiable in `z` alone: parameters and context of `posterior` are held fixed.
 
-    `posterior`: a `Flow` without context, or what a flow returns for one. `z`:
-    `(*sample, *batch, D)`; the value: `(*sample, *batch)`, in nats. Cost: one inverse
-    pass, at the price `inverse_kind`. Raises `TypeError` and `ValueError` as
-    `check_posterior` does. Source: Roeder et al. 2017.
+    `posterior`: a `Flow` without context, or what a flow returns for one. `z`: `(*sample, *batch,
+    D)`; the value: `(*sample, *batch)`, in nats. Cost: one inverse pass, at the price
+    `inverse_kind`. Raises `TypeError` and `ValueError` as `check_posterior` does. Source: Roeder et
+    al. 2017.
 
     >>> from normflow_vi.flows import Flow
     >>> from normflow_vi.transforms import Affine
@@ -70,8 +70,8 @@ _NEED = "sticking-the-landing and doubly-reparameterised gradients evaluate log 
 def check_posterior(posterior: Posterior) -> FlowDistribution:
     """The distribution that can be asked for the density of its own draws.
 
-    Raises `TypeError` if `posterior` is neither a `Flow` nor what one returns, and
-    `ValueError` if its inverse does not exist or is another map.
+    Raises `TypeError` if `posterior` is neither a `Flow` nor what one returns, and `ValueError` if
+    its inverse does not exist or is another map.
     """
     q = posterior() if isinstance(posterior, Flow) else posterior
     if not isinstance(q, FlowDistribution):
@@ -131,12 +131,11 @@ def path_draws(
 ) -> tuple[Tensor, Tensor]:
     """`(z, log_q)` as from `rsample_and_log_prob`, but `log_q` depends on the parameters through `z` only.
 
-    `z`: `(*shape, *batch, D)`; `log_q`: `(*shape, *batch)`, in nats. `rate(z, log_q)`,
-    called without gradients, gives factors `(*shape, *batch)` by which the path of each
-    draw counts; 1 unless given. Of layers that draw an index `u` the density `log q(z,
-    u)` is stopped and `log r(u | z)` is not. Cost: one inverse pass, or two with such
-    layers and a `rate`. Raises as `check_posterior` does. Source: Roeder et al. 2017;
-    Tucker et al. 2019.
+    `z`: `(*shape, *batch, D)`; `log_q`: `(*shape, *batch)`, in nats. `rate(z, log_q)`, called
+    without gradients, gives factors `(*shape, *batch)` by which the path of each draw counts; 1
+    unless given. Of layers that draw an index `u` the density `log q(z, u)` is stopped and `log r(u
+    | z)` is not. Cost: one inverse pass, or two with such layers and a `rate`. Raises as
+    `check_posterior` does. Source: Roeder et al. 2017; Tucker et al. 2019.
 
     >>> from normflow_vi.flows import Flow
     >>> from normflow_vi.transforms import Affine

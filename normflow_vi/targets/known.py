@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid, softplus
 from .plane import ENERGIES, Target, log_bump, log_mass, rings
 from .schools import SCHOOLS, eight_schools
 from ..utils.checks import check_int, check_positive, check_tensor, require
+from ..utils.patching import patch
 
 # %% ../../nbs/00_theory/57_known_targets.ipynb #3c7efbba
 @dataclass(frozen=True, eq=False)
@@ -54,22 +55,26 @@ class KnownTarget:
         "The log-density alone, as a function that knows neither `log_z` nor anything else."
         return lambda z: self.log_density(z)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        "`n` exact draws `(n, D)`; `ValueError` for a target without a sampler."
-        if self.sampler is None:
-            raise ValueError(f"target {self.name} has no exact draws; its log_z is {self.log_z:g}")
-        return self.sampler(check_int("n", n), generator)
+# %% ../../nbs/00_theory/57_known_targets.ipynb #5dba68ab
+@patch
+def sample(self: KnownTarget, n: int, generator: torch.Generator | None = None) -> Tensor:
+    "`n` exact draws `(n, D)`; `ValueError` for a target without a sampler."
+    if self.sampler is None:
+        raise ValueError(f"target {self.name} has no exact draws; its log_z is {self.log_z:g}")
+    return self.sampler(check_int("n", n), generator)
 
-    def shares(self, z: Tensor) -> Tensor:
-        "The shares `(M,)` of points `(n, D)` that are nearest to each mode; `ValueError` without modes."
-        if self.modes is None:
-            raise ValueError(f"target {self.name} has no list of modes")
-        check_tensor("z", z, self.dim, "dim")
-        modes = self.modes.to(z)
-        block = max(1, 4_000_000 // len(modes))  # points whose distances fit in memory
-        nearest = [torch.cdist(some, modes).argmin(1) for some in z.split(block)]
-        counts = torch.bincount(torch.cat(nearest), minlength=len(modes))
-        return counts / len(z)
+
+@patch
+def shares(self: KnownTarget, z: Tensor) -> Tensor:
+    "The shares `(M,)` of points `(n, D)` that are nearest to each mode; `ValueError` without modes."
+    if self.modes is None:
+        raise ValueError(f"target {self.name} has no list of modes")
+    check_tensor("z", z, self.dim, "dim")
+    modes = self.modes.to(z)
+    block = max(1, 4_000_000 // len(modes))  # points whose distances fit in memory
+    nearest = [torch.cdist(some, modes).argmin(1) for some in z.split(block)]
+    counts = torch.bincount(torch.cat(nearest), minlength=len(modes))
+    return counts / len(z)
 
 # %% ../../nbs/00_theory/57_known_targets.ipynb #bd1b7f3d
 def _normal(n, dim, generator):
@@ -338,7 +343,7 @@ def _log_normal_at(z, means):
     squares = (z[..., None, :] - means.to(z)).square().sum(-1)
     return -0.5 * squares - means.shape[-1] * _LOG_ROOT
 
-
+# %% ../../nbs/00_theory/57_known_targets.ipynb #832c2a6d
 def two_modes(dim: int = 2, distance: float = 20.0, share: float = 0.3) -> KnownTarget:
     """Unit Gaussians a `distance` apart on the first axis, the one at the right with `share` of the mass.
 

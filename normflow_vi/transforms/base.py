@@ -29,8 +29,8 @@ ValueAndLogDet = tuple[Tensor, Tensor]  # where points go, and log|det| there, i
 class Owned(nn.Module):
     """Named tensors `(K, ...)` kept as parameters.
 
-    `initial`: their starting values by name. With `decays`, weight decay shrinks those
-    which are matrices a layer, `(K, m, n)`.
+    `initial`: their starting values by name. With `decays`, weight decay shrinks those which are matrices a
+    layer, `(K, m, n)`.
     """
 
     def __init__(self, initial: Tensors, decays: bool = False):
@@ -48,8 +48,8 @@ class Owned(nn.Module):
 class Amortised(nn.Module):
     """Named tensors `(batch, K, ...)` emitted from a context `(batch, context_dim)` by one linear layer.
 
-    `initial`: the tensors emitted at a context of zeros, by name; `scale`: the factor
-    `s`. With `decays`, weight decay shrinks the matrix of the layer.
+    `initial`: the tensors emitted at a context of zeros, by name; `scale`: the factor `s`.
+    With `decays`, weight decay shrinks the matrix of the layer.
     """
 
     def __init__(self, initial: Tensors, context_dim: int, scale: float = 1.0, decays: bool = False):
@@ -83,12 +83,10 @@ def check_transform(name: str, value: object) -> nn.Module:
 class Transform(nn.Module):
     """A bijection of `R^dim` made of `length` equal layers, with owned or amortised tensors.
 
-    `forward(z, context) -> (y, log_det)` and `inverse(y, context) -> (z, log_det)`, in
-    nats.
+    `forward(z, context) -> (y, log_det)` and `inverse(y, context) -> (z, log_det)`, in nats.
     `z`, `y`: `(..., dim)`; `log_det`: `(...)`; `context`: `(batch, context_dim)`.
-    `context_dim=None` means that the tensors are owned. Raises `ValueError` for wrong
-    sizes, `TypeError` for wrong types, `NotImplementedError` for a direction that does
-    not exist.
+    `context_dim=None` means that the tensors are owned. Raises `ValueError` for wrong sizes, `TypeError` for
+    wrong types, `NotImplementedError` for a direction that does not exist.
 
     >>> class Double(Transform):
     ...     def push(self, z):
@@ -225,8 +223,7 @@ def reset_parameters(self: Transform) -> None:
 def check_call(self: Transform, direction: str, name: str, value: Tensor, context: Tensor | None) -> None:
     """Raise the one clear error for a call of `forward` or `inverse` (the `direction`) that cannot work.
 
-    `name`: what the caller calls `value`. Raises `NotImplementedError`, `TypeError` or
-    `ValueError`.
+    `name`: what the caller calls `value`. Raises `NotImplementedError`, `TypeError` or `ValueError`.
     """
     kind = type(self).__name__
     if getattr(self, f"{direction}_kind") == "none":
@@ -314,8 +311,7 @@ def bounded(log_scale: Tensor, limit: float | None) -> Tensor:
 class Combinator(nn.Module):
     """What `Chain` and `Inverse` share: no tensors of their own; `dim` and `context_dim` are their parts'.
 
-    Raises `TypeError` for a part that is no transform, `ValueError` for parts that do
-    not fit together.
+    Raises `TypeError` for a part that is no transform, `ValueError` for parts that do not fit together.
     """
 
     check_call = Transform.check_call  # the same refusals
@@ -342,8 +338,7 @@ class Combinator(nn.Module):
 class Chain(Combinator):
     """The composition `f_K o ... o f_1` of transforms given in the order `f_1, ..., f_K`; log-dets add.
 
-    Each direction costs what the most expensive of its parts does. Raises as
-    `Combinator` says.
+    Each direction costs what the most expensive of its parts does. Raises as `Combinator` says.
 
     >>> from normflow_vi.transforms import Affine, Planar
     >>> flow = Chain(Affine(dim=2), Planar(dim=2, length=8))

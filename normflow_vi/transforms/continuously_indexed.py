@@ -108,15 +108,13 @@ def _start_index_networks(dim, index_dim, hidden, context_dim):
 class ContinuouslyIndexed(Transform):
     """`z = G(w; u)` with `u ~ q(u|w)`, around any `transform` `g`.
 
-    In place of a log-det, `log|det D_w G| - log q(u|w) + log r(u|z)` in nats. `form`:
-    "after", `G = exp(s(u)) g(w) + t(u)`, or "before", `G = g(exp(s(u)) (w + t(u)))`.
-    `index_dim`: the size of `u`; `hidden`, `activation`: the networks of `q`, `(t, s)`
-    and `r`. `context_dim` is that of `transform` unless given: `r` sees the context,
-    and so does `transform` if it has a `context_dim`. `max_log_scale` bounds `|s|` and
-    both log-stds smoothly. `inverse` draws `u ~ r(u|z)` and costs what that of
-    `transform` does. Draws come from `generator`. Raises `ValueError` or `TypeError`
-    naming the argument. Source: Caterini et al. 2020; Cornish et al. 2020 (density
-    estimation).
+    In place of a log-det, `log|det D_w G| - log q(u|w) + log r(u|z)` in nats. `form`: "after",
+    `G = exp(s(u)) g(w) + t(u)`, or "before", `G = g(exp(s(u)) (w + t(u)))`. `index_dim`: the size of
+    `u`; `hidden`, `activation`: the networks of `q`, `(t, s)` and `r`. `context_dim` is that of
+    `transform` unless given: `r` sees the context, and so does `transform` if it has a `context_dim`.
+    `max_log_scale` bounds `|s|` and both log-stds smoothly. `inverse` draws `u ~ r(u|z)` and costs what
+    that of `transform` does. Draws come from `generator`. Raises `ValueError` or `TypeError` naming
+    the argument. Source: Caterini et al. 2020; Cornish et al. 2020 (density estimation).
 
     >>> from normflow_vi.transforms import Affine
     >>> z, bracket = ContinuouslyIndexed(Affine(dim=2)).forward(torch.zeros(5, 2))
@@ -293,8 +291,8 @@ def inverse(
 class RecordedIndex(Combinator):
     """A `ContinuouslyIndexed` layer for one pass: `forward` draws `u` and keeps it, `inverse` reuses it.
 
-    `inverse` returns `log|det| + log q(u|w)` in place of a log-det; both directions
-    leave `log_r = log r(u|z)`.
+    `inverse` returns `log|det| + log q(u|w)` in place of a log-det; both directions leave
+    `log_r = log r(u|z)`.
     """
 
     def __init__(self, layer: ContinuouslyIndexed):

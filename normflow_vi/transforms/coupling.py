@@ -103,15 +103,13 @@ def _through_law(step, z, coupling, order, back, context, **layer):
 class Coupling(Transform):
     """`length` coupling layers: `y_A = z_A`, `y_B = law.push(z_B; network(z_A, context))`.
 
-    The parts change ends from layer to layer. `law`: see `transforms.laws`. `mask`:
-    "half", "checkerboard", "channel" or a boolean vector `(dim,)` of the entries that
-    condition in the first layer, at most half of them if `length > 1`; `shape`: that of
-    an event, `(dim,)` by default.
-    `hidden`, `activation`: the networks', which also read the context. `mix`: "perm" or
-    "ortho" puts a fixed random permutation or rotation before each layer instead of the
-    turns; it is not undone afterwards. Both directions: one network evaluation a layer.
-    Raises `ValueError` for a mask, shape or network that does not fit. Source: Dinh et
-    al. 2015.
+    The parts change ends from layer to layer. `law`: see `transforms.laws`. `mask`: "half",
+    "checkerboard", "channel" or a boolean vector `(dim,)` of the entries that condition in the first
+    layer, at most half of them if `length > 1`; `shape`: that of an event, `(dim,)` by default.
+    `hidden`, `activation`: the networks', which also read the context. `mix`: "perm" or "ortho" puts a
+    fixed random permutation or rotation before each layer instead of the turns; it is not undone
+    afterwards. Both directions: one network evaluation a layer. Raises `ValueError` for a mask, shape
+    or network that does not fit. Source: Dinh et al. 2015.
 
     >>> layer = Coupling(4, Shift(), hidden=(8,))
     >>> layer.forward(torch.ones(3, 4))[1].tolist()
@@ -210,8 +208,8 @@ class AdditiveCoupling(Coupling):
 class AffineCoupling(Coupling):
     """`length` affine coupling layers, `y_B = t(z_A) + exp(s(z_A)) * z_B`; `log|det| = sum_i s_i(z_A)`.
 
-    `max_log_scale` bounds `|s|` smoothly and is `None` or above 0. Options as in
-    `Coupling`. Source: Dinh et al. 2017 (RealNVP), eqs. 4-8.
+    `max_log_scale` bounds `|s|` smoothly and is `None` or above 0. Options as in `Coupling`.
+    Source: Dinh et al. 2017 (RealNVP), eqs. 4-8.
 
     >>> z = torch.ones(3, 4)
     >>> layer = AffineCoupling(dim=4)
