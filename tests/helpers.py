@@ -33,14 +33,15 @@ def plant(monkeypatch, place, found, wrong):
     The piece must occur once in it.
     """
     room = "normflow_vi" if place.startswith("numerics.") else "normflow_vi.transforms"
-    function = pkgutil.resolve_name(f"{room}.{place}")
+    function = inspect.unwrap(pkgutil.resolve_name(f"{room}.{place}"))
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(found) == 1, f"{place}: {found!r} occurs {source.count(found)} times"
     source = source.replace(found, wrong).removeprefix("@patch\n")  # which would change the class itself
     text = "class Planted:\n" + textwrap.indent(source, "    ")  # in a class: `super()` keeps its meaning
     scope = dict(function.__globals__)
     exec(compile(text, "planted", "exec"), scope)
-    monkeypatch.setattr(function, "__code__", vars(scope["Planted"])[function.__name__].__code__)
+    planted = inspect.unwrap(vars(scope["Planted"])[function.__name__])
+    monkeypatch.setattr(function, "__code__", planted.__code__)
 
 
 def caught(monkeypatch, check, place, found, wrong):

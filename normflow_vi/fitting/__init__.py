@@ -132,14 +132,23 @@ def _check_share(validation):
 _WALL = 30.0  # nats by which the path's start is lowered where the target is zero
 
 
+_WIDE, _WIDENING = 4.0, 100  # how wide the path's start becomes, in units of the base; after how many updates
+
+
 _STANDARD = (torch.tensor(0.0), torch.tensor(1.0))  # location and scale of a standard normal base
 
 
+def _widen(units, step):
+    "The location and scale of the path's start at an update: those of the base, later wider."
+    loc, scale = units
+    return loc, scale * (1 + (_WIDE - 1) * annealing(step, _WIDENING))
+
+
 def _log_start(x, units):
-    "The log-density from which a fit sets out, `(N, D) -> (N,)` in nats: a normal one in the base's units."
+    "The log-density from which a fit sets out, `(N, D) -> (N,)` in nats: normal, with these units."
     loc, scale = units
     white = (x - loc) / scale
-    return -0.5 * (white * white + math.log(2 * math.pi)).sum(-1) - scale.log().sum()
+    return -0.5 * (white * white + 2 * scale.log() + math.log(2 * math.pi)).sum(-1)
 
 
 def annealed_target(
@@ -173,7 +182,7 @@ def density_loss(
 
     def loss(q, batch, step, generator):
         beta = annealing(step, anneal, 0.01)
-        target = annealed_target(q, log_density, beta, units)
+        target = annealed_target(q, log_density, beta, _widen(units, step))
         posterior = FlowDistribution(q.base, q.transform)
         bound = renyi(target, posterior, alpha, draws, generator=generator, gradient=gradient)
         elbo = bound.terms["target"] / beta - bound.terms["log_q"]

@@ -78,14 +78,13 @@ def RealNVP(
     context_dim: int | None = None,
     mask: str | Tensor = "half",
     shape: tuple[int, ...] | None = None,
-    max_log_scale: float | None = 3.0,
+    max_log_scale: float | None = 5.0,
 ) -> AffineCoupling:
     """`length` affine couplings with alternating masks; both directions closed form.
 
-    The arguments are those of `AffineCoupling`; unlike there, log-scales are bounded
-    unless
-    `max_log_scale=None`: products of many exponentials overflow. Raises `ValueError`
-    naming what does not fit. Source: Dinh et al. 2017, section 3.
+    The arguments are those of `AffineCoupling`; unlike there, log-scales are bounded unless
+    `max_log_scale=None`: products of many exponentials overflow. Raises `ValueError` naming what does
+    not fit. Source: Dinh et al. 2017, section 3.
 
     >>> RealNVP(dim=4, length=3).inverse_kind
     'closed form'
@@ -101,7 +100,7 @@ def MAF(
     hidden: tuple[int, ...] = (64, 64),
     activation: str = "relu",
     context_dim: int | None = None,
-    max_log_scale: float | None = 3.0,
+    max_log_scale: float | None = 5.0,
 ) -> MaskedAutoregressive:
     """`length` masked autoregressive layers, order reversed between them.
 
