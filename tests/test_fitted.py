@@ -24,6 +24,7 @@ from helpers import damage
 from normflow_vi.engine.checkpoint import MAGIC, Damaged, pack
 from normflow_vi.engine.history import History
 from normflow_vi.evaluate import diagnosis
+from normflow_vi.evaluate.witness import Witness
 from normflow_vi.fitting.files import FORMAT, trusted_classes
 from normflow_vi.fitting.fitted import Fit
 from normflow_vi.fitting.verdict import verdict_in_words
@@ -767,6 +768,36 @@ def test_arviz_agrees_about_means_and_errors():
         )
 
 
+def test_what_functions_of_the_draws_give_arviz(recorder):
+    fit = gaussian(HALF)
+    groups = fit.to_arviz(log_likelihood=lambda z: z, predictive=lambda z: {"a": z[:, 0], "b": z})
+    z = torch.from_numpy(groups["posterior"]["z"][0])
+    known = groups["sample_stats"]
+    assert np.allclose(known["lp"][0], -0.5 * z.square().sum(-1), atol=1e-4)
+    assert np.allclose(known["log_q"], known["lp"] - known["log_weight"], atol=1e-4)
+    assert np.array_equal(groups["log_likelihood"]["x"][0], z)
+    assert np.array_equal(groups["posterior_predictive"]["a"][0], z[:, 0])
+    assert groups["posterior_predictive"]["b"].shape == (1, 4000, 2)
+    for wrong in (lambda z: z[0], lambda z: 0.0, lambda z: z.sum()):
+        for name in ("log_likelihood", "predictive"):
+            with pytest.raises(ValueError, match=name):
+                fit.to_arviz(**{name: wrong})
+    assert of_samples().to_arviz(predictive=lambda z: z).keys() == {"posterior", "posterior_predictive"}
+
+
+def test_leaving_one_observation_out_is_exact_for_a_gaussian_mean():
+    "Six observations of variance 6 and mean 0 under a flat prior: the posterior of their mean is N(0, 1)."
+    arviz = pytest.importorskip("arviz")
+    x = torch.tensor([-3.0, -2.0, -0.5, 0.5, 2.0, 3.0])
+    found = gaussian(HALF[:1], dim=1, draws=20_000).to_arviz(
+        log_likelihood=lambda z: torch.distributions.Normal(z, 6**0.5).log_prob(x)
+    )
+    others = torch.distributions.Normal(-x / 5, (6 + 6 / 5) ** 0.5)  # given the other five
+    loo = arviz.loo(found, pointwise=True)
+    assert np.abs(loo.loo_i.values - others.log_prob(x).numpy()).max() < 0.02
+    assert loo.pareto_k.max() < 0.5
+
+
 # Pictures
 
 
@@ -811,3 +842,37 @@ def test_marginals_can_be_counted(pyplot):
     assert len([axes for axes in gaussian(dim=4).plot(coordinates=0).axes if axes.get_visible()]) == 3
     with pytest.raises(ValueError, match="coordinates"):
         gaussian().plot(coordinates=1.5)
+
+
+@pytest.mark.parametrize(
+    "make, coordinates, panels",
+    [
+        (lambda: gaussian(HALF), 4, 3),
+        (lambda: gaussian(dim=6), 3, 6),
+        (lambda: gaussian(dim=6), (5, 0), 3),
+        (lambda: gaussian(dim=1), 4, 1),
+        (of_samples, 4, 3),
+    ],
+)
+def test_every_two_coordinates(pyplot, make, coordinates, panels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = make().plot_pairs(coordinates)
+        figure.canvas.draw()
+    assert len([axes for axes in figure.axes if axes.get_visible()]) == panels
+
+
+def test_pairs_show_what_a_witness_saw(pyplot):
+    fit = gaussian()
+    far = fit.z[:600].reshape(2, 300, 2) + torch.tensor([20.0, 0.0])
+    witness = Witness(far, torch.full((2, 300), 50.0), torch.zeros(2, 300))
+    marginal, _, pair, _ = replace(fit, witness=witness).plot_pairs().axes
+    assert marginal.get_xlim()[1] > 20
+    assert pair.get_xlim()[1] > 20
+    assert max(len(points.get_offsets()) for points in pair.collections) >= 300
+
+
+def test_pairs_name_a_coordinate_that_there_is_not(pyplot):
+    for wrong in (0, -1, 1.5, (), (0, 2), (0, -1), (0, 1.5), "ab"):
+        with pytest.raises(ValueError, match="coordinates"):
+            gaussian().plot_pairs(wrong)

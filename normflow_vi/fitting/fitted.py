@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from ..evaluate import diagnosis
 from .files import read_fit, write_fields
-from .pictures import draw_fit
+from .pictures import draw_fit, draw_pairs
 from .summary import Judgement
+from ..utils.checks import require
 from ..utils.patching import patch
 
 # %% ../../nbs/01_flows/49_fitted.ipynb #b0198333
@@ -45,6 +48,7 @@ class Fit(Judgement):
         save: ClassVar[Callable[..., Path]]
         load: ClassVar[Callable[..., "Fit"]]
         plot: ClassVar[Callable[..., Any]]
+        plot_pairs: ClassVar[Callable[..., Any]]
         to_arviz: ClassVar[Callable[..., Any]]
 
 # %% ../../nbs/01_flows/49_fitted.ipynb #ed8698f9
@@ -92,34 +96,74 @@ def _warn_of_weights(fit):
         message = f"k-hat {fit.k_hat:.2f} is not below {limit:.2f}"
         warnings.warn(f"{message}: the resampled draws cannot be relied upon", stacklevel=3)
 
-# %% ../../nbs/01_flows/49_fitted.ipynb #7038a248
-@patch
-def to_arviz(self: Fit, names: str | Sequence[str] | Mapping[str, int | slice] = "z") -> Any:
-    """Draws in ArviZ's form (`InferenceData`; `DataTree` from ArviZ 1 on), one chain.
-
-    The group is `posterior`; `sample_stats` has the `log_weight` of the draws. Of a fit to a density the
-    draws are resampled by their smoothed weights, in order, whatever the verdict; a warning says so where
-    k-hat is not good. Of a fit to samples they are q's.
-    `names`: one name for all coordinates, a list of one for each, or a dict from names to positions
-    or slices. Raises `ImportError` without the package arviz, `ValueError` for names that do not fit.
-    """
+# %% ../../nbs/01_flows/49_fitted.ipynb #ce9e2380
+def _import_arviz():
     try:
         import arviz
     except ImportError as error:
         raise ImportError("to_arviz needs the package arviz: pip install 'normflow_vi[arviz]'") from error
-    groups: dict[str, Any]
-    z, groups = self.draws(), {}
+    return arviz
+
+
+def _call_with_draws(name, function, z):
+    "What a function of the draws gives, as a dict of tensors with as many rows; one alone is called `x`."
+    if function is None:
+        return {}
+    with torch.no_grad():
+        values = function(z)
+    values = values if isinstance(values, Mapping) else {"x": values}
+    for value in values.values():
+        shape = tuple(getattr(value, "shape", ()))
+        require(shape[:1] == (len(z),), name, shape, f"tensors of shape ({len(z)}, ...), a row for each draw")
+    return dict(values)
+
+
+def _as_chain(values):
+    "Tensors as one chain of arrays."
+    return {name: torch.as_tensor(value).detach().cpu().numpy()[None] for name, value in values.items()}
+
+# %% ../../nbs/01_flows/49_fitted.ipynb #7038a248
+def _weighted_draws(fit):
+    "Draws of a fit to a density resampled by their smoothed weights, in order, and what is known of each."
+    _warn_of_weights(fit)
+    rows = diagnosis.resample(fit.log_w)
+    z, log_w = fit.z[rows], fit.log_w[rows]
+    known = {"log_weight": log_w}
+    if fit.q.transform.inverse_kind == "closed form":
+        with torch.no_grad():
+            log_q = fit.q.log_prob(z)
+        known |= {"log_q": log_q, "lp": log_q + log_w}
+    return z, known
+
+
+@patch
+def to_arviz(
+    self: Fit,
+    names: str | Sequence[str] | Mapping[str, int | slice] = "z",
+    log_likelihood: Callable | None = None,
+    predictive: Callable | None = None,
+) -> Any:
+    """Draws in ArviZ's form (`InferenceData`; `DataTree` from ArviZ 1 on), one chain of S draws.
+
+    The group `posterior` has the draws: of a fit to a density resampled by their smoothed weights, in order,
+    whatever the verdict (a warning says so where k-hat is not good); of a fit to samples q's.
+    `sample_stats` has their `log_weight` and, where the inverse is closed form, `log_q` and `lp`, in nats.
+    `names`: one name for all coordinates, a list of one for each, or a dict from names to positions
+    or slices. `log_likelihood`: draws `(S, D)` to log-likelihoods `(S, N)` of each observation, in nats,
+    for `arviz.loo`; `predictive`: draws to new data `(S, ...)`; either may return a dict of several.
+    Raises `ImportError` without the package arviz, `ValueError` for names or shapes that do not fit.
+    """
+    arviz, z = _import_arviz(), self.draws()
     places = _named_coordinates(names, z.shape[1])
-    if self.log_w is not None:
-        _warn_of_weights(self)
-        rows = diagnosis.resample(self.log_w)
-        z = z[rows]
-        groups["sample_stats"] = {"log_weight": self.log_w[rows].cpu().numpy()[None]}
-    posterior = {name: z[:, place].detach().cpu().numpy()[None] for name, place in places.items()}
-    groups = {"posterior": posterior, **groups}
-    if arviz.__version__.startswith("0."):
-        return arviz.from_dict(**groups)
-    return arviz.from_dict(groups)
+    z, known = (z, {}) if self.log_w is None else _weighted_draws(self)
+    groups: dict[str, dict] = {
+        "posterior": {name: z[:, place] for name, place in places.items()},
+        "sample_stats": known,
+        "log_likelihood": _call_with_draws("log_likelihood", log_likelihood, z),
+        "posterior_predictive": _call_with_draws("predictive", predictive, z),
+    }
+    chains = {group: _as_chain(values) for group, values in groups.items() if values}
+    return arviz.from_dict(**chains) if arviz.__version__.startswith("0.") else arviz.from_dict(chains)
 
 # %% ../../nbs/01_flows/49_fitted.ipynb #ecc778ab
 @patch
@@ -127,3 +171,13 @@ def plot(self: Fit, coordinates: int = 3) -> Any:
     """A matplotlib figure: learning curves, log-weights, marginals of the first `coordinates`, and the first
     two coordinates together; of q in grey, reweighted in black. Raises `ValueError` for a negative number."""
     return draw_fit(self, coordinates)
+
+
+@patch
+def plot_pairs(self: Fit, coordinates: int | Sequence[int] = 4) -> Any:
+    """A matplotlib figure: marginals of some coordinates, and below them every two together.
+
+    Of q in grey, reweighted in black, and in red the witness's draws where q has none.
+    `coordinates`: how many, or which. Raises `ValueError` for one that there is not.
+    """
+    return draw_pairs(self, coordinates)

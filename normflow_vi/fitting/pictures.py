@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #8ad2e14c
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..evaluate import diagnosis
 from .judgement import Judgement
 from .verdict import verdict_in_words
 from ..plots import colour
-from ..utils.checks import check_int
+from ..utils.checks import check_int, require
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #48e69c8f
 _OURS, _THEIRS = "diagonal", "target"  # the colours of q and of the reweighted draws
@@ -153,11 +154,11 @@ def _draw_marginal(axes, fit: Judgement, d: int):
     axes.legend(fontsize=7, loc="upper right")
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #fbd031f5
-def _draw_pair(axes, fit: Judgement, points: int = 1500):
-    "The first two coordinates: draws of q, and resampled ones."
-    z = fit.draws().cpu()
+def _draw_pair(axes, fit: Judgement, which: tuple[int, int] = (0, 1), points: int = 1500):
+    "Two coordinates, the first two unless told: draws of q, and resampled ones."
+    z = fit.draws().cpu()[:, which]
     step = max(1, len(z) // points)
-    x, y = z[::step, :2].T.numpy()
+    x, y = z[::step].T.numpy()
     axes.scatter(
         x,
         y,
@@ -169,7 +170,7 @@ def _draw_pair(axes, fit: Judgement, points: int = 1500):
     chosen = z
     if fit.log_w is not None:
         chosen = _resampled(fit, z)
-        x, y = chosen[::step, :2].T.numpy()
+        x, y = chosen[::step].T.numpy()
         axes.scatter(
             x,
             y,
@@ -181,9 +182,9 @@ def _draw_pair(axes, fit: Judgement, points: int = 1500):
         )
     xlim, ylim = (_axis_limits(z[:, d], chosen[:, d]) for d in (0, 1))
     axes.set(
-        title="first two coordinates",
-        xlabel="z[0]",
-        ylabel="z[1]",
+        title="first two coordinates" if which == (0, 1) else "",
+        xlabel=f"z[{which[0]}]",
+        ylabel=f"z[{which[1]}]",
         xlim=xlim,
         ylim=ylim,
     )
@@ -220,4 +221,57 @@ def draw_fit(fit: Judgement, coordinates: int = 3) -> Any:
         unused.set_visible(False)
     title = textwrap.wrap(f"verdict: {verdict_in_words(fit)}", 34 * columns)
     figure.suptitle("\n".join(title), fontsize=9)
+    return figure
+
+# %% ../../nbs/90_engine/38_fit_pictures.ipynb #81f38b8b
+def _draws_beyond(fit: Judgement):
+    "The witness's draws `(M, D)` that lie where q draws nothing, a few hundred of them."
+    if fit.witness is None:
+        return fit.draws()[:0].cpu()
+    beyond = fit.witness.z[fit.witness.beyond(fit.log_w)].cpu()
+    return beyond[:: max(1, len(beyond) // 300)]
+
+
+def _add_beyond(axes, beyond, which):
+    "These draws over a panel of one coordinate, or of two, which is widened where it does not show them."
+    if len(beyond):
+        chosen = beyond[:, list(which)]
+        if len(which) == 1:
+            axes.plot(chosen[:, 0], [0] * len(chosen), "|", color=colour("cif"), clip_on=False)
+        else:
+            axes.scatter(*chosen.T, s=5, color=colour("cif"), rasterized=True)
+            axes.set_ylim(*_axis_limits(torch.tensor(axes.get_ylim()), chosen[:, 1]))
+        axes.set_xlim(*_axis_limits(torch.tensor(axes.get_xlim()), chosen[:, 0]))
+
+# %% ../../nbs/90_engine/38_fit_pictures.ipynb #c29cf1ba
+def _chosen_coordinates(coordinates, dim):
+    "The first few of `dim` coordinates, or some of them by position."
+    if isinstance(coordinates, Sequence):
+        require(len(coordinates) > 0, "coordinates", coordinates, "at least one")
+        for d in coordinates:
+            check_int("coordinates", d, 0)
+            require(d < dim, "coordinates", d, f"below {dim}, the number of coordinates")
+        return list(coordinates)
+    return list(range(min(check_int("coordinates", coordinates), dim)))
+
+
+def draw_pairs(fit: Judgement, coordinates: int | Sequence[int] = 4) -> Any:
+    "A matplotlib figure of every two of some coordinates, under the verdict; see `Fit.plot_pairs`."
+    import matplotlib.pyplot as plt
+
+    chosen, beyond = _chosen_coordinates(coordinates, fit.draws().shape[1]), _draws_beyond(fit)
+    size = (2.4 * len(chosen) + 0.6, 2.1 * len(chosen) + 0.6)
+    figure, axes = plt.subplots(len(chosen), len(chosen), figsize=size, layout="constrained", squeeze=False)
+    for (row, column), panel in np.ndenumerate(axes):
+        panel.set_visible(row >= column)
+        if row == column:
+            _draw_marginal(panel, fit, chosen[row])
+            _add_beyond(panel, beyond, [chosen[row]])
+        elif row > column:
+            _draw_pair(panel, fit, (chosen[column], chosen[row]), points=800)
+            _add_beyond(panel, beyond, [chosen[column], chosen[row]])
+        panel.set_title("")
+        if row and panel.get_legend():
+            panel.get_legend().remove()
+    figure.suptitle(f"verdict: {fit.verdict or 'of samples'}", fontsize=9)
     return figure
