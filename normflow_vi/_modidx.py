@@ -1716,6 +1716,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'normflow_vi/fitting/verdict.py'),
                                              'normflow_vi.fitting.verdict.advise': ( '01_flows/verdict.html#advise',
                                                                                      'normflow_vi/fitting/verdict.py'),
+                                             'normflow_vi.fitting.verdict.describe_shifts': ( '01_flows/verdict.html#describe_shifts',
+                                                                                              'normflow_vi/fitting/verdict.py'),
                                              'normflow_vi.fitting.verdict.find_reasons': ( '01_flows/verdict.html#find_reasons',
                                                                                            'normflow_vi/fitting/verdict.py'),
                                              'normflow_vi.fitting.verdict.rank_of': ( '01_flows/verdict.html#rank_of',

@@ -119,7 +119,7 @@ VERDICTS = [
     (dict(scale=1.25), "usable with importance weights: ", "its sd of z["),
     (dict(scale=0.4), "not to be trusted: k-hat", ""),
     (dict(scale=0.85), "usable with importance weights: ", "its sd"),
-    (dict(scale=1.04), "good", ""),
+    (dict(scale=1.04), "good: q can be used as it is, but its sd of z[", "is off by 0.0"),
     (dict(scale=2.0), "usable with importance weights: its 4,000 draws are worth", "KL(q||p) is about"),
     (dict(scale=3.0), "not to be trusted: its ELBO lies 5.", "nats below the evidence"),
     (dict(log_z=LOG_Z + math.log(2)), "not to be trusted: it misses about 50% of the target's mass", ""),
@@ -142,7 +142,7 @@ def test_verdicts(given, expected, reason):
     assert reason in first
     assert expected.startswith(fit.verdict)
     assert second.startswith("next: ")
-    assert (second == "next: draw from q") == (fit.verdict == "good")
+    assert second.startswith("next: draw from q") == (fit.verdict == "good")
     assert len(fit.summary().splitlines()) <= 13
     assert repr(fit) == fit.summary()
     assert max(map(len, fit.summary().splitlines()[1:])) < 200

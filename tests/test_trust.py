@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import normflow_vi.fitting
-from normflow_vi import Chain, Fit, Flow, fit
+from normflow_vi import Chain, Fit, Flow, fit, judge
 from normflow_vi.evaluate.diagnosis import log_mean_weight
 from normflow_vi.evaluate.particles import smc
 from normflow_vi.evaluate.witness import Witness, evidence_interval
@@ -425,3 +425,16 @@ def test_a_mixture_is_a_base_like_any_other(make, tmp_path):
     again = Fit.load(result.save(tmp_path / "one.fit"))
     assert type(again.q.base) is type(q.base)
     assert torch.equal(again.q.log_prob(z), q.log_prob(z))
+
+
+def test_a_good_fit_names_what_is_a_little_off():
+    "N(0, 0.95^2) for N(0, 1): 0.003 nats, and a standard deviation that is a twentieth short."
+    draws = 0.95 * torch.randn(100_000, 1, generator=torch.Generator().manual_seed(0))
+    log_q = torch.distributions.Normal(0.0, 0.95).log_prob(draws[:, 0])
+    said = judge(square(draws), log_q, draws)
+    assert said.verdict == "good"
+    assert "its sd of z[0] is off by 0.05 sd" in said.summary().splitlines()[0]
+    assert "for moments use the weights" in said.summary()
+    exact = torch.randn(100_000, 1, generator=torch.Generator().manual_seed(0))
+    same = judge(square(exact), normal(exact), exact)
+    assert "off by" not in same.summary().splitlines()[0]

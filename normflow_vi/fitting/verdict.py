@@ -138,15 +138,26 @@ def _reasons_for_distrust(fit: Judgement) -> Iterator[Reason]:
         yield from _contradictions(fit)
 
 # %% ../../nbs/01_flows/48_verdict.ipynb #d947aaf8
-def _describe_shift(what, shift, error, sd):
-    "In words, how far a moment is off, in standard deviations; `None` if no coordinate is off by over 0.1."
+def _describe_shift(what, shift, error, sd, least):
+    "In words, how far a moment is off, in standard deviations; `None` if in no coordinate by over `least`."
     significant = shift.abs() > 4 * error
     size = torch.where(significant, shift.abs() / sd, 0)
-    others = (size > 0.1).sum().item() - 1
+    others = (size > least).sum().item() - 1
     if others < 0:
         return None
     first = f"its {what} of z[{int(size.argmax())}] is off by {size.max():.2f} sd"
-    return f"{first}, that of {others} more by over 0.1" if others else first
+    return f"{first}, that of {others} more by over {least}" if others else first
+
+
+def describe_shifts(fit: Judgement, least: float) -> list[str]:
+    "Which means and standard deviations of q are off by more than `least` standard deviations, in words."
+    sd = fit.moments.sd.clamp(min=torch.finfo(torch.float64).tiny)
+    shifts = diagnosis.moment_shifts(fit.z, fit.log_w)
+    described = (
+        _describe_shift("mean", shifts.mean, shifts.mean_error, sd, least),
+        _describe_shift("sd", shifts.sd, shifts.sd_error, sd, least),
+    )
+    return [words for words in described if words]
 
 
 def _describe_region(fit, outside):
@@ -172,14 +183,8 @@ def _reasons_for_weights(fit: Judgement) -> Iterator[Reason]:
         yield Reason(f"{share:.0%} of the mass is in a tail that it does not reach", "tail")
     if not outside.any():
         yield from _divergences(fit)
-    sd = fit.moments.sd.clamp(min=torch.finfo(torch.float64).tiny)
-    shifts = diagnosis.moment_shifts(fit.z, fit.log_w)
-    for described in (
-        _describe_shift("mean", shifts.mean, shifts.mean_error, sd),
-        _describe_shift("sd", shifts.sd, shifts.sd_error, sd),
-    ):
-        if described:
-            yield Reason(described)
+    for described in describe_shifts(fit, 0.1):
+        yield Reason(described)
 
 # %% ../../nbs/01_flows/48_verdict.ipynb #5b49ea68
 GOOD, USABLE, DISTRUST = "good", "usable", "not to be trusted"
@@ -210,6 +215,7 @@ _SAMPLES = (
     "fitted to samples: it can be judged by the log-likelihood of samples "
     "it was not trained on, against that of other fits"
 )
+_SLIGHT = 0.03  # standard deviations by which a moment of a good fit is off before it is named
 _WORDS = {
     GOOD: "good: q can be used as it is",
     USABLE: "usable with importance weights: ",
@@ -223,6 +229,8 @@ def verdict_in_words(fit: Judgement) -> str:
         return _SAMPLES
     level, reasons = find_reasons(fit)
     words = _WORDS[level] + "; ".join(reason.text for reason in reasons)
+    if level == GOOD and (slight := describe_shifts(fit, _SLIGHT)):
+        words += f", but {'; '.join(slight)}"
     told_by_itself = level == GOOD and fit.log_z is None and fit.witness is None
     return f"{words} (as far as its own draws can tell)" if told_by_itself else words
 
@@ -264,6 +272,6 @@ def advice_in_words(fit: Judgement) -> str:
     "What to do next with a fit to a log-density."
     level, reasons = find_reasons(fit)
     if (remedy := _choose_remedy(fit, reasons)) is None:
-        return "draw from q"
+        return "draw from q" + ("; for moments use the weights" if describe_shifts(fit, _SLIGHT) else "")
     weighted = "; until then the weights: moments, to_arviz()" if level == USABLE else ""
     return REMEDIES[remedy] + weighted
