@@ -28,7 +28,7 @@ from normflow_vi.targets import KNOWN, KnownTarget
 from normflow_vi.transforms import Affine, Chain, Planar
 from normflow_vi.utils.settings import settings
 
-RECIPE = 1
+RECIPE = 2
 
 # %% ../../nbs/80_plans/55_fit_targets.ipynb #c743ff18
 FITS: dict[str, tuple[tuple[str, int], ...]] = {  # the flows, and their lengths, of each target
@@ -53,6 +53,8 @@ _RULES = {
     "seeds": SEEDS,
     "targets": [tuple(FITS)],
     "mixtures": [tuple(FITS)],
+    "repeated": [tuple(FITS)],
+    "repeats": COUNT,
     "updates": COUNT,
     "samples": (int, 2, 10**6),
     "evaluation_samples": (int, 2, 10**6),
@@ -65,6 +67,7 @@ def plan(profile: str, data: str = "auto") -> list[Run]:
     seeds = budget.pop("seeds")
     targets = budget.pop("targets")
     mixtures = budget.pop("mixtures")
+    repeated, repeats = budget.pop("repeated"), budget.pop("repeats")
     fits = []
     for target in targets:
         fits.append((target, "affine", 1))
@@ -75,7 +78,7 @@ def plan(profile: str, data: str = "auto") -> list[Run]:
     return [
         Run("fit_targets", RECIPE, target, "none", "", flow, length, seed, profile, budget)
         for target, flow, length in fits
-        for seed in seeds
+        for seed in (range(repeats) if target in repeated else seeds)
     ]
 
 # %% ../../nbs/80_plans/55_fit_targets.ipynb #39ea5f7a

@@ -27,7 +27,7 @@ from normflow_vi.results.run import Run
 from normflow_vi.targets import KNOWN, KnownTarget
 from normflow_vi.utils.settings import settings
 
-RECIPE = 1
+RECIPE = 2
 
 # %% ../../nbs/80_plans/57_fit_verdicts.ipynb #c805b76f
 def _leave_alone(q: Flow, target: KnownTarget, seed: int) -> dict[str, Any]:
