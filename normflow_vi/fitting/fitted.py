@@ -122,7 +122,7 @@ def _as_chain(values):
     "Tensors as one chain of arrays."
     return {name: torch.as_tensor(value).detach().cpu().numpy()[None] for name, value in values.items()}
 
-# %% ../../nbs/01_flows/49_fitted.ipynb #7038a248
+
 def _weighted_draws(fit):
     "Draws of a fit to a density resampled by their smoothed weights, in order, and what is known of each."
     _warn_of_weights(fit)
@@ -135,7 +135,7 @@ def _weighted_draws(fit):
         known |= {"log_q": log_q, "lp": log_q + log_w}
     return z, known
 
-
+# %% ../../nbs/01_flows/49_fitted.ipynb #7038a248
 @patch
 def to_arviz(
     self: Fit,
