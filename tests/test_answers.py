@@ -32,6 +32,8 @@ QUESTIONS = [
     "I have samples, not a density",
     "I want to calibrate the whole procedure",
     "How do I keep the result and use it elsewhere?",
+    "Does my model fit the data?",
+    "My data are large",
 ]
 
 
