@@ -110,7 +110,8 @@ def verdict(found):
 def test_a_flow_has_the_funnel(fits):
     flow, _ = fits
     assert flow.kl.value < 0.2
-    near = (flow.log_w - eight_schools.log_z).abs() < 0.5  # the ESS hangs on a few draws of the neck
+    assert flow.ess > 4000
+    near = (flow.log_w - eight_schools.log_z).abs() < 0.5  # the ESS hangs on a few draws
     assert near.double().mean() > 0.8
     assert abs(flow.evidence.value - eight_schools.log_z) < 0.06
     assert "not to be trusted" not in verdict(flow)
@@ -124,7 +125,7 @@ def test_a_mean_field_fit_is_told_apart_by_more_than_k_hat(fits):
     assert "not to be trusted" in verdict(poor)
     assert 1.9 < poor.kl.value < 2.3
     assert poor.elbo.value < flow.elbo.value - 1.5 - 5 * (flow.elbo.std_error + poor.elbo.std_error)
-    assert poor.ess < 500 < flow.ess
+    assert poor.ess < 500 < flow.ess / 8
     assert abs(poor.z[:, 1].mean() - 0.802) > 0.7
     assert poor.z[:, 1].std() < 0.4
     assert "differ" in next(line for line in poor.summary().splitlines() if line.startswith("z[1]"))

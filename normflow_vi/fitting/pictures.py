@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #8ad2e14c
 import math
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -154,8 +155,8 @@ def _draw_marginal(axes, fit: Judgement, d: int):
     axes.legend(fontsize=7, loc="upper right")
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #fbd031f5
-def _draw_pair(axes, fit: Judgement, which: tuple[int, int] = (0, 1), points: int = 1500):
-    "Two coordinates, the first two unless told: draws of q, and resampled ones."
+def _draw_pair(axes, fit: Judgement, which: tuple[int, int], points: int = 1500):
+    "Two coordinates together: draws of q, and resampled ones."
     z = fit.draws().cpu()[:, which]
     step = max(1, len(z) // points)
     x, y = z[::step].T.numpy()
@@ -182,7 +183,7 @@ def _draw_pair(axes, fit: Judgement, which: tuple[int, int] = (0, 1), points: in
         )
     xlim, ylim = (_axis_limits(z[:, d], chosen[:, d]) for d in (0, 1))
     axes.set(
-        title="first two coordinates" if which == (0, 1) else "",
+        title="first two coordinates",
         xlabel=f"z[{which[0]}]",
         ylabel=f"z[{which[1]}]",
         xlim=xlim,
@@ -198,16 +199,20 @@ def _panels(fit: Judgement, coordinates: int) -> list:
     if fit.log_w is not None:
         panels.append(_draw_weights)
     if dim > 1:
-        panels.append(_draw_pair)
+        panels.append(partial(_draw_pair, which=(0, 1)))
     for d in range(min(coordinates, dim)):
         panels.append(partial(_draw_marginal, d=d))
     return panels
 
 
+def _write_verdict(figure, fit: Judgement, width: int):
+    "The verdict as the title of a figure, in lines of at most `width` characters."
+    title = textwrap.wrap(f"verdict: {verdict_in_words(fit)}", width)
+    figure.suptitle("\n".join(title), fontsize=9)
+
+
 def draw_fit(fit: Judgement, coordinates: int = 3) -> Any:
     "A matplotlib figure of a fit, its panels three in a row, under the verdict; see `Fit.plot`."
-    import textwrap
-
     import matplotlib.pyplot as plt
 
     panels = _panels(fit, check_int("coordinates", coordinates, 0))
@@ -219,29 +224,29 @@ def draw_fit(fit: Judgement, coordinates: int = 3) -> Any:
         panel(place, fit)
     for unused in axes.flat[len(panels) :]:
         unused.set_visible(False)
-    title = textwrap.wrap(f"verdict: {verdict_in_words(fit)}", 34 * columns)
-    figure.suptitle("\n".join(title), fontsize=9)
+    _write_verdict(figure, fit, 34 * columns)
     return figure
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #81f38b8b
 def _draws_beyond(fit: Judgement):
-    "The witness's draws `(M, D)` that lie where q draws nothing, a few hundred of them."
+    "The witness's draws `(M, D)` that lie where q draws nothing, a few hundred of them; `None` without any."
     if fit.witness is None:
-        return fit.draws()[:0].cpu()
+        return None
     beyond = fit.witness.z[fit.witness.beyond(fit.log_w)].cpu()
-    return beyond[:: max(1, len(beyond) // 300)]
+    return beyond[:: max(1, len(beyond) // 300)] if len(beyond) else None
 
 
-def _add_beyond(axes, beyond, which):
-    "These draws over a panel of one coordinate, or of two, which is widened where it does not show them."
-    if len(beyond):
-        chosen = beyond[:, list(which)]
-        if len(which) == 1:
-            axes.plot(chosen[:, 0], [0] * len(chosen), "|", color=colour("cif"), clip_on=False)
-        else:
-            axes.scatter(*chosen.T, s=5, color=colour("cif"), rasterized=True)
-            axes.set_ylim(*_axis_limits(torch.tensor(axes.get_ylim()), chosen[:, 1]))
-        axes.set_xlim(*_axis_limits(torch.tensor(axes.get_xlim()), chosen[:, 0]))
+def _mark_on_line(axes, x):
+    "These values below a marginal, which is widened where it does not show them."
+    axes.plot(x, [0] * len(x), "|", color=colour("cif"), clip_on=False)
+    axes.set_xlim(*_axis_limits(torch.tensor(axes.get_xlim()), x))
+
+
+def _mark_in_plane(axes, x, y):
+    "These points over those of a pair, whose panel is widened where it does not show them."
+    axes.scatter(x, y, s=5, color=colour("cif"), rasterized=True)
+    axes.set_xlim(*_axis_limits(torch.tensor(axes.get_xlim()), x))
+    axes.set_ylim(*_axis_limits(torch.tensor(axes.get_ylim()), y))
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #c29cf1ba
 def _chosen_coordinates(coordinates, dim):
@@ -264,14 +269,17 @@ def draw_pairs(fit: Judgement, coordinates: int | Sequence[int] = 4) -> Any:
     figure, axes = plt.subplots(len(chosen), len(chosen), figsize=size, layout="constrained", squeeze=False)
     for (row, column), panel in np.ndenumerate(axes):
         panel.set_visible(row >= column)
+        x, y = chosen[column], chosen[row]
         if row == column:
-            _draw_marginal(panel, fit, chosen[row])
-            _add_beyond(panel, beyond, [chosen[row]])
+            _draw_marginal(panel, fit, x)
+            if beyond is not None:
+                _mark_on_line(panel, beyond[:, x])
         elif row > column:
-            _draw_pair(panel, fit, (chosen[column], chosen[row]), points=800)
-            _add_beyond(panel, beyond, [chosen[column], chosen[row]])
-        panel.set_title("")
+            _draw_pair(panel, fit, (x, y), points=800)
+            if beyond is not None:
+                _mark_in_plane(panel, beyond[:, x], beyond[:, y])
+        panel.set_title("")  # the axes say which
         if row and panel.get_legend():
             panel.get_legend().remove()
-    figure.suptitle(f"verdict: {fit.verdict or 'of samples'}", fontsize=9)
+    _write_verdict(figure, fit, 24 * len(chosen))
     return figure

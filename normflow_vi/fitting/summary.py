@@ -179,8 +179,9 @@ def summary(self: Judgement) -> str:
     - an effective sample size under half the draws, a mean off by over 0.1 sd, an sd by over
       10 %, or draws outside the support.
 
-    Good otherwise. Estimates must pass a threshold by four standard errors. Restarts agree if
-    their bounds do within 0.05 nats or four standard errors of the best.
+    Good otherwise; a mean or an sd that is off by over 0.03 sd is named. Estimates must pass a
+    threshold by four standard errors. Restarts agree if their bounds do within 0.05 nats or four
+    standard errors of the best.
     """
     return describe(self)
 
