@@ -15,7 +15,7 @@ def _page(name, path, *products):
     return Experiment(name, chapter, f"nbs/{path}.ipynb", products)
 
 # %% ../../nbs/80_plans/00_pages.ipynb #621cbda9
-experiments = (
+_theory = (
     _page("modelling", "00_theory/00_modelling", "modelling_fit.png", "modelling_posterior.png"),
     _page("complexity", "00_theory/05_complexity", "complexity.png", "description_length.png"),
     _page(
@@ -40,6 +40,11 @@ experiments = (
         "thesis_prelu_alpha.png",
     ),
     _page("infinitesimal", "00_theory/30_infinitesimal", "infinitesimal.png", "infinitesimal_kl.png"),
+)
+
+# %% ../../nbs/80_plans/00_pages.ipynb #7c1e52ad
+experiments = (
+    *_theory,
     _page(
         "answers",
         "01_flows/70_answers",
@@ -53,5 +58,14 @@ experiments = (
     _page("iaf_claims", "03_iaf/90_claims", "iaf_claims.csv"),
     _page("cif_idea", "04_cif/00_idea", "cif_idea.png"),
     _page("cif_claims", "04_cif/90_claims", "cif_claims.csv"),
+    _page(
+        "vmonf_idea",
+        "05_vmonf/00_idea",
+        "vmonf_idea.png",
+        "thesis_fig4_1.png",
+        "thesis_fig4_2.png",
+        "vmonf_temperature.png",
+        "related_work.csv",
+    ),
     _page("tables", "06_mnist_results/10_tables", "status.csv"),
 )
