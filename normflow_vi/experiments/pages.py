@@ -67,5 +67,16 @@ experiments = (
         "vmonf_temperature.png",
         "related_work.csv",
     ),
+    _page(
+        "vmonf_more",
+        "05_vmonf/35_more",
+        "vmonf_labels.png",
+        "vmonf_holes.png",
+        "vmonf_maps.png",
+        "vmonf_components.csv",
+        "vmonf_capacity.png",
+        "vmonf_counts.csv",
+    ),
+    _page("vmonf_claims", "05_vmonf/90_claims", "vmonf_claims.csv"),
     _page("tables", "06_mnist_results/10_tables", "status.csv"),
 )

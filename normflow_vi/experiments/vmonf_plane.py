@@ -419,7 +419,7 @@ def ring_faults(x: np.ndarray) -> dict[str, float]:
         thinnest.append(_SECTORS * shares.min())
     return {"astray": float(1 - near.mean()), "thinnest": float(min(thinnest))}
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #d7ba1547
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #f1ea7c18
 WINDOW = 1.3  # the square that pictures show reaches so far from the origin
 
 
@@ -440,7 +440,7 @@ def _values(run: Run, model: Any, x: Tensor, truth: np.ndarray) -> dict[str, Any
             "elbo": estimate(bound.value).as_dict(),
             "agree": float((found == by_mixture).double().mean()),
         }
-        values |= clustering(found.numpy(), truth)
+        values |= {f"{name}_q": value for name, value in clustering(found.numpy(), truth).items()}
     shares = log_joint.softmax(-1).mean(0)
     return values | {"alive": int((shares > 0.01).sum()), "entropy": float(-(shares * shares.log()).sum())}
 
