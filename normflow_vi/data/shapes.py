@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..utils.checks import check_int, check_positive, require
 
-# %% ../../nbs/05_vmonf/03_shapes.ipynb #670a3cc4
+# %% ../../nbs/05_vmonf/03_shapes.ipynb #aa9965f1
 def pinwheel(
     counts: Sequence[int],
     generator: torch.Generator | None = None,
@@ -39,8 +39,9 @@ def pinwheel(
     features = torch.randn(len(wing), 2, generator=generator) * sd + torch.tensor([1.0, 0.0])
     angle = 2 * math.pi / len(counts) * wing + rate * features[:, 0].exp()
     cosine, sine = angle.cos(), angle.sin()
-    turned = torch.stack([cosine, sine], -1) * features[:, :1]
-    x = 0.5 * (turned + torch.stack([-sine, cosine], -1) * features[:, 1:])
+    along = torch.stack([cosine, sine], -1) * features[:, :1]
+    across = torch.stack([-sine, cosine], -1) * features[:, 1:]
+    x = 0.5 * (along + across)
     order = torch.randperm(len(x), generator=generator)
     return x[order], wing[order]
 

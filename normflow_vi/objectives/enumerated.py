@@ -63,14 +63,15 @@ def labelled_bound(log_joint: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
     """
     return (log_joint + log_q).gather(-1, labels[..., None])[..., 0]
 
-# %% ../../nbs/05_vmonf/10_bound.ipynb #0800725e
+# %% ../../nbs/05_vmonf/10_bound.ipynb #a32771f3
 def inconsistency(log_q: Tensor, log_q_moved: Tensor) -> Tensor:
     """`KL(q(z|x) || q(z|x'))` in nats, `(..., K), (..., K) -> (...)`, with `q(z|x)` held fixed.
 
     Source: Sajjadi et al. 2016; Pires 2020, section 6.
 
-    >>> inconsistency(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.5]).log()).item()
-    0.0
+    >>> says, of_another = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    >>> round(inconsistency(says, of_another).item(), 3)
+    0.511
     """
     held = log_q.detach()
     return -enumerated_elbo(log_q_moved, held)
