@@ -1523,6 +1523,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'normflow_vi/fitting/conditional.py'),
                                                  'normflow_vi.fitting.conditional._unexplained': ( '01_flows/conditional.html#_unexplained',
                                                                                                    'normflow_vi/fitting/conditional.py'),
+                                                 'normflow_vi.fitting.conditional._warn_of_units': ( '01_flows/conditional.html#_warn_of_units',
+                                                                                                     'normflow_vi/fitting/conditional.py'),
                                                  'normflow_vi.fitting.conditional.check_context': ( '01_flows/conditional.html#check_context',
                                                                                                     'normflow_vi/fitting/conditional.py'),
                                                  'normflow_vi.fitting.conditional.check_use': ( '01_flows/conditional.html#check_use',

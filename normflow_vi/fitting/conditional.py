@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/01_flows/49_conditional.ipynb #41861318
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,11 +108,29 @@ def _check_undetermined(x, context):
     )
 
 # %% ../../nbs/01_flows/49_conditional.ipynb #620f8043
+_LARGE, _SMALL = 5.0, 0.05  # root mean square of a column above which, largest number below which we warn
+
+
+def _warn_of_units(context):
+    "Warn of a context whose numbers are far from one."
+    sizes = context.double().square().mean(0).sqrt()
+    column, size = int(sizes.argmax()), sizes.max().item()
+    if size > _LARGE:
+        found = f"column {column} is of the size {size:.3g}"
+    elif (most := context.abs().max().item()) < _SMALL:
+        found = f"no number is larger than {most:.3g}"
+    else:
+        return
+    advice = "give (context - mean) / sd, and later contexts by the same mean and sd"
+    warnings.warn(f"context: {found}, and q's networks want numbers of about 1; {advice}", stacklevel=7)
+
+
 def check_context(q: Flow, context: Tensor | np.ndarray, samples: Tensor) -> Tensor:
     """The contexts of checked `samples` `(N, D)` as a tensor `(N, context_dim)` like these.
 
     Raises `TypeError` or `ValueError` for anything but a finite row of floating-point numbers for each
     sample, for contexts with a gradient, which nobody would follow, and for those that samples follow from.
+    Warns of units far from one.
     """
     N, C = len(samples), q.context_dim
     context = _read_context(context, C)
@@ -124,6 +143,7 @@ def check_context(q: Flow, context: Tensor | np.ndarray, samples: Tensor) -> Ten
     _check_finite(rounded, context)
     x, _ = q.place.inverse(samples)
     _check_undetermined(x, rounded)
+    _warn_of_units(rounded)
     return rounded
 
 # %% ../../nbs/01_flows/49_conditional.ipynb #635e4643

@@ -89,26 +89,6 @@ def sample_steps(q: Flow) -> list[Step]:
         ("the base", lambda z0: (z0, q.base.log_prob(z0))),
     ]
 
-# %% ../../nbs/01_flows/43_tracing.ipynb #f1299145
-def _beside(step: Callable, width: int, *, takes_context: bool) -> Callable:
-    "A step of samples as one of rows whose last `width` entries are their contexts, which stay."
-
-    def of_rows(row):
-        value, context = row[..., :-width], row[..., -width:]
-        value, term = step(value, context) if takes_context else step(value)
-        return torch.cat([value, context], -1), term
-
-    return of_rows
-
-
-def conditional_steps(q: Flow) -> list[Step]:
-    "What happens to samples with their contexts beside them, rows `(N, D + context_dim)`, in a fit to both."
-    steps = sample_steps(q)
-    inner = range(1, len(steps) - 1)  # the layers; the first step is the support's, the last the base's
-    return [
-        (name, _beside(step, q.context_dim, takes_context=i in inner)) for i, (name, step) in enumerate(steps)
-    ]
-
 # %% ../../nbs/01_flows/43_tracing.ipynb #dc9a0f2c
 _REMEDIES = {
     "log_density": "give support=... if the density is zero there, and write it so that nothing overflows "
@@ -188,3 +168,23 @@ def find_origin(steps: list[Step], start: torch.Tensor) -> Origin | None:
             values.append(value)
             terms.append(term)
         return _find_bad_slope(steps, values, terms)
+
+# %% ../../nbs/01_flows/43_tracing.ipynb #f1299145
+def _beside(step: Callable, width: int, *, takes_context: bool) -> Callable:
+    "A step of samples as one of rows whose last `width` entries are their contexts, which stay."
+
+    def of_rows(row):
+        value, context = row[..., :-width], row[..., -width:]
+        value, term = step(value, context) if takes_context else step(value)
+        return torch.cat([value, context], -1), term
+
+    return of_rows
+
+
+def conditional_steps(q: Flow) -> list[Step]:
+    "What happens to samples with their contexts beside them, rows `(N, D + context_dim)`, in a fit to both."
+    steps = sample_steps(q)
+    inner = range(1, len(steps) - 1)  # the layers; the first step is the support's, the last the base's
+    return [
+        (name, _beside(step, q.context_dim, takes_context=i in inner)) for i, (name, step) in enumerate(steps)
+    ]
