@@ -20,9 +20,12 @@ from ..utils.checks import check_int, require
 from ..utils.modules import call_with, named_tensors
 from ..utils.patching import patch
 
-# %% ../../nbs/05_vmonf/05_mixture.ipynb #be38e829
+# %% ../../nbs/05_vmonf/05_mixture.ipynb #82ad2092
 def _check_components(components: Any) -> int:
-    "The number of dimensions that some flows share; raise `ValueError` naming what does not fit."
+    """The number of dimensions that some flows share.
+
+    Raises `ValueError` naming what does not fit.
+    """
     require(len(components) > 0, "components", "none", "one flow or more")
     for k, part in enumerate(components):
         require(isinstance(part, Flow), f"components[{k}]", type(part).__name__, "a Flow")
@@ -81,14 +84,17 @@ class MixtureOfFlows(nn.Module):
         "`log pi`, `(K,)`."
         return self.logits.log_softmax(-1)
 
-# %% ../../nbs/05_vmonf/05_mixture.ipynb #5a3f1e69
+# %% ../../nbs/05_vmonf/05_mixture.ipynb #047b0697
 def _shape_of(part: nn.Module) -> tuple:
     tensors = {name: (tuple(t.shape), t.dtype) for name, t in named_tensors(part).items()}
     return str(part), tensors
 
 
 def _can_batch(components: Sequence[nn.Module]) -> bool:
-    "Whether some flows run as one program: alike, small, and without running statistics."
+    """Whether some flows run as one program.
+
+    They must be alike, small, and without running statistics, which a program would lose.
+    """
     first = components[0]
     is_small = sum(t.numel() for t in named_tensors(first).values()) <= _SMALL
     moves = any(isinstance(layer, BatchNorm) for layer in first.modules())
@@ -139,13 +145,16 @@ def responsibilities(self: MixtureOfFlows, x: Tensor, generator: torch.Generator
     "`r_k(x)`, the probability that `x` is from component `k`: `(..., D) -> (..., K)`."
     return self.component_log_probs(x, generator).softmax(-1)
 
-# %% ../../nbs/05_vmonf/05_mixture.ipynb #b3c7fc19
+# %% ../../nbs/05_vmonf/05_mixture.ipynb #3194d2aa
 @patch
 @torch.no_grad()
 def sample_with_components(
     self: MixtureOfFlows, count: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    "`count` draws `(count, D)`, and the component `(count,)` of each."
+    """`count` draws `(count, D)`, and the component `(count,)` of each.
+
+    Raises `ValueError` for a count below 1.
+    """
     check_int("count", count)
     like: dict[str, Any] = {"dtype": self.logits.dtype, "device": self.logits.device}
     level = torch.rand(count, generator=generator, **like)
