@@ -55,7 +55,7 @@ def _as_integers(y: Any) -> np.ndarray:
 
 
 def _check_labels(y: Any, count: int) -> np.ndarray:
-    "Labels `(N,)` of `count` components, -1 where there is none; raise `ValueError` naming what does not fit."
+    "Labels `(N,)`, -1 where there is none; raise `ValueError` unless they fit `count` components."
     labels = _as_integers(y)
     wrong = labels[(labels < -1) | (labels >= count)]
     allowed = f"0 to {count - 1} for n_components={count}, or -1 for no label"
@@ -246,7 +246,7 @@ def _draw_seed(random_state: Any) -> int:
     return int(check_random_state(random_state).randint(2**31 - 1))
 
 # %% ../../nbs/05_vmonf/20_estimator.ipynb #4cf44a4b
-_START = 0.1  # of the updates
+_START = 0.25  # of the updates
 
 
 def _arrange(settings: VMoNF, x: np.ndarray, labels: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
@@ -305,7 +305,7 @@ def fit(self: VMoNF, X: Any, y: Any = None) -> VMoNF:
         self.classes_ = np.arange(count)
     self.lower_bound_ = float(_evaluate(self, lambda x: self.model_.bound(x, way=self.way).value, X).mean())
     self.lower_bound_ -= _log_units(self)
-    self.labels_ = self.predict(X)
+    self.labels_ = _ask(self, self.way, X).argmax(-1)
     return self
 
 # %% ../../nbs/05_vmonf/20_estimator.ipynb #9f9840a4
@@ -317,20 +317,24 @@ def _log_units(mixture: VMoNF) -> float:
     return float(np.log(mixture.scaler_.scale_).sum())
 
 
-def _evaluate(mixture: VMoNF, function: Callable[[Tensor], Tensor], X: Any) -> np.ndarray:
-    "A function of points in the units of the flows, at the rows of `X`; raises for another width, or before `fit`."
-    check_is_fitted(mixture)
-    X = validate_data(mixture, X, reset=False, dtype=np.float64)
+def _evaluate(mixture: VMoNF, function: Callable[[Tensor], Tensor], X: np.ndarray) -> np.ndarray:
+    "A function of points in the units of the flows, at rows `(N, D)` that were looked at before."
     logits = mixture.model_.mixture.logits
     x = torch.as_tensor(mixture.scaler_.transform(X), device=logits.device)
     with torch.no_grad(), forked_stream(logits.device, seed=0):
         return torch.cat([function(some) for some in x.split(_AT_ONCE)]).cpu().numpy()
 
 
+def _look_at(mixture: VMoNF, X: Any) -> np.ndarray:
+    "`X` in double precision; raises before `fit`, and for another width or what is not finite."
+    check_is_fitted(mixture)
+    return validate_data(mixture, X, reset=False, dtype=np.float64)
+
+
 @patch
 def score_samples(self: VMoNF, X: Any) -> np.ndarray:
     "The log-density at each row of `X` `(N, D)`, `(N,)` in nats."
-    log_p = _evaluate(self, lambda x: self.model_.mixture.log_prob(x), X)
+    log_p = _evaluate(self, lambda x: self.model_.mixture.log_prob(x), _look_at(self, X))
     return log_p - _log_units(self)
 
 
@@ -340,23 +344,28 @@ def score(self: VMoNF, X: Any, y: Any = None) -> float:
     return float(self.score_samples(X).mean())
 
 # %% ../../nbs/05_vmonf/20_estimator.ipynb #d51f6f8f
+def _ask(mixture: VMoNF, way: str, X: np.ndarray) -> np.ndarray:
+    "The probabilities of the components `(N, K)` by one of the two ways."
+
+    def posterior(x):
+        if way == "classifier":
+            return mixture.model_.classifier(x).exp()
+        log_joint = mixture.model_.mixture.component_log_probs(x)
+        return log_joint.clamp_min(torch.finfo(x.dtype).min).softmax(-1)  # far away from all: equal
+
+    return _evaluate(mixture, posterior, X)
+
+
 @patch
 def responsibilities(self: VMoNF, X: Any) -> np.ndarray:
     "The probability of each component given a row of `X`, exact for the fitted density, `(N, K)`."
-
-    def posterior(x):
-        log_joint = self.model_.mixture.component_log_probs(x)
-        return log_joint.clamp_min(torch.finfo(x.dtype).min).softmax(-1)  # far away from all: equal
-
-    return _evaluate(self, posterior, X)
+    return _ask(self, "responsibilities", _look_at(self, X))
 
 
 @patch
 def predict_proba(self: VMoNF, X: Any) -> np.ndarray:
     'The probability of each component `(N, K)`: by the classifier, or exact if `way="responsibilities"`.'
-    if self.way != "classifier":
-        return self.responsibilities(X)
-    return _evaluate(self, lambda x: self.model_.classifier(x).exp(), X)
+    return _ask(self, self.way, _look_at(self, X))
 
 
 @patch
