@@ -247,6 +247,7 @@ def _draw_seed(random_state: Any) -> int:
 
 # %% ../../nbs/05_vmonf/20_estimator.ipynb #4cf44a4b
 _START = 0.25  # of the updates
+_CLIP = 5.0  # the largest norm of a gradient
 
 
 def _arrange(settings: VMoNF, x: np.ndarray, labels: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
@@ -276,7 +277,7 @@ def _make_trainer(settings: VMoNF, x: np.ndarray, labels: np.ndarray, count: int
         steps=steps,
         seeds=[seed],
         batches=[_Rows(rows, batch_size, seed)],
-        optimizer=Optimizer("adam", settings.learning_rate, schedule="constant"),
+        optimizer=Optimizer("adam", settings.learning_rate, schedule="constant", clip=_CLIP),
         log_every=max(1, steps // 100),
         device=device,
     )
