@@ -8,9 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics.cluster import contingency_matrix
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -19,7 +21,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import normflow_vi
 from normflow_vi import Flow, VMoNF
 from normflow_vi.flows import RealNVP
-from normflow_vi.transforms import Affine, Chain, Planar
+from normflow_vi.transforms import Affine, Chain, Transform
 
 TINY = {"max_epochs": 1, "batch_size": 1000, "random_state": 0}
 
@@ -128,7 +130,7 @@ def test_a_clone_has_the_words_and_not_the_training(fitted):
 def test_in_a_pipeline_and_in_a_search():
     X, group = two_groups(60)
     mixture = VMoNF(max_epochs=3, random_state=0)
-    piped = make_pipeline(StandardScaler(), mixture).fit(X)
+    piped = make_pipeline(StandardScaler(), clone(mixture)).fit(X)
     assert np.array_equal(piped.predict(X), mixture.fit(X).predict(X))
     difference = piped.score(X) - mixture.score(X)
     assert difference == pytest.approx(np.log(X.std(0)).sum(), abs=1e-3)
@@ -157,10 +159,28 @@ def test_equal_for_equal_random_states_and_no_global_stream_moves():
     assert drawn[0] != drawn[1]
 
 
+def test_one_wing_a_component():
+    X, wing = (t.numpy() for t in pinwheel([300] * 5, torch.Generator().manual_seed(0)))
+    quick = {"max_epochs": 150, "learning_rate": 1e-2, "temperature_rate": 1e-2, "random_state": 0}
+    mixture = VMoNF(5, **quick).fit(X)
+    table = contingency_matrix(wing, mixture.labels_)
+    assert table[linear_sum_assignment(-table)].sum() >= 0.9 * len(X)
+
+
+def test_a_few_labels_say_what_is_meant():
+    X, ring = (t.numpy() for t in circles([300, 300], torch.Generator().manual_seed(1)))
+    some = np.full(len(ring), -1)
+    for k in range(2):
+        some[np.flatnonzero(ring == k)[:16]] = k
+    quick = {"max_epochs": 150, "learning_rate": 5e-3, "temperature_rate": 1e-2, "random_state": 0}
+    alone, told = (VMoNF(2, **quick).fit_predict(X, y) for y in (None, some))
+    assert (told == ring).mean() > max((alone == ring).mean(), (alone != ring).mean()) + 0.15
+
+
 def test_learned_weights_are_the_shares():
     X, group = two_groups(1000, share=0.2)
-    settings = {"max_epochs": 80, "learning_rate": 1e-2, "random_state": 0}
-    mixture = VMoNF(2, Chain(Affine(2)), weights="learned", **settings).fit(X)
+    settings = {"max_epochs": 50, "batch_size": 100, "learning_rate": 1e-2, "random_state": 0}
+    mixture = VMoNF(2, Affine(2), weights="learned", **settings).fit(X)
     error = (0.2 * 0.8 / len(X)) ** 0.5
     assert abs(min(mixture.weights_) - group.mean()) < 4 * error
     assert np.allclose(VMoNF(2, weights=[3, 1], **TINY).fit(X).weights_, [0.75, 0.25])
@@ -197,6 +217,12 @@ def test_one_column_has_a_density_of_mass_one():
     assert adjusted_rand_score(np.repeat([0, 1], 100), mixture.labels_) == 1
 
 
+class OneWay(Transform):
+    "A transform without an inverse."
+
+    inverse_kind = "none"
+
+
 X4 = np.arange(8.0).reshape(4, 2) ** 2
 BAD = {
     "no component": ({"n_components": 0}, X4, None, "n_components=0: expected an integer"),
@@ -226,14 +252,15 @@ BAD = {
     "random_state": ({"random_state": "now"}, X4, None, "now"),
     "flow of three": ({"flow": RealNVP(3, 2)}, X4, None, "flow=.*dim=3.*dim=2"),
     "one flow of two": ({"flow": [RealNVP(2, 2)]}, X4, None, "flow=.*list of 2"),
-    "no inverse": ({"flow": Planar(2, shape="relu")}, X4, None, "has an inverse"),
+    "no inverse": ({"flow": OneWay(2)}, X4, None, "has an inverse"),
+    "no flow": ({"flow": "RealNVP"}, X4, None, "flow: .*str"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_by_name(name):
     words, X, y, message = BAD[name]
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         VMoNF(**{"max_epochs": 1, **words}).fit(X, y)
 
 

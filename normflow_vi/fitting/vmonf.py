@@ -28,6 +28,7 @@ from ..models.mixture import MixtureOfFlows
 from ..models.variational_mixture import WAYS, VariationalMixture
 from ..objectives.enumerated import falling_temperature, inconsistency, labelled_bound
 from ..transforms import Affine, Chain, SplineAutoregressive
+from ..transforms.base import check_transform
 from ..utils.checks import check_choice, check_int, check_positive, require
 from ..utils.modules import derive_seed, forked_stream, pick_device
 from ..utils.patching import patch
@@ -129,8 +130,11 @@ def _default_flow(dim: int) -> nn.Module:
 def _make_components(flow: Any, count: int, dim: int, seed: int) -> list[Flow]:
     "`count` flows from a template, or from a list of templates."
     several = isinstance(flow, (list, tuple))
-    require(not several or len(flow) == count, "flow", flow, f"a transform, or a list of {count}, one each")
     templates = flow if several else [_default_flow(dim) if flow is None else flow] * count
+    have = f"a list of {len(templates)}"
+    require(len(templates) == count, "flow", have, f"a transform, or a list of {count}, one a component")
+    for template in templates:
+        check_transform("flow", template.transform if isinstance(template, Flow) else template)
     flows = [t if isinstance(t, Flow) else Flow(t) for t in templates]
     parts = [redraw_parameters(q, derive_seed(seed, k)) for k, q in enumerate(flows)]
     for part in parts:
