@@ -163,31 +163,27 @@ class VMoNF(ClusterMixin, BaseEstimator):
     """A variational mixture of normalizing flows: clusters of any shape, and a density.
 
     `flow`: a transform of `X`'s width, or a list of them, one a component; `None` is
-    `RealNVP(dim, 8, hidden=(8,))`. `way`: who says from which component a point is while
-    training, "classifier" (widths `classifier_hidden`) or "responsibilities". `weights`:
-    "uniform", "learned" or `(n_components,)` numbers above 0. `consistency`: how much the
-    classifier pays for changing its mind over a little noise. `init`: "kmeans", a start with
-    its clusters as labels, or "random". `temperature_rate`: how fast the classifier hardens.
+    `RealNVP(dim, 8, hidden=(8,))`. `way`: who assigns points while training, "classifier"
+    (widths `classifier_hidden`) or "responsibilities". `weights`: "uniform", "learned" or
+    numbers above 0. `consistency`: what the classifier pays for changing its mind over a little
+    noise. `init`: "kmeans", a start with its clusters as labels, or "random".
+    `temperature_rate`: how fast the classifier hardens.
 
-    After `fit`: `model_`, `scaler_` (from the columns of `X` to the units of `model_`),
-    `weights_`, `labels_`, `lower_bound_` (the mean bound of the training data, nats), `history_`,
-    `n_iter_` (updates) and, where `fit` had labels, `classes_`. Densities are of `X` as given, in
-    nats. Equal for equal `random_state`; no global random stream moves.
-    Source: Pires 2020, section 4.
+    After `fit`: `model_`, `scaler_` (from columns of `X` to units of `model_`), `weights_`,
+    `labels_`, `lower_bound_` (mean bound in nats), `history_`, `n_iter_` (updates), `classes_` if
+    there were labels. Densities are of `X` as given, in nats. Equal for equal `random_state`; no
+    global random stream moves. Source: Pires 2020, section 4.
 
     >>> from normflow_vi.data.shapes import circles
     >>> X, y = circles([50, 50], torch.Generator().manual_seed(0))
     >>> mixture = VMoNF(2, max_epochs=5, random_state=0).fit(X.numpy(), y.numpy())
-    >>> mixture.predict(X.numpy()).shape, mixture.score_samples(X.numpy()).shape
-    ((100,), (100,))
+    >>> mixture.predict(X.numpy()).shape
+    (100,)
     """
 
-    if TYPE_CHECKING:  # added by `patch` below, where a type checker does not see it
+    if TYPE_CHECKING:  # added by `patch` below
         fit: ClassVar[Callable[..., "VMoNF"]]
-        fit_predict: ClassVar[Callable[..., np.ndarray]]
         predict: ClassVar[Callable[..., np.ndarray]]
-        predict_proba: ClassVar[Callable[..., np.ndarray]]
-        responsibilities: ClassVar[Callable[..., np.ndarray]]
         score_samples: ClassVar[Callable[..., np.ndarray]]
         score: ClassVar[Callable[..., float]]
         sample: ClassVar[Callable[..., tuple[np.ndarray, np.ndarray]]]
