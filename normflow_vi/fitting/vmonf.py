@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batches import Batches, Split
 from ..engine.optimizer import Optimizer
@@ -120,7 +120,7 @@ class _Loss:
         return SimpleNamespace(value=loss, terms={})
 
 # %% ../../nbs/05_vmonf/20_estimator.ipynb #fb69eed7
-def _default_flow(dim: int) -> nn.Module:
+def _default_flow(dim: int) -> Any:
     "Eight couplings with networks of eight units, or a spline for one variable."
     if dim == 1:
         return Chain(SplineAutoregressive(1, hidden=(8,)), Affine(1))
@@ -374,7 +374,7 @@ def predict(self: VMoNF, X: Any) -> np.ndarray:
     "The component with the largest probability by `predict_proba`, `(N,)`."
     return self.predict_proba(X).argmax(-1)
 
-
+# %% ../../nbs/05_vmonf/20_estimator.ipynb #cf5847fd
 @patch
 def fit_predict(self: VMoNF, X: Any, y: Any = None) -> np.ndarray:
     "`fit`, then the component of each row, `(N,)`."
