@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../nbs/90_engine/99_package.ipynb #abea1dfd
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from .data import load_data
 from .fitting import fit
 from .fitting.fitted import Fit
@@ -15,5 +18,21 @@ from .models.vae import VAE
 from .objectives import Estimate
 from .transforms import Chain, Inverse
 
+if TYPE_CHECKING:
+    from normflow_vi.fitting.vmonf import VMoNF
+
 __version__ = "0.1.0"
-__all__ = ["Chain", "Estimate", "Fit", "Flow", "Inverse", "VAE", "fit", "judge", "load_data"]
+__all__ = ["Chain", "Estimate", "Fit", "Flow", "Inverse", "VAE", "VMoNF", "fit", "judge", "load_data"]
+
+# %% ../nbs/90_engine/99_package.ipynb #7be24f05
+def __getattr__(name: str) -> Any:
+    "`VMoNF` at its first use; raises `ImportError` naming what to install where scikit-learn is missing."
+    if name != "VMoNF":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from normflow_vi.fitting.vmonf import VMoNF
+
+    return VMoNF
+
+
+if find_spec("sklearn") is None:
+    __all__.remove("VMoNF")

@@ -36,5 +36,5 @@ def test_a_wrong_example_is_noticed():
 
 
 def test_what_users_type_has_an_example():
-    for name in "Flow Chain Inverse fit load_data VAE".split():
+    for name in "Flow Chain Inverse fit load_data VAE VMoNF".split():
         assert ">>>" in getattr(normflow_vi, name).__doc__, name

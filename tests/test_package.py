@@ -76,7 +76,7 @@ def test_every_public_name_exists(name):
         assert hasattr(module, public), f"{name}.{public}"
 
 
-@pytest.mark.parametrize("name", "Flow Chain Inverse fit load_data VAE".split())
+@pytest.mark.parametrize("name", "Flow Chain Inverse fit load_data VAE VMoNF".split())
 def test_front_door(name):
     assert callable(getattr(normflow_vi, name))
 

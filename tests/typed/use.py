@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, constraints
 
-from normflow_vi import VAE, Chain, Estimate, Fit, Flow, Inverse, fit, load_data
+from normflow_vi import VAE, Chain, Estimate, Fit, Flow, Inverse, VMoNF, fit, load_data
 from normflow_vi.data import Data
 from normflow_vi.evaluate import LogMarginal, calibration, log_marginal
 from normflow_vi.flows import CIF, IAF, MAF, NICE, NSF, FlowDistribution, RealNVP
@@ -91,3 +91,10 @@ def calibrate(q: Flow) -> bool:
     p_values: dict[str, Tensor] = tested.p_values
     print(tested.summary(), tested.words["distance"], tested.histogram.shape, p_values.keys())
     return tested.passed
+
+
+def cluster(samples: Tensor) -> float:
+    mixture: VMoNF = VMoNF(n_components=3, flow=RealNVP(2, 4), max_epochs=2).fit(samples.numpy())
+    drawn, component = mixture.sample(10)
+    score: float = mixture.score(drawn) + mixture.predict(drawn).sum() + component.sum()
+    return score
