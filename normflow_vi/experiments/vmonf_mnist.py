@@ -37,7 +37,7 @@ from normflow_vi.utils.settings import settings
 RECIPE = 1
 DIGITS = 5  # 0 to 4
 
-# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #daad76c3
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #3dfd4732
 WAYS = ("classifier", "k-means-start", "likelihood", "one-flow", "given-the-digit")
 _RULES = {
     "ways": [set(WAYS)],
@@ -67,7 +67,12 @@ def plan(profile: str, data: str = "auto") -> list[Run]:
         budget.pop(key) for key in ("ways", "more_ways", "seeds", "more_seeds", "length")
     )
     name = resolve(data, "none")
-    what = {"experiment": "vmonf_mnist", "recipe": RECIPE, "model": "digits 0 to 4", "profile": profile}
+    what: dict[str, Any] = {
+        "experiment": "vmonf_mnist",
+        "recipe": RECIPE,
+        "model": "digits 0 to 4",
+        "profile": profile,
+    }
     what |= {"data": f"{name}-none", "data_sha256": content_sha256(name, "none")}
     asked = [(way, seed) for way in ways for seed in seeds] + [(way, seed) for way in more for seed in few]
     return [Run(flow=way, length=length, seed=seed, budget=budget, **what) for way, seed in asked]
@@ -234,7 +239,7 @@ def trainer(
         recipe=" ".join(r.key for r in runs),
     )
 
-# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #d2dc805f
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #42d9975b
 def table_of(clusters: Tensor, digits: Tensor, count: int = DIGITS) -> np.ndarray:
     "How many images of each digit each cluster has, `(count, DIGITS)`."
     cells = torch.bincount(clusters.cpu() * DIGITS + digits.cpu(), minlength=count * DIGITS)
@@ -256,12 +261,8 @@ def _judge(run: Run, model: Any, data: Data) -> tuple[dict, dict]:
     bits = bits_per_pixel(log_joint.logsumexp(-1), log_det, pixels)
     strange = bits_per_pixel(log_joint_of(model, strange_z).logsumexp(-1), strange_log_det, pixels)
     values = {"bits": estimate(bits).as_dict(), "strange_bits": estimate(strange).as_dict()}
-    arrays = {
-        "bits": bits,
-        "strange_bits": strange,
-        "log_joint": log_joint - log_joint.amax(-1, keepdim=True),
-    }
-    arrays = {name: t.cpu().numpy().astype(np.float16) for name, t in arrays.items()}
+    kept = {"bits": bits, "strange_bits": strange}
+    arrays = {name: t.cpu().numpy().astype(np.float16) for name, t in kept.items()}
     arrays["table"] = table_of(log_joint.argmax(-1), known.labels)
     if run.flow in ("classifier", "k-means-start"):
         bound = model.bound(z, falling_temperature(run.get("updates"), run.get("temperature_rate")))
