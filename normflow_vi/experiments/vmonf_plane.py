@@ -467,7 +467,7 @@ def _values(run: Run, model: Any, x: Tensor, truth: np.ndarray) -> dict[str, Any
     shares = log_joint.softmax(-1).mean(0)
     return values | {"alive": int((shares > 0.01).sum()), "entropy": float(-(shares * shares.log()).sum())}
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #1647fca5
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #17a42b27
 def _record(run: Run, model: Any, history: History, index: int) -> Record:
     "The record of one trained model."
     x, cluster = SITUATIONS[run.model].points(run.seed + 20_000, run.get("evaluation_factor"))
@@ -485,7 +485,7 @@ def _record(run: Run, model: Any, history: History, index: int) -> Record:
     if SITUATIONS[run.model].draw is circles:
         values |= ring_faults(draws.numpy())
     if KINDS[run.flow].learn_weights:
-        maps["weights"] = model.mixture.log_weights.exp().numpy()
+        maps["weights"] = model.mixture.log_weights.detach().exp().numpy()
     arrays: dict[str, Any] = maps | {"log_p": weights.view(len(side), -1).numpy().astype(np.float16)}
     arrays |= {
         "draws": draws[:2000].numpy().astype(np.float16),

@@ -124,7 +124,7 @@ def _default_flow(dim: int) -> Any:
     "Eight couplings with networks of eight units, or a spline for one variable."
     if dim == 1:
         return Chain(SplineAutoregressive(1, hidden=(8,)), Affine(1))
-    return RealNVP(dim, 8, hidden=(8,))
+    return RealNVP(dim, 8, hidden=(8,), activation="tanh")
 
 
 def _make_components(flow: Any, count: int, dim: int, seed: int) -> list[Flow]:
@@ -197,9 +197,9 @@ class VMoNF(ClusterMixin, BaseEstimator):
         classifier_hidden: tuple[int, ...] = (16, 16),
         weights: Any = "uniform",
         init: str = "kmeans",
-        max_epochs: int = 400,
+        max_epochs: int = 200,
         batch_size: int = 512,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         temperature_rate: float = 1e-3,
         consistency: float = 0.0,
         random_state: Any = None,
