@@ -163,7 +163,7 @@ class VMoNF(ClusterMixin, BaseEstimator):
     """A variational mixture of normalizing flows: clusters of any shape, and a density.
 
     `flow`: a transform of `X`'s width, or a list of them, one a component; `None` is
-    `RealNVP(dim, 8, hidden=(8,))`. `way`: who assigns points while training, "classifier"
+    `RealNVP(dim, 8, hidden=(8,), activation="tanh")`. `way`: who assigns points while training, "classifier"
     (widths `classifier_hidden`) or "responsibilities". `weights`: "uniform", "learned" or
     numbers above 0. `consistency`: what the classifier pays for changing its mind over a little
     noise. `init`: "kmeans", a start with its clusters as labels, or "random".
