@@ -332,3 +332,19 @@ def test_levels_come_back_and_bits_are_those_of_levels():
     # a density that is uniform over the levels spends eight bits a pixel, whatever the map
     log_p = -log_det - 50 * math.log(256)
     assert torch.allclose(vmonf_mnist.bits_per_pixel(log_p, log_det, 50), torch.tensor(8.0))
+
+
+def test_a_training_on_the_plane_goes_on_bitwise(tmp_path):
+    "Stopped at a checkpoint and begun again by a fresh process, as far as the trainer can tell."
+    run = next(run for run in vmonf_plane.plan("smoke") if (run.model, run.flow) == ("pinwheel", "shared"))
+    whole = vmonf_plane.trainer([run])
+    whole.run()
+    first = vmonf_plane.trainer([run], folder=tmp_path)
+    for _ in range(2):
+        first.advance()
+    first.good = first.state()
+    first.checkpoints.save(first.step, first.good)
+    second = vmonf_plane.trainer([run], folder=tmp_path)
+    second.run()
+    for name, p in whole.models[0].named_parameters():
+        assert torch.equal(p, dict(second.models[0].named_parameters())[name]), name

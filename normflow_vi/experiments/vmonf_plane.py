@@ -342,14 +342,14 @@ def _make_loss(run: Run) -> Callable:
 
     return loss
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #c05ecfc8
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #5a67b78e
 class _Rows:
     "Endless shuffled batches of rows `(B, 3)`; resumes bitwise."
 
     def __init__(self, rows: Tensor, batch: int, seed: int):
         self.table, self.batch = rows, batch
         self.generator = torch.Generator().manual_seed(seed)
-        self.order, self.position = torch.arange(0), 0
+        self.order, self.position = torch.arange(len(rows)), len(rows)  # used up: the first batch shuffles
 
     def next(self) -> Tensor:
         if self.position + self.batch > len(self.order):
