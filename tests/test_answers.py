@@ -30,6 +30,7 @@ QUESTIONS = [
     "My parameters must be positive",
     "It is slow",
     "I have samples, not a density",
+    "How do I fit a density given something?",
     "I want to calibrate the whole procedure",
     "How do I keep the result and use it elsewhere?",
     "Does my model fit the data?",

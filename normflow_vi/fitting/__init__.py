@@ -32,6 +32,15 @@ from normflow_vi.fitting.checks import (
     restore_on_error,
     total_of,
 )
+from normflow_vi.fitting.conditional import (
+    Pairs,
+    check_context,
+    check_use,
+    conditional_loss,
+    find_amortised,
+    pair_up,
+    redraw_amortised,
+)
 from .fitted import Fit
 from .judgement import bound_inside
 from .minibatches import DataDensity, draw_rows, estimate_from, sum_all
@@ -43,7 +52,7 @@ from ..flows import Flow, FlowDistribution, draw_base
 from ..flows.bases import units_of
 from ..flows.placing import has_units, place_density, place_samples
 from ..flows.supports import describe_coarseness
-from ..flows.tracing import Step, density_steps, find_origin, sample_steps
+from ..flows.tracing import Step, conditional_steps, density_steps, find_origin, sample_steps
 from ..objectives import Estimate, annealing, check_bound, estimate, renyi
 from ..objectives.gradients import check_posterior
 from ..utils.checks import check_choice, check_int, check_positive
@@ -387,15 +396,20 @@ class SampleGoal:
     anneal, log_z = 0, None
 
     def __init__(self, q: Flow, samples: torch.Tensor | np.ndarray, options: FitOptions):
-        self.samples, self.options = check_samples(q, samples), options
+        self._hold_out(check_samples(q, samples), options)
+        self.loss = sample_loss(self.rows, options.draws)
+
+    def _hold_out(self, samples, options):
+        "Keep the samples, in a random order the first of which are held out."
+        self.samples, self.options = samples, options
         N = len(self.samples)
         share = options.validation * N
         order = torch.randperm(N, generator=torch.Generator().manual_seed(options.seed))
         order = order.to(self.samples.device)
         held = int(share) if share >= 10 else 0
+        self.order = order
         self.held, self.rows = self.samples[order[:held]], self.samples[order[held:]]
         self.validate = self._held_out_nll if held else None
-        self.loss = sample_loss(self.rows, options.draws)
 
     def _held_out_nll(self, q, step):
         "The negative mean log-density of the samples held out, for the training to choose by."
@@ -425,6 +439,43 @@ class SampleGoal:
     def examine(self, fit: Fit) -> Fit:
         "The fit as it is: samples inside the support have a density."
         return fit
+
+# %% ../../nbs/01_flows/50_fit.ipynb #6efcc188
+_SHOWN = 10_000  # pairs that a fit keeps
+
+
+class ConditionalGoal(SampleGoal):
+    "A fit to samples `(N, D)` given their contexts `(N, context_dim)`."
+
+    def __init__(self, q: Flow, pairs: Pairs, options: FitOptions):
+        self._hold_out(check_samples(q, pairs.samples), options)
+        self.context, held = check_context(q, pairs.context, self.samples), len(self.held)
+        self.held_context = self.context[self.order[:held]]
+        self.rows_context = self.context[self.order[held:]]
+        self.loss = conditional_loss(self.rows, self.rows_context, options.draws)
+
+    def _held_out_nll(self, q, step):
+        return {"nll": -q(self.held_context).log_prob(self.held).mean()}
+
+    def first_rows(self, q: Flow, generator: torch.Generator) -> torch.Tensor:
+        "The samples with which an update begins, their contexts beside them."
+        return _random_rows(torch.cat([self.rows, self.rows_context], 1), self.options.draws, generator)
+
+    def steps(self, q: Flow) -> list[Step]:
+        "What happens to them."
+        return conditional_steps(q)
+
+    def judge(self, q: Flow) -> Outcome:
+        "The log-likelihood of the pairs held out; of all, if none were."
+        held = len(self.held) > 0
+        x, context = (self.held, self.held_context) if held else (self.samples, self.context)
+        with evaluating(q):
+            return Outcome(estimate(q(context).log_prob(x)))
+
+    def examine(self, fit: Fit) -> Fit:
+        "The fit with some of its pairs, those held out first."
+        shown = self.order[:_SHOWN]
+        return replace(fit, samples=self.samples[shown], context=self.context[shown])
 
 # %% ../../nbs/01_flows/50_fit.ipynb #9fe014be
 _MOST, _LEAST = 20_000, 1_000  # updates at the full rate: at most, at least
@@ -494,13 +545,17 @@ def redraw_parameters(q: Flow, seed: int) -> Flow:
     """A copy of a flow with the starting values that `seed` gives.
 
     Each part draws its own, by `reset_parameters`; what is not trained is the same for
-    all.
+    all. Transforms that are amortised draw their networks.
     """
     q = copy.deepcopy(q)
+    amortised = find_amortised(q)
+    drawn = {inner for part in amortised for inner in part.source.modules()}
     with forked_stream(seed=seed), torch.no_grad():
         for part in q.modules():
             trained = all(p.requires_grad for p in part.parameters())
-            if trained and hasattr(part, "reset_parameters"):
+            if trained and part in amortised:
+                redraw_amortised(part)
+            elif trained and hasattr(part, "reset_parameters") and part not in drawn:
                 part.reset_parameters()
     return q
 
@@ -696,6 +751,8 @@ def _check_kind(log_density, samples, options):
 
 def _fit_to(q, log_density, samples, options):
     "The fit to the one of log-density and samples that is given."
+    if isinstance(samples, Pairs):
+        return _pursue(q, ConditionalGoal(q, samples, options), options)
     if samples is not None:
         return _pursue(q, SampleGoal(q, samples, options), options)
     with unvalidated():  # torch's distributions would raise where a draw is nan
@@ -744,6 +801,7 @@ def _fit_undisturbed(q, log_density, samples, support, options):
     _check_kind(log_density, samples, options)
     with restore_on_error(q), forked_stream(seed=options.seed):
         check_flow(q, support)
+        check_use(q, samples)
         return _fit_to(q, log_density, samples, options)
 
 # %% ../../nbs/01_flows/50_fit.ipynb #e4ed363f
@@ -774,6 +832,7 @@ def fit(
     log_density: Callable | None = None,
     *,
     samples: torch.Tensor | np.ndarray | None = None,
+    context: torch.Tensor | np.ndarray | None = None,
     prior: Callable | None = None,
     likelihood: Callable | None = None,
     data: Any = None,
@@ -797,15 +856,14 @@ def fit(
 ) -> Fit:
     """Train the flow `q` in place on `log_density` `(N, D) -> (N,)` in nats, or on `samples` `(N, D)`.
 
-    Or on the posterior of `prior` and `likelihood`, `batch` rows of the `data` an update (`DataDensity`).
+    These may have a `context` `(N, context_dim)`. Or by `batch` rows on `prior`, `likelihood` and `data`.
     Returns a `Fit`, which prints as a diagnosis; options: `FitOptions`. Goes on where an earlier fit ended.
     Raises `ValueError` or `TypeError` naming the argument, `NonFinite`. Source: Rezende & Mohamed 2015.
 
     >>> from normflow_vi.transforms import Affine
-    >>> result = fit(Flow(Affine(dim=2)), lambda z: -z.square().sum(-1), steps=500)
-    >>> round(result.elbo.value.item(), 2)  # log pi is 1.14
+    >>> round(fit(Flow(Affine(2)), lambda z: -z.square().sum(-1), steps=500).elbo.value.item(), 2)  # log pi
     1.14
     """
     options = _collect(locals())
     log_density = _join_data(log_density, prior, likelihood, data, batch, options)
-    return _fit_undisturbed(q, log_density, samples, support, options)
+    return _fit_undisturbed(q, log_density, pair_up(samples, context), support, options)

@@ -151,7 +151,7 @@ def same_constraint(one: Any, other: Any) -> bool:
 
 
 def check_flow(q: Flow, support: Constraint | None) -> None:
-    "Raise unless `q` is a flow without context that can be trained, and give it `support`."
+    "Raise unless `q` is a flow that can be trained, and give it `support`."
     if not isinstance(q, Flow):
         raise TypeError(f"q: expected a Flow, got {type(q).__name__}")
     if not any(p.requires_grad for p in q.parameters()):
@@ -160,8 +160,6 @@ def check_flow(q: Flow, support: Constraint | None) -> None:
         raise ValueError("q: fit needs gradients, and it was built or called under torch.inference_mode()")
     if not torch.is_grad_enabled():
         raise ValueError("fit needs gradients and was called under torch.no_grad()")
-    if q.context_dim is not None:
-        raise ValueError(f"q: has context_dim={q.context_dim}; fit takes a flow without a context")
     if support is None:
         return
     if q.place.support is None:

@@ -141,7 +141,8 @@ def _try_draws(q):
     "Three draws of a flow and their log-density from a fixed random stream, `(3, D + 1)`, on the CPU."
     with torch.random.fork_rng(), evaluating(q):
         torch.manual_seed(0)
-        z, log_q = q.rsample_and_log_prob((3,))
+        given = None if q.context_dim is None else q.place.loc.new_ones(q.context_dim)
+        z, log_q = q(given).rsample_and_log_prob((3,))
     return torch.cat([z, log_q[:, None]], 1).cpu()
 
 
@@ -190,12 +191,13 @@ def _to_estimate(values):
     return None if values is None else Estimate(**values)
 
 # %% ../../nbs/90_engine/37_fit_files.ipynb #f463ce37
-FORMAT = 2  # of the files that are written; files of format 1 know no witness
+FORMAT = 3  # of the files that are written; those of format 1 know no witness, of format 2 no context
 
 
 def write_fields(path: str | Path, fields: dict, steps: int) -> Path:
     """Write the fields of a fit to one file, which appears whole or not at all; returns the path.
 
+    That of a conditional fit holds its pairs of sample and context, too.
     Raises `OSError`, which names path and size; `TypeError` for a flow that holds a
     function, or that would not come back as it is.
     """

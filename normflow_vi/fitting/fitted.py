@@ -28,7 +28,8 @@ class Fit(Judgement):
 
     It prints as its `summary()`. Fields: `q`, `history`, `steps`, `converged`, `retreats`, `bounds`,
     `z` `(S, D)` and `log_w` `(S,)` (fresh draws and `log_density(z) - log q(z)`), `log_z`,
-    `log_likelihood`, `witness` (draws from elsewhere).
+    `log_likelihood`, `witness` (draws from elsewhere); of a conditional fit `samples` and their
+    `context`, up to 10,000 pairs, those held out first.
 
     Derived: `verdict` ("good", "usable" or "not to be trusted"); as `Estimate`s in nats `elbo`,
     `evidence` (`log (1/S) sum w`) and `kl` (`log_z - elbo`); `k_hat`, `ess`, `moments`;
@@ -151,8 +152,14 @@ def to_arviz(
     `names`: one name for all coordinates, a list of one for each, or a dict from names to positions
     or slices. `log_likelihood`: draws `(S, D)` to log-likelihoods `(S, N)` of each observation, in nats,
     for `arviz.loo`; `predictive`: draws to new data `(S, ...)`; either may return a dict of several.
-    Raises `ImportError` without the package arviz, `ValueError` for names or shapes that do not fit.
+    Raises `ImportError` without the package arviz, `ValueError` for names or shapes that do not fit, and
+    for a conditional fit.
     """
+    if self.context is not None:
+        raise ValueError(
+            "to_arviz: a conditional fit has draws for each context, not one set of them; "
+            "give ArviZ q(c).sample((S,)) for a context c"
+        )
     arviz, z = _import_arviz(), self.draws()
     places = _named_coordinates(names, z.shape[1])
     z, known = (z, {}) if self.log_w is None else _weighted_draws(self)
@@ -169,7 +176,8 @@ def to_arviz(
 @patch
 def plot(self: Fit, coordinates: int = 3) -> Any:
     """A matplotlib figure: learning curves, log-weights, marginals of the first `coordinates`, and the first
-    two coordinates together; of q in grey, reweighted in black. Raises `ValueError` for a negative number."""
+    two coordinates together; of q in grey, reweighted in black (a conditional fit: of q given the contexts,
+    and the samples that came with them). Raises `ValueError` for a negative number."""
     return draw_fit(self, coordinates)
 
 

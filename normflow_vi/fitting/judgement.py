@@ -41,7 +41,7 @@ class Judgement:
     """A trained flow, and fresh draws from it with their log-weights in nats; all else follows from these.
 
     What comes from weights is `None` for a fit to samples; flow and history are for one
-    of another library.
+    of another library. A conditional fit has `samples` `(M, D)` and their `context` `(M, context_dim)`.
     """
 
     q: Flow | None
@@ -55,6 +55,8 @@ class Judgement:
     log_likelihood: Estimate | None = None
     witness: Witness | None = None
     retreats: int = 0
+    samples: torch.Tensor | None = None
+    context: torch.Tensor | None = None
 
     if TYPE_CHECKING:  # added by `patch` below, where a type checker does not see it
         k_hat: ClassVar[float | None]
@@ -118,10 +120,17 @@ def moments(self: Judgement) -> diagnosis.Moments | None:
 
 @patch
 def draws(self: Judgement) -> torch.Tensor:
-    "`z` `(S, D)`; for a fit to samples, 10,000 draws from q, the same ones at every call."
+    """`z` `(S, D)`; for a fit to samples, 10,000 draws from q, the same ones at every call.
+
+    Of a conditional fit they are given its contexts, each as often as the others.
+    """
     if self.z is not None:
         return self.z
     device = next(self.q.parameters()).device
     with torch.random.fork_rng():  # a base may know no generator
         torch.manual_seed(0)
-        return self.q.sample((10_000,), torch.Generator(device).manual_seed(0))
+        generator = torch.Generator(device).manual_seed(0)
+        if self.context is None:
+            return self.q.sample((10_000,), generator)
+        rows = torch.arange(10_000) % len(self.context)
+        return self.q(self.context[rows].to(device)).sample((), generator)

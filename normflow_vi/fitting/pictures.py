@@ -135,18 +135,32 @@ def _resampled(fit: Judgement, z):
     return z[diagnosis.resample(fit.log_w).cpu()]
 
 
+def _others(fit: Judgement, z, which):
+    "What is drawn beside draws `z` of q, by name: resampled ones, or samples at the coordinates `which`."
+    if fit.log_w is not None:
+        return {"reweighted": _resampled(fit, z)}
+    return {} if fit.context is None else {"samples": fit.samples[:, which].cpu()}
+
+
+def _name_of(fit: Judgement):
+    "What draws of q are called."
+    return "q" if fit.context is None else "q, given the contexts"
+
+
 def _draw_marginal(axes, fit: Judgement, d: int):
-    "The marginal of coordinate `d`: of q, and reweighted."
+    "The marginal of coordinate `d`: of q, and reweighted; of samples beside q given their contexts."
     z = fit.draws()[:, d].cpu()
     weighted = fit.log_w is not None
-    ends = _axis_limits(z, _resampled(fit, z)) if weighted else _axis_limits(z)
+    ends = _axis_limits(z, *_others(fit, z, d).values())
     shared = dict(bins=50, range=ends, density=True)
-    axes.hist(z.numpy(), color=colour(_OURS, 0.45), label="q", **shared)
+    axes.hist(z.numpy(), color=colour(_OURS, 0.45), label=_name_of(fit), **shared)
+    outline = dict(histtype="step", color=colour(_THEIRS))
     if weighted:
         smoothed = diagnosis.pareto_smoothed(fit.log_w)[0]
         weights = torch.softmax(smoothed, 0).cpu().numpy()
-        outline = dict(histtype="step", color=colour(_THEIRS), label="reweighted")
-        axes.hist(z.numpy(), weights=weights, **outline, **shared)
+        axes.hist(z.numpy(), weights=weights, label="reweighted", **outline, **shared)
+    elif fit.context is not None:
+        axes.hist(fit.samples[:, d].cpu().numpy(), label="samples", **outline, **shared)
     axes.set(
         title=f"z[{d}]",
         yticks=[],
@@ -156,7 +170,7 @@ def _draw_marginal(axes, fit: Judgement, d: int):
 
 # %% ../../nbs/90_engine/38_fit_pictures.ipynb #fbd031f5
 def _draw_pair(axes, fit: Judgement, which: tuple[int, int], points: int = 1500):
-    "Two coordinates together: draws of q, and resampled ones."
+    "Two coordinates together: draws of q, and resampled ones, or samples."
     z = fit.draws().cpu()[:, which]
     step = max(1, len(z) // points)
     x, y = z[::step].T.numpy()
@@ -165,12 +179,12 @@ def _draw_pair(axes, fit: Judgement, which: tuple[int, int], points: int = 1500)
         y,
         s=4,
         color=colour(_OURS, 0.45),
-        label="q",
+        label=_name_of(fit),
         rasterized=True,
     )
     chosen = z
-    if fit.log_w is not None:
-        chosen = _resampled(fit, z)
+    for name, chosen in _others(fit, z, which).items():
+        step = max(1, len(chosen) // points)
         x, y = chosen[::step].T.numpy()
         axes.scatter(
             x,
@@ -178,7 +192,7 @@ def _draw_pair(axes, fit: Judgement, which: tuple[int, int], points: int = 1500)
             s=3,
             color=colour(_THEIRS),
             alpha=0.5,
-            label="reweighted",
+            label=name,
             rasterized=True,
         )
     xlim, ylim = (_axis_limits(z[:, d], chosen[:, d]) for d in (0, 1))

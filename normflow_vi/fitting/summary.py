@@ -14,6 +14,7 @@ import numpy as np
 from ..evaluate import diagnosis
 from .judgement import Judgement
 from .verdict import advice_in_words, still_rises, verdict_in_words
+from ..objectives import Estimate
 from ..utils.patching import patch
 
 # %% ../../nbs/01_flows/48_words.ipynb #6702a891
@@ -127,17 +128,31 @@ def _row_kept(history):
     return max(0, rows_until - 1)
 
 
+def _pair_words(fit, seen):
+    "The NLL of a conditional fit, beside that `seen` in training, if held out; empty for another fit."
+    if fit.context is None:
+        return ""
+    nll = Estimate(-fit.log_likelihood.value, fit.log_likelihood.std_error)
+    if seen is None:
+        return f"conditional NLL: {nll} nats, mean over the training pairs of sample and context"
+    words = f"held-out conditional NLL: {nll} nats, mean over the pairs held out"
+    return f"{words}; of the training pairs {-seen:.3f}"
+
+
 def _sample_lines(fit: Judgement) -> Iterator[str]:
     """Held-out log-likelihood of a fit to samples, beside that of the training samples at the step kept.
 
-    Nothing was held out if the history has no validation.
+    Nothing was held out if the history has no validation. Of a conditional fit, see `_pair_words`.
     """
     held, history = fit.log_likelihood, fit.history
     if not history.valid:
-        yield f"log-likelihood: {held} nats, of the training samples: it cannot show overfitting"
+        words = _pair_words(fit, None) or f"log-likelihood: {held} nats, of the training samples"
+        yield f"{words}: it cannot show overfitting"
         return
     seen = history.values["log_likelihood"][_row_kept(history), 0]
-    line = f"held-out log-likelihood: {held} nats; of the training samples {seen:.3f}"
+    line = (
+        _pair_words(fit, seen) or f"held-out log-likelihood: {held} nats; of the training samples {seen:.3f}"
+    )
     excess = seen - held.value
     if held.std_error.isfinite() and excess > max(0.1, 4 * held.std_error):
         line += f": it overfits by {excess:.2f} nats; fewer parameters or more samples"

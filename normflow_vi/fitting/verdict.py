@@ -215,6 +215,10 @@ _SAMPLES = (
     "fitted to samples: it can be judged by the log-likelihood of samples "
     "it was not trained on, against that of other fits"
 )
+_PAIRS = (
+    "fitted to samples given their contexts, a conditional density: it can be judged by the log-likelihood "
+    "of pairs it was not trained on, against that of other fits"
+)
 _SLIGHT = 0.03  # standard deviations by which a moment of a good fit is off before it is named
 _WORDS = {
     GOOD: "good: q can be used as it is",
@@ -226,7 +230,7 @@ _WORDS = {
 def verdict_in_words(fit: Judgement) -> str:
     "What a fit is good for, and why not for more."
     if fit.log_w is None:
-        return _SAMPLES
+        return _SAMPLES if fit.context is None else _PAIRS
     level, reasons = find_reasons(fit)
     words = _WORDS[level] + "; ".join(reason.text for reason in reasons)
     if level == GOOD and (slight := describe_shifts(fit, _SLIGHT)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .flow import Flow
-from ..transforms.base import Chain, Inverse, Transform
+from ..transforms.base import Amortised, Chain, Inverse, Transform
 from ..utils.checks import first_false
 
 # %% ../../nbs/01_flows/43_tracing.ipynb #429a3d93
@@ -46,9 +46,10 @@ Step = tuple[str, Callable]  # a name, and a function `value -> (value, log term
 
 
 def list_layers(transform: torch.nn.Module, name: str = "transform", direction: str = "push") -> list[Step]:
-    """The layers of a transform without context, as names and functions `value -> (value, log_det)`.
+    """The layers of a transform, as names and functions `value -> (value, log_det)`.
 
     They come in the order in which `direction` runs them: "push" for `forward`, "pull" for `inverse`.
+    Those of an amortised transform take a context as well; a stack whose tensors come from one stays whole.
     """
     forward = direction == "push"
     if isinstance(transform, Inverse):
@@ -61,7 +62,9 @@ def list_layers(transform: torch.nn.Module, name: str = "transform", direction: 
         return layers
     kind = f"{name} ({type(transform).__name__})"
     method = "forward" if forward else "inverse"
-    if not isinstance(transform, Transform) or transform.length == 1:
+    if not isinstance(transform, Transform):
+        return [(kind, getattr(transform, method))]
+    if transform.length == 1 or isinstance(transform.source, Amortised):
         return [(kind, getattr(transform, method))]
     for k in range(transform.length):
         layer = _single_layer(transform, k)
@@ -165,3 +168,23 @@ def find_origin(steps: list[Step], start: torch.Tensor) -> Origin | None:
             values.append(value)
             terms.append(term)
         return _find_bad_slope(steps, values, terms)
+
+# %% ../../nbs/01_flows/43_tracing.ipynb #f1299145
+def _beside(step: Callable, width: int, *, takes_context: bool) -> Callable:
+    "A step of samples as one of rows whose last `width` entries are their contexts, which stay."
+
+    def of_rows(row):
+        value, context = row[..., :-width], row[..., -width:]
+        value, term = step(value, context) if takes_context else step(value)
+        return torch.cat([value, context], -1), term
+
+    return of_rows
+
+
+def conditional_steps(q: Flow) -> list[Step]:
+    "What happens to samples with their contexts beside them, rows `(N, D + context_dim)`, in a fit to both."
+    steps = sample_steps(q)
+    inner = range(1, len(steps) - 1)  # the layers; the first step is the support's, the last the base's
+    return [
+        (name, _beside(step, q.context_dim, takes_context=i in inner)) for i, (name, step) in enumerate(steps)
+    ]
