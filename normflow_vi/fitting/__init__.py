@@ -44,6 +44,7 @@ from normflow_vi.fitting.conditional import (
 from .fitted import Fit
 from .judgement import bound_inside
 from .minibatches import DataDensity, draw_rows, estimate_from, sum_all
+from .mixed import as_flow, check_mixtures, is_mixture
 from .modes import MIXTURES, call_witness, check_base, find_modes, set_shares
 
 # %% ../../nbs/01_flows/50_fit.ipynb #9ff50d7e
@@ -55,6 +56,7 @@ from ..flows.supports import describe_coarseness
 from ..flows.tracing import Step, conditional_steps, density_steps, find_origin, sample_steps
 from ..objectives import Estimate, annealing, check_bound, estimate, renyi
 from ..objectives.gradients import check_posterior
+from ..objectives.stratified import stratified_free_energy
 from ..utils.checks import check_choice, check_int, check_positive
 from normflow_vi.utils.modules import (
     call_with,
@@ -199,6 +201,30 @@ def density_loss(
 
     return loss
 
+# %% ../../nbs/01_flows/50_fit.ipynb #8f33be08
+def _pull_back(q, target):
+    "A target of several parts as one of the base's draws, with the volume of the transform as a part."
+
+    def parts(z0):
+        x, log_det = q.transform.forward(z0)
+        return target(x) | {"log_det": log_det}
+
+    return parts
+
+
+def stratified_loss(log_density: Callable, draws: int, anneal: int = 0, units: tuple = _STANDARD) -> Callable:
+    "What `density_loss` is for the ELBO, of a flow whose base is a mixture. In nats."
+
+    def loss(q, batch, step, generator):
+        beta = annealing(step, anneal, 0.01)
+        target = _pull_back(q, annealed_target(q, log_density, beta, _widen(units, step)))
+        each = math.ceil(draws / len(q.base.log_weights))
+        F = stratified_free_energy(target, q.base, each, generator=generator)
+        elbo = F.terms["target"] / beta + F.terms["log_det"] - F.terms["log_q"]
+        return Estimate(F.value, F.std_error, {"elbo": elbo})
+
+    return loss
+
 # %% ../../nbs/01_flows/50_fit.ipynb #18b6e15d
 def _random_rows(samples, draws, generator):
     "`draws` rows of `samples`, with replacement."
@@ -273,6 +299,7 @@ class DensityGoal:
     validate = None
 
     def __init__(self, q: Flow, log_density: Callable, options: FitOptions):
+        check_mixtures(q, options.alpha, options.gradient)
         if options.gradient != "reparameterised":
             check_posterior(q.train()())
         if options.modes == "all":
@@ -283,13 +310,15 @@ class DensityGoal:
         self.anneal = 0
         if options.anneal:
             self.anneal = _LEAST if options.steps is None else options.steps // 3
-        self.units = units_of(q.base, q.dim)
+        self.units, self.is_mixed = units_of(q.base, q.dim), is_mixture(q.base)
         self.loss = self._loss_of(self.log_density, self.anneal)
         self.judged_by = self.log_density
 
     def _loss_of(self, log_density, anneal):
         "Minus the bound that was asked for, annealed over the first `anneal` updates."
         options = self.options
+        if self.is_mixed:
+            return stratified_loss(log_density, options.draws, anneal, self.units)
         return density_loss(log_density, options.draws, anneal, options.alpha, options.gradient, self.units)
 
     def find_units(self, q: Flow) -> None:
@@ -305,7 +334,7 @@ class DensityGoal:
     def _find_modes(self, q):
         rows = find_modes(q, self.log_density, self.options.seed)
         self.loss = self._loss_of(self.log_density, 0)
-        if q.transform.inverse_kind == "closed form":
+        if q.transform.inverse_kind == "closed form" and not self.is_mixed:
             self.loss = mode_loss(self.loss, self.options.draws, self.anneal, rows)
         else:
             self.anneal = 0
@@ -324,6 +353,9 @@ def finish(self: DensityGoal, q: Flow) -> None:
 @patch
 def first_rows(self: DensityGoal, q: Flow, generator: torch.Generator) -> torch.Tensor:
     "The draws of the base with which an update begins."
+    if self.is_mixed:
+        each = math.ceil(self.options.draws / len(q.base.log_weights))
+        return q.base.rsample_components((each,), generator).flatten(0, 1)
     return draw_base(q.base, (self.options.draws,), generator)[0]
 
 
@@ -777,7 +809,9 @@ def _follow_advice(remedy, options, steps):
 
 def _take_over(q, other):
     "Make a flow what a copy of it was."
-    q.base, q.place = other.base, other.place
+    q.place = other.place
+    if not is_mixture(q.base):  # one of these has the same tensors, and may belong to the user
+        q.base = other.base
     copy_into(named_tensors(other), named_tensors(q))
 
 
@@ -798,6 +832,9 @@ def _improve(q, log_density, options, result):
 # %% ../../nbs/01_flows/50_fit.ipynb #02b21bb9
 def _fit_undisturbed(q, log_density, samples, support, options):
     "`fit` from its own random stream; after an error the flow is what it was."
+    if is_mixture(q):
+        with as_flow(q, samples, support) as flow:
+            return _fit_undisturbed(flow, log_density, samples, support, options)
     _check_kind(log_density, samples, options)
     with restore_on_error(q), forked_stream(seed=options.seed):
         check_flow(q, support)
@@ -828,7 +865,7 @@ def _join_data(log_density, prior, likelihood, data, batch, options):
 
 # %% ../../nbs/01_flows/50_fit.ipynb #3d812f60
 def fit(
-    q: Flow,
+    q: Flow | nn.Module,
     log_density: Callable | None = None,
     *,
     samples: torch.Tensor | np.ndarray | None = None,
@@ -857,9 +894,9 @@ def fit(
     """Train the flow `q` in place on `log_density` `(N, D) -> (N,)` in nats, or on `samples` `(N, D)`.
 
     These may have a `context` `(N, context_dim)`. Or by `batch` rows on `prior`, `likelihood` and `data`.
-    Returns a `Fit`, which prints as a diagnosis; options: `FitOptions`. Goes on where an earlier fit ended.
+    For a log-density `q` may be a `MixtureOfFlows`: the result's flow has it as its base.
+    Returns a `Fit`, which prints as a diagnosis; options: `FitOptions`. Goes on where an earlier one ended.
     Raises `ValueError` or `TypeError` naming the argument, `NonFinite`. Source: Rezende & Mohamed 2015.
-
     >>> from normflow_vi.transforms import Affine
     >>> round(fit(Flow(Affine(2)), lambda z: -z.square().sum(-1), steps=500).elbo.value.item(), 2)  # log pi
     1.14

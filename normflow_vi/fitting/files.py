@@ -32,6 +32,7 @@ from ..utils.modules import evaluating
 _PLACES = (
     "normflow_vi.transforms.",
     "normflow_vi.flows",
+    "normflow_vi.models.mixture",
     "torch.nn.modules.",
     "torch.distributions.",
 )
@@ -55,6 +56,7 @@ def trusted_classes() -> set[type]:
 
     for found in pkgutil.iter_modules(ours.__path__):
         importlib.import_module(f"{ours.__name__}.{found.name}")
+    importlib.import_module("normflow_vi.models.mixture")  # a fit may be one of these
     classes: set[type] = set()
     for name, module in list(sys.modules.items()):
         if name.startswith(_PLACES):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..evaluate.particles import Particles, smc
 from ..evaluate.witness import Witness, find_barriers
+from .mixed import is_mixture, place_components
 from normflow_vi.flows import (
     Flow,
     FlowDistribution,
@@ -98,10 +99,10 @@ _MAP: dict[str, Any] = {"particles": 2500, "moves": 3, "keep": 0.9}
 
 def check_base(q: Flow) -> None:
     "Raise `ValueError` for a flow with a base of its own, which a mixture would replace."
-    if not isinstance(q.base, (StandardNormal, *MIXTURES)):
+    if not isinstance(q.base, (StandardNormal, *MIXTURES)) and not is_mixture(q.base):
         raise ValueError(
             f"modes='all': brings a base of its own, and q has {type(q.base).__name__} as one already; "
-            "allowed is the standard normal"
+            "allowed is the standard normal, or a mixture of flows"
         )
 
 
@@ -119,7 +120,10 @@ def find_modes(q: Flow, log_density: Callable, seed: int) -> Tensor:
         z, _ = q.place(particles.draws)
         place_samples(q.place, z)
         x, _ = q.place.inverse(z)
-    q.base = fit_mixture(x, seed) or StandardNormal(q.dim).to(x)
+    if is_mixture(q.base):
+        place_components(q.base, x, seed)
+    else:
+        q.base = fit_mixture(x, seed) or StandardNormal(q.dim).to(x)
     return x
 
 # %% ../../nbs/01_flows/49_modes.ipynb #547d0089

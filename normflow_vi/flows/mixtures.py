@@ -207,3 +207,20 @@ def fit_mixture(x: Tensor, seed: int = 0) -> GaussianMixture | ProductMixture | 
         ) from error
     is_one = base.log_shares.shape[-1] == 1
     return None if is_one else base
+
+# %% ../../nbs/01_flows/31_mixtures.ipynb #f08500f4
+def fit_bells(x: Tensor, count: int, seed: int = 0) -> GaussianMixture:
+    """`count` bells fitted to draws `x` `(N, D)`, of about unit spread.
+
+    Raises `ImportError` without the package scikit-learn.
+    """
+    try:
+        from sklearn.mixture import GaussianMixture as Mixture
+    except ImportError as error:
+        raise ImportError(
+            "a mixture of modes needs the package scikit-learn: pip install 'normflow_vi[modes]'"
+        ) from error
+    rows = x.detach().double().cpu().numpy()
+    found = Mixture(count, reg_covar=1e-5, n_init=3, random_state=seed).fit(rows)
+    parts = (torch.from_numpy(part).to(x) for part in (found.weights_, found.means_, found.covariances_))
+    return GaussianMixture(*parts)

@@ -170,3 +170,63 @@ def sample_with_components(
 def sample(self: MixtureOfFlows, count: int, generator: torch.Generator | None = None) -> Tensor:
     "`count` draws `(count, D)`, without a gradient."
     return self.sample_with_components(count, generator)[0]
+
+# %% ../../nbs/05_vmonf/05_mixture.ipynb #05d17dca
+class _Draws(nn.Module):
+    "The draws of a flow as the `forward` of a module, so that its tensors can be exchanged."
+
+    def __init__(self, flow: nn.Module):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, shape, generator):
+        return self.flow.rsample(shape, generator)
+
+
+def _draws_at_once(components, shape, generator):
+    "Draws `(*shape, K, D)` from components of one shape."
+    each = [named_tensors(_Draws(part)) for part in components]
+    stacked = {name: torch.stack([tensors[name] for tensors in each]) for name in each[0]}
+    draws = _Draws(components[0])
+
+    def rsample(tensors):
+        return call_with(draws, tensors, (shape, generator))
+
+    return vmap(rsample, out_dims=-2, randomness="different")(stacked)
+
+# %% ../../nbs/05_vmonf/05_mixture.ipynb #8272d4ea
+@patch
+def rsample_components(
+    self: MixtureOfFlows, shape: tuple[int, ...], generator: torch.Generator | None = None
+) -> Tensor:
+    "Reparameterised draws from every component, `(*shape, K, D)`."
+    if self.is_batched and len(self.components) > 1:
+        return _draws_at_once(self.components, tuple(shape), generator)
+    return torch.stack([part.rsample(tuple(shape), generator) for part in self.components], -2)
+
+
+@patch
+def rsample(self: MixtureOfFlows, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    "Draws `(*shape, D)`; no gradient leads from them to the weights, see `rsample_components`."
+    each = self.rsample_components(shape, generator)
+    level = torch.rand(*shape, 1, generator=generator, dtype=each.dtype, device=each.device)
+    chosen = (level > self.log_weights.exp().cumsum(-1)[:-1]).sum(-1)
+    return each.take_along_dim(chosen[..., None, None], -2)[..., 0, :]
+
+
+@patch
+def rsample_and_log_prob(
+    self: MixtureOfFlows, shape: tuple[int, ...], generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    "Those draws `(*shape, D)`, and their log-density `(*shape)` in nats."
+    x = self.rsample(shape, generator)
+    return x, self.log_prob(x, generator)
+
+# %% ../../nbs/05_vmonf/05_mixture.ipynb #08c4ad3d
+@patch
+@torch.no_grad()
+def move(self: MixtureOfFlows, loc: Tensor, scale: Tensor) -> None:
+    "Let `x` become `loc + scale * x`, `(dim,)` each, by the units of the components."
+    for part in self.components:
+        part.place.loc.copy_(loc + scale * part.place.loc)
+        part.place.scale.mul_(scale)
