@@ -103,7 +103,7 @@ def bits_per_pixel(log_p: Tensor, log_det: Tensor, pixels: int) -> Tensor:
     "Bits for each of the pixels of an image, `(n,)`, from the log-density of its logits in nats."
     return -(log_p + log_det) / (pixels * math.log(2))
 
-# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #0658f977
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #0a0c3f6e
 def dataset(run: Run, device: str = "cpu") -> Data:
     "The data of a run, all ten digits, on a device."
     return load_data(run.data.removesuffix("-none"), binarize="none", device=device)
@@ -126,7 +126,11 @@ class _Rows(Batches):
 
 
 def _with_clusters(split: Split, seed: int) -> Split:
-    "The same images, labelled by k-means."
+    """The same images, labelled by k-means.
+
+    As many clusters as digits, from grey values between 0 and 1, the best of three starts; the
+    numbers of the clusters mean nothing.
+    """
     from sklearn.cluster import KMeans
 
     x = split.images.cpu().numpy().astype(np.float32) / 255
@@ -239,9 +243,13 @@ def trainer(
         recipe=" ".join(r.key for r in runs),
     )
 
-# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #42d9975b
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #d5de7113
 def table_of(clusters: Tensor, digits: Tensor, count: int = DIGITS) -> np.ndarray:
-    "How many images of each digit each cluster has, `(count, DIGITS)`."
+    """How many images of each digit each cluster has, `(count, DIGITS)`.
+
+    `clusters` and `digits`: `(n,)` integers, from 0 to below `count` and `DIGITS`. Raises
+    `RuntimeError` for a cluster beyond `count`.
+    """
     cells = torch.bincount(clusters.cpu() * DIGITS + digits.cpu(), minlength=count * DIGITS)
     return cells.view(count, DIGITS).numpy()
 
@@ -270,12 +278,16 @@ def _judge(run: Run, model: Any, data: Data) -> tuple[dict, dict]:
         arrays["table_q"] = table_of(bound.log_q.argmax(-1), known.labels)
     return values, arrays
 
-# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #04f28e28
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #fb68074f
 _SHOWN = 10  # draws of each component
 
 
 def _draw(model: Any, seed: int) -> np.ndarray:
-    "Draws of each component as levels, `(K, 10, D)`."
+    """Draws of each component as levels, `(K, 10, D)`.
+
+    They are uint8, as images are; a flow that is given the digit draws ten images of each.
+    The draws of one seed are the same at every call.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     if isinstance(model, GivenDigit):

@@ -242,13 +242,17 @@ class FlowOnMixture(nn.Module):
         z = self.means[which] + torch.randn(count, self.dim, generator=generator)
         return self.flow.transform.forward(z)[0], which
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #71ef4744
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #28dbebd7
 def _coupled(length: int, kind: Kind) -> AffineCoupling:
     return RealNVP(2, length, hidden=(8,), activation=kind.activation)
 
 
 def _make_mixture(where: str, kind: str) -> Any:
-    "The components of a run, freshly drawn."
+    """The components of a run, freshly drawn.
+
+    A `MixtureOfFlows`, or a `FlowOnMixture` where all components share one flow and differ in the
+    Gaussian that they begin as.
+    """
     made, K = KINDS[kind], _length(where, kind)
     count = made.count or len(SITUATIONS[where].counts)
     if made.flow == "base":
@@ -276,9 +280,13 @@ class Fitted(VariationalMixture):
         self.register_buffer("labelled", labelled)
         self.register_buffer("labels", labels)
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #ab29838b
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #92ed78b2
 def _labelled_points(run: Run) -> tuple[Tensor, Tensor]:
-    "As many labelled points of each cluster as the situation says; they are not among the others."
+    """As many labelled points of each cluster as the situation says; they are not among the others.
+
+    Points `(n, 2)` and the cluster `(n,)` of each; without labels both are empty. They are drawn
+    from a stream of their own.
+    """
     situation = SITUATIONS[run.model]
     x, cluster = situation.points(run.seed + 10_000)
     rows = [(cluster == k).nonzero()[: situation.labels, 0] for k in range(len(situation.counts))]
@@ -294,12 +302,16 @@ def build(run: Run) -> Fitted:
         mixture = _make_mixture(run.model, run.flow)
         return Fitted(mixture, Classifier(2, len(mixture.components), widths), *_labelled_points(run))
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #fd16d678
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #1cce7f0a
 _NOISE = 0.02  # standard deviation of the moves for which a classifier should say the same
 
 
 def _taught(model: Any, kind: Kind, x: Tensor, labels: Tensor) -> Tensor:
-    "What labelled points teach, `(n,)` in nats."
+    """What labelled points teach, `(n,)` in nats.
+
+    `x`: `(n, 2)`; `labels`: `(n,)`. Without a classifier it is the log-density of their own
+    component alone.
+    """
     log_joint = model.mixture.component_log_probs(x)
     log_q = model.classifier(x)
     if kind.way == "responsibilities":
@@ -308,7 +320,11 @@ def _taught(model: Any, kind: Kind, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def _unlabelled_bound(model: Any, kind: Kind, x: Tensor, temperature: float, generator: Any) -> Tensor:
-    "The bound of points without labels, `(n,)` in nats, less what neighbours disagree."
+    """The bound of points without labels, `(n,)` in nats, less what neighbours disagree.
+
+    `x`: `(n, 2)`. A neighbour is the point itself, moved by a little Gaussian noise; the penalty
+    is weighted by `kind.consistency`.
+    """
     found = model.bound(x, temperature, kind.way)
     if not kind.consistency:
         return found.value
@@ -321,9 +337,13 @@ def _temperature(run: Run, step: int) -> float:
     rate = run.get("temperature_rate") if kind.falls else 0.0
     return falling_temperature(step, rate, kind.floor, kind.start)
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #95a37db2
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #905e81e7
 def _make_loss(run: Run) -> Callable:
-    "Minus what a run climbs, the mean over a batch in nats: labelled points and the others take turns."
+    """Minus what a run climbs, the mean over a batch in nats: labelled points and the others take turns.
+
+    First the labelled points alone, for 300 updates; then one update on them, and an epoch of the
+    others, and so on. A batch is `(B, 3)`, with clusters of k-means in its last column.
+    """
     kind, where = KINDS[run.flow], run.model
     cycle, is_taught = _epoch(where) + 1, SITUATIONS[where].labels > 0
 
@@ -342,9 +362,13 @@ def _make_loss(run: Run) -> Callable:
 
     return loss
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #5a67b78e
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #c6639bd4
 class _Rows:
-    "Endless shuffled batches of rows `(B, 3)`; resumes bitwise."
+    """Endless shuffled batches of rows `(B, 3)`; resumes bitwise.
+
+    An epoch takes each row at most once; a rest that is too small for a batch is left out. The
+    order of an epoch comes from a stream of random numbers of its own.
+    """
 
     def __init__(self, rows: Tensor, batch: int, seed: int):
         self.table, self.batch = rows, batch
@@ -397,7 +421,7 @@ def trainer(
         recipe=" ".join(r.key for r in runs),
     )
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #8a623291
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #a8cfdfb2
 def match_accuracy(found: np.ndarray, truth: np.ndarray) -> float:
     """The largest share of points that a naming of the found clusters, one to one, gets right.
 
@@ -413,7 +437,11 @@ def match_accuracy(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def clustering(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    "Accuracy, adjusted Rand index and normalised mutual information of found clusters."
+    """Accuracy, adjusted Rand index and normalised mutual information of found clusters.
+
+    `found` and `truth`: `(n,)` integers, whose names need not agree. All three are 1 for the right
+    clusters; the last two are about 0 for random ones.
+    """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     scores = {"accuracy": match_accuracy(found, truth)}
@@ -441,7 +469,7 @@ def ring_faults(x: np.ndarray) -> dict[str, float]:
         thinnest.append(_SECTORS * shares.min())
     return {"astray": float(1 - near.mean()), "thinnest": float(min(thinnest))}
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #80acc2db
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #95bb8411
 WINDOW = 1.3  # the square that pictures show reaches so far from the origin
 
 
@@ -450,7 +478,11 @@ def _map_of(log_p: Tensor, grid: int) -> np.ndarray:
 
 
 def _values(run: Run, model: Any, x: Tensor, truth: np.ndarray) -> dict[str, Any]:
-    "What is measured at fresh points."
+    """What is measured at fresh points.
+
+    `x`: `(n, 2)`, `truth`: the cluster of each. Names that end in `_q` are by the classifier, in
+    `_r` by the responsibilities; `alive` counts components with more than a hundredth of them.
+    """
     log_joint = model.mixture.component_log_probs(x)
     log_p, by_mixture = log_joint.logsumexp(-1), log_joint.argmax(-1)
     values: dict[str, Any] = {"log_p": estimate(log_p).as_dict()}
@@ -467,9 +499,13 @@ def _values(run: Run, model: Any, x: Tensor, truth: np.ndarray) -> dict[str, Any
     shares = log_joint.softmax(-1).mean(0)
     return values | {"alive": int((shares > 0.01).sum()), "entropy": float(-(shares * shares.log()).sum())}
 
-# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #17a42b27
+# %% ../../nbs/80_plans/60_vmonf_plane.ipynb #cab9a411
 def _record(run: Run, model: Any, history: History, index: int) -> Record:
-    "The record of one trained model."
+    """The record of one trained model.
+
+    Its values are those of `_values` and, for circles, of `ring_faults`; its arrays are draws with
+    their components, maps of both answers and of the log-density on a grid, and the loss.
+    """
     x, cluster = SITUATIONS[run.model].points(run.seed + 20_000, run.get("evaluation_factor"))
     generator = torch.Generator().manual_seed(run.seed)
     model = model.cpu()
