@@ -17,7 +17,7 @@ SHARES = torch.tensor([0.2, 0.3, 0.5])
 MEANS = torch.tensor([[-4.0, 0.0], [4.0, 1.0], [0.0, 5.0]])
 SDS = torch.tensor([[0.5, 1.0], [1.0, 0.7], [0.8, 0.4]])
 TARGET = GaussianMixture(SHARES, MEANS, torch.diag_embed(SDS**2))
-QUICK = {"steps": 300, "learning_rate": 0.05, "draws": 60, "evaluation_draws": 2000}
+QUICK = {"steps": 200, "learning_rate": 0.05, "draws": 60, "evaluation_draws": 2000}
 
 
 def log_f(z):
@@ -174,7 +174,7 @@ def test_modes_all_puts_a_component_at_each_mode():
     pytest.importorskip("sklearn")
     target = GaussianMixture(SHARES, 10 * MEANS, torch.diag_embed(SDS**2))
     mixture = three()
-    result = fit(mixture, target.log_prob, log_z=0.0, modes="all", **QUICK | {"steps": 80})
+    result = fit(mixture, target.log_prob, log_z=0.0, modes="all", **QUICK | {"steps": 60})
     assert result.kl.value < 0.01 and result.verdict == "good"
     assert (sorted_weights(mixture) - SHARES).abs().max() < 0.01
 
@@ -188,7 +188,7 @@ def test_a_transform_restarts_and_a_support_go_with_it():
         return log_f(y) - y.sum(-1)
 
     start = {"anneal": False, "place": False, "modes": "ignore"}
-    result = fit(q, log_positive, log_z=3.0, restarts=2, **start, **QUICK | {"steps": 120})
+    result = fit(q, log_positive, log_z=3.0, restarts=2, **start, **QUICK | {"steps": 100})
     assert result.q.sample((100,)).min() > 0
     assert result.kl.value < 0.2  # a lost mode would cost 0.22 or more
     assert len(result.bounds) == 2

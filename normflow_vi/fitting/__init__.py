@@ -44,7 +44,7 @@ from normflow_vi.fitting.conditional import (
 from .fitted import Fit
 from .judgement import bound_inside
 from .minibatches import DataDensity, draw_rows, estimate_from, sum_all
-from .mixed import as_flow, check_mixtures, is_mixture
+from .mixed import as_flow, check_mixtures, is_mixture, share_out
 from .modes import MIXTURES, call_witness, check_base, find_modes, set_shares
 
 # %% ../../nbs/01_flows/50_fit.ipynb #9ff50d7e
@@ -218,7 +218,7 @@ def stratified_loss(log_density: Callable, draws: int, anneal: int = 0, units: t
     def loss(q, batch, step, generator):
         beta = annealing(step, anneal, 0.01)
         target = _pull_back(q, annealed_target(q, log_density, beta, _widen(units, step)))
-        each = math.ceil(draws / len(q.base.log_weights))
+        each = share_out(draws, q.base)
         F = stratified_free_energy(target, q.base, each, generator=generator)
         elbo = F.terms["target"] / beta + F.terms["log_det"] - F.terms["log_q"]
         return Estimate(F.value, F.std_error, {"elbo": elbo})
@@ -354,7 +354,7 @@ def finish(self: DensityGoal, q: Flow) -> None:
 def first_rows(self: DensityGoal, q: Flow, generator: torch.Generator) -> torch.Tensor:
     "The draws of the base with which an update begins."
     if self.is_mixed:
-        each = math.ceil(self.options.draws / len(q.base.log_weights))
+        each = share_out(self.options.draws, q.base)
         return q.base.rsample_components((each,), generator).flatten(0, 1)
     return draw_base(q.base, (self.options.draws,), generator)[0]
 

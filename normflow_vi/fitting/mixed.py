@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/01_flows/49_mixed.ipynb #f3c6b7d3
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,11 @@ from ..utils.checks import require
 def is_mixture(q: Any) -> bool:
     "Whether draws can be had from each component of `q`."
     return isinstance(q, nn.Module) and hasattr(q, "rsample_components")
+
+
+def share_out(draws: int, mixture: Any) -> int:
+    "How many draws from each component make `draws` in all, or a few more."
+    return math.ceil(draws / len(mixture.components))
 
 
 _REFUSED = {
@@ -50,7 +56,8 @@ def check_mixtures(q: Flow, alpha: float, gradient: str) -> None:
             raise ValueError(f"q.{name}: a mixture inside of another base; allowed is q.base itself")
     if not is_mixture(q.base):
         return
-    for k, part in enumerate(q.base.components):
+    components: Any = q.base.components
+    for k, part in enumerate(components):
         _check_component(f"q.base.components[{k}]", part)
     if (alpha, gradient) != (1.0, "reparameterised"):
         raise ValueError(
