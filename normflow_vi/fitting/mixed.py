@@ -48,7 +48,7 @@ def _check_component(name, part):
             if isinstance(layer, kind):
                 raise ValueError(f"{name}: has a {kind.__name__} layer, and {why}; use other layers")
 
-
+# %% ../../nbs/01_flows/49_mixed.ipynb #bdf67b9d
 def check_mixtures(q: Flow, alpha: float, gradient: str) -> None:
     "Raise `ValueError` for a flow with a mixture that a fit to a log-density cannot train."
     for name, part in q.named_modules():
