@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #b650af05
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,26 +24,72 @@ from normflow_vi.engine.trainer import Trainer
 from normflow_vi.experiments import Experiment
 from normflow_vi.experiments.common import COUNT, RATE, SEEDS
 from normflow_vi.flows import MAF, Flow
-from normflow_vi.models.classifier import Classifier
+from normflow_vi.models.classifier import Classifier, ConvolutionalClassifier
 from normflow_vi.models.mixture import MixtureOfFlows
 from normflow_vi.models.variational_mixture import VariationalMixture
 from normflow_vi.objectives import estimate
-from normflow_vi.objectives.enumerated import falling_temperature, labelled_bound
+from normflow_vi.objectives.enumerated import (
+    enumerated_elbo,
+    falling_temperature,
+    inconsistency,
+    labelled_bound,
+    tempered_responsibilities,
+)
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
 from normflow_vi.utils.modules import evaluating
 from normflow_vi.utils.settings import settings
 
 RECIPE = 1
-DIGITS = 5  # 0 to 4
 
 # %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #3dfd4732
-WAYS = ("classifier", "k-means-start", "likelihood", "one-flow", "given-the-digit")
+@dataclass(frozen=True)
+class Way:
+    """How a run learns.
+
+    `climbs`: "bound", "hardened", "likelihood", or "given" for the density of images given their
+    digit. `digits`, `components`: how many there are. `temperature_falls`: that of the classifier.
+    `starts_by_clusters`: whether the first updates have the clusters of k-means as labels.
+    `convolutional`: whether the classifier is. `consistency`: the weight of what it says
+    otherwise of an image that was moved.
+    """
+
+    climbs: str = "bound"
+    digits: int = 5
+    components: int = 5
+    temperature_falls: bool = True
+    starts_by_clusters: bool = False
+    convolutional: bool = False
+    consistency: float = 0.0
+
+    @property
+    def has_classifier(self) -> bool:
+        return self.climbs == "bound"
+
+
+WAYS = {
+    "classifier": Way(),
+    "untempered": Way(temperature_falls=False),
+    "hardened": Way("hardened"),
+    "likelihood": Way("likelihood"),
+    "k-means-start": Way(starts_by_clusters=True),
+    "one-flow": Way("likelihood", components=1),
+    "given-the-digit": Way("given"),
+    "convolutional": Way(convolutional=True),
+    "consistent": Way(consistency=10.0),
+    "ten-digits": Way(digits=10, components=10),
+    "ten-k-means": Way(digits=10, components=10, starts_by_clusters=True),
+}
+
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #1c5945a9
 _RULES = {
     "ways": [set(WAYS)],
     "more_ways": [set(WAYS)],
+    "compared": [set(WAYS)],
     "seeds": SEEDS,
     "more_seeds": SEEDS,
+    "compared_seeds": SEEDS,
+    "compared_updates": COUNT,
     "length": (int, 1, 100),
     "hidden": (int, 1, 10**4),
     "classifier": (int, 1, 10**4),
@@ -58,14 +104,18 @@ _RULES = {
 
 
 def plan(profile: str, data: str = "auto") -> list[Run]:
-    """One run a way and seed: `ways` with all `seeds`, `more_ways` with `more_seeds`.
+    """One run a way and seed: `ways` with all `seeds`, `more_ways` with `more_seeds`, then shorter ones.
 
-    Raises `ValueError` for settings that do not fit.
+    Those are all ways of `compared` with `compared_seeds`, of `compared_updates` updates. Raises
+    `ValueError` for settings that do not fit.
     """
     budget: dict[str, Any] = settings("vmonf_mnist", profile, _RULES)
-    ways, more, seeds, few, length = (
-        budget.pop(key) for key in ("ways", "more_ways", "seeds", "more_seeds", "length")
-    )
+    groups = [
+        (budget.pop(ways), budget.pop(seeds))
+        for ways, seeds in (("ways", "seeds"), ("more_ways", "more_seeds"), ("compared", "compared_seeds"))
+    ]
+    length, updates = budget.pop("length"), budget.pop("compared_updates")
+    short = budget | {"updates": updates}
     name = resolve(data, "none")
     what: dict[str, Any] = {
         "experiment": "vmonf_mnist",
@@ -74,8 +124,13 @@ def plan(profile: str, data: str = "auto") -> list[Run]:
         "profile": profile,
     }
     what |= {"data": f"{name}-none", "data_sha256": content_sha256(name, "none")}
-    asked = [(way, seed) for way in ways for seed in seeds] + [(way, seed) for way in more for seed in few]
-    return [Run(flow=way, length=length, seed=seed, budget=budget, **what) for way, seed in asked]
+    runs = [
+        Run(flow=way, length=length, seed=seed, budget=own, **what)
+        for (ways, seeds), own in zip(groups, (budget, budget, short), strict=True)
+        for way in ways
+        for seed in seeds
+    ]
+    return list({run.key: run for run in runs}.values())
 
 # %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #632cad62
 _ALPHA = 0.05
@@ -109,10 +164,10 @@ def dataset(run: Run, device: str = "cpu") -> Data:
     return load_data(run.data.removesuffix("-none"), binarize="none", device=device)
 
 
-def first_digits(split: Split) -> Split:
-    "The images of the digits 0 to 4."
+def first_digits(split: Split, digits: int = 5) -> Split:
+    "The images of the digits from 0 to below `digits`."
     assert split.labels is not None
-    chosen = split.labels < DIGITS
+    chosen = split.labels < digits
     return Split(split.images[chosen], split.labels[chosen], split.binarize)
 
 
@@ -125,70 +180,97 @@ class _Rows(Batches):
         return torch.cat([z, self.split.labels[rows, None].to(z)], -1)
 
 
-def _with_clusters(split: Split, seed: int) -> Split:
+def _with_clusters(split: Split, count: int, seed: int) -> Split:
     """The same images, labelled by k-means.
 
-    As many clusters as digits, from grey values between 0 and 1, the best of three starts; the
-    numbers of the clusters mean nothing.
+    `count` clusters, from grey values between 0 and 1, the best of three starts; the numbers of
+    the clusters mean nothing.
     """
     from sklearn.cluster import KMeans
 
     x = split.images.cpu().numpy().astype(np.float32) / 255
-    found = KMeans(DIGITS, n_init=3, random_state=seed).fit(x).labels_
+    found = KMeans(count, n_init=3, random_state=seed).fit(x).labels_
     return replace(split, labels=torch.tensor(found, dtype=torch.int64, device=split.images.device))
 
 # %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #39d7d5ee
 class GivenDigit(nn.Module):
     "One flow with the digit as context; equal shares of the digits make it a mixture, with known components."
 
-    def __init__(self, flow: Flow):
+    def __init__(self, flow: Flow, digits: int):
         super().__init__()
-        self.flow = flow
+        self.flow, self.digits = flow, digits
 
     def component_log_probs(self, z: Tensor) -> Tensor:
-        "`log p(z | digit) - log 5` in nats, `(n, D) -> (n, 5)`."
-        each = torch.eye(DIGITS, dtype=z.dtype, device=z.device)
-        return torch.stack([self.given(z, digit) for digit in each], -1) - math.log(DIGITS)
+        "`log p(z | digit) - log digits` in nats, `(n, D) -> (n, digits)`."
+        each = torch.eye(self.digits, dtype=z.dtype, device=z.device)
+        return torch.stack([self.given(z, digit) for digit in each], -1) - math.log(self.digits)
 
     def given(self, z: Tensor, one_hot: Tensor) -> Tensor:
         "`log p(z | digit)` `(n,)`."
-        return self.flow(one_hot.expand(len(z), DIGITS)).log_prob(z)
+        return self.flow(one_hot.expand(len(z), self.digits)).log_prob(z)
 
 
 def build(run: Run, data: Data) -> nn.Module:
     "The model of a run, freshly initialised from its seed: a `VariationalMixture` or a `GivenDigit`."
-    pixels, widths = data.train.images.shape[1], (run.get("hidden"),)
+    way, pixels, widths = WAYS[run.flow], data.train.images.shape[1], (run.get("hidden"),)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        if run.flow == "given-the-digit":
-            return GivenDigit(Flow(MAF(pixels, run.length, hidden=widths, context_dim=DIGITS)))
-        count = 1 if run.flow == "one-flow" else DIGITS
-        flows = [Flow(MAF(pixels, run.length, hidden=widths)) for _ in range(count)]
-        return VariationalMixture(MixtureOfFlows(flows), Classifier(pixels, count, (run.get("classifier"),)))
+        if way.climbs == "given":
+            return GivenDigit(
+                Flow(MAF(pixels, run.length, hidden=widths, context_dim=way.digits)), way.digits
+            )
+        flows = [Flow(MAF(pixels, run.length, hidden=widths)) for _ in range(way.components)]
+        classifier: nn.Module = (
+            ConvolutionalClassifier(math.isqrt(pixels), way.components)
+            if way.convolutional
+            else Classifier(pixels, way.components, (run.get("classifier"),))
+        )
+        return VariationalMixture(MixtureOfFlows(flows), classifier)
 
-# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #3149fe70
-def _bound_of(run: Run, model: Any, z: Tensor, labels: Tensor, step: int) -> Tensor:
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #3e367a63
+def _move(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    "Square images `(n, D)` moved by at most one pixel; what leaves on one side enters on the other."
+    side = math.isqrt(z.shape[1])
+    rows, columns = torch.randint(-1, 2, (2,), generator=generator, device=z.device).tolist()
+    return z.view(-1, side, side).roll((rows, columns), (1, 2)).reshape(z.shape)
+
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #c30a8aef
+def _temperature(run: Run, step: int) -> float:
+    rate = run.get("temperature_rate") if WAYS[run.flow].temperature_falls else 0.0
+    return falling_temperature(step, rate)
+
+
+def _bound_of(
+    run: Run, model: Any, z: Tensor, labels: Tensor, step: int, generator: torch.Generator | None
+) -> Tensor:
     """What a run climbs, `(n,)` in nats, at update `step`.
 
     `labels` are those of `_Rows`: clusters of k-means for that start, otherwise digits, which
     only a flow that is given them looks at.
     """
-    if run.flow == "given-the-digit":
-        return model.flow(nn.functional.one_hot(labels, DIGITS).to(z)).log_prob(z)
-    if run.flow in ("likelihood", "one-flow"):
+    way, temperature = WAYS[run.flow], _temperature(run, step)
+    if way.climbs == "given":
+        return model.flow(nn.functional.one_hot(labels, way.digits).to(z)).log_prob(z)
+    if way.climbs == "likelihood":
         return model.mixture.log_prob(z)
-    if run.flow == "k-means-start" and step < run.get("start"):
+    if way.climbs == "hardened":
+        log_joint = model.mixture.component_log_probs(z)
+        return enumerated_elbo(log_joint, tempered_responsibilities(log_joint, temperature))
+    if way.starts_by_clusters and step < run.get("start"):
         return labelled_bound(model.mixture.component_log_probs(z), model.classifier(z), labels)
-    temperature = falling_temperature(step, run.get("temperature_rate"))
-    return model.bound(z, temperature).value
+    found = model.bound(z, temperature)
+    if not way.consistency:
+        return found.value
+    said = model.classifier(_move(z, generator), temperature)
+    return found.value - way.consistency * inconsistency(found.log_q, said)
 
-
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #91af14ba
 def _make_loss(run: Run) -> Callable:
     "Minus the mean of `_bound_of` over a batch, in nats."
 
     def loss(model, batch, step, generator):
         z, labels = batch[:, :-1], batch[:, -1].long()
-        value = -_bound_of(run, model, z, labels, step).mean()
+        value = -_bound_of(run, model, z, labels, step, generator).mean()
         return SimpleNamespace(value=value, terms={})
 
     return loss
@@ -216,14 +298,15 @@ def trainer(
 ) -> Trainer:
     "The `Trainer` of runs that differ in their seeds."
     run, data = runs[0], data or dataset(runs[0], device)
-    train, valid = first_digits(data.train), first_digits(data.valid)
+    way = WAYS[run.flow]
+    train, valid = first_digits(data.train, way.digits), first_digits(data.valid, way.digits)
     _, z, log_det = _first_logits(valid, min(1000, run.get("evaluation_images")), 1)
 
     def validate(model, step):
         bits = bits_per_pixel(log_joint_of(model, z).logsumexp(-1), log_det, z.shape[1])
         return {"bits": bits.mean().item()}
 
-    parts = [_with_clusters(train, r.seed) if run.flow == "k-means-start" else train for r in runs]
+    parts = [_with_clusters(train, way.components, r.seed) if way.starts_by_clusters else train for r in runs]
     epoch = max(1, len(train) // run.get("batch_size"))
     return Trainer(
         [build(r, data).to(device) for r in runs],
@@ -244,38 +327,44 @@ def trainer(
     )
 
 # %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #d5de7113
-def table_of(clusters: Tensor, digits: Tensor, count: int = DIGITS) -> np.ndarray:
-    """How many images of each digit each cluster has, `(count, DIGITS)`.
+def table_of(clusters: Tensor, digits: Tensor, size: int = 5) -> np.ndarray:
+    """How many images of each digit each cluster has, `(size, size)`.
 
-    `clusters` and `digits`: `(n,)` integers, from 0 to below `count` and `DIGITS`. Raises
-    `RuntimeError` for a cluster beyond `count`.
+    `clusters` and `digits`: `(n,)` integers from 0 to below `size`. Raises `RuntimeError` for a
+    cluster beyond.
     """
-    cells = torch.bincount(clusters.cpu() * DIGITS + digits.cpu(), minlength=count * DIGITS)
-    return cells.view(count, DIGITS).numpy()
+    cells = torch.bincount(clusters.cpu() * size + digits.cpu(), minlength=size * size)
+    return cells.view(size, size).numpy()
+
+
+def _bits(run: Run, model: Any, images: Split, noise: int) -> tuple[Tensor, Tensor, Split, Tensor, Tensor]:
+    "Bits per pixel of the first images of a part, their `log pi_k p_k`, those images, logits and log-dets."
+    some, z, log_det = _first_logits(images, run.get("evaluation_images"), noise)
+    log_joint = log_joint_of(model, z)
+    return bits_per_pixel(log_joint.logsumexp(-1), log_det, z.shape[1]), log_joint, some, z, log_det
 
 
 def _judge(run: Run, model: Any, data: Data) -> tuple[dict, dict]:
     """`(values, arrays)` of a model as it is now, on test images.
 
-    `bits` are those of the digits 0 to 4, `strange_bits` those of 5 to 9; `table` has the counts
-    of digits in the clusters of the responsibilities, `table_q` in those of the classifier.
+    `bits` are those of the digits that were learned, `strange_bits` those of the others, if there
+    are any; `table` has the counts of digits in the clusters of the responsibilities, `table_q`
+    in those of the classifier.
     """
-    test, count = data.test, run.get("evaluation_images")
+    way, test = WAYS[run.flow], data.test
     assert test.labels is not None
-    others = Split(test.images[test.labels >= DIGITS], None)
-    known, z, log_det = _first_logits(first_digits(test), count, 2)
-    _, strange_z, strange_log_det = _first_logits(others, count, 3)
-    log_joint, pixels = log_joint_of(model, z), z.shape[1]
-    bits = bits_per_pixel(log_joint.logsumexp(-1), log_det, pixels)
-    strange = bits_per_pixel(log_joint_of(model, strange_z).logsumexp(-1), strange_log_det, pixels)
-    values = {"bits": estimate(bits).as_dict(), "strange_bits": estimate(strange).as_dict()}
-    kept = {"bits": bits, "strange_bits": strange}
-    arrays = {name: t.cpu().numpy().astype(np.float16) for name, t in kept.items()}
-    arrays["table"] = table_of(log_joint.argmax(-1), known.labels)
-    if run.flow in ("classifier", "k-means-start"):
-        bound = model.bound(z, falling_temperature(run.get("updates"), run.get("temperature_rate")))
-        values["bound_bits"] = estimate(bits_per_pixel(bound.value, log_det, pixels)).as_dict()
-        arrays["table_q"] = table_of(bound.log_q.argmax(-1), known.labels)
+    kept = {}
+    kept["bits"], log_joint, known, z, log_det = _bits(run, model, first_digits(test, way.digits), 2)
+    others = Split(test.images[test.labels >= way.digits], None)
+    if len(others):
+        kept["strange_bits"], *_ = _bits(run, model, others, 3)
+    values = {name: estimate(bits).as_dict() for name, bits in kept.items()}
+    arrays = {name: bits.cpu().numpy().astype(np.float16) for name, bits in kept.items()}
+    arrays["table"] = table_of(log_joint.argmax(-1), known.labels, way.digits)
+    if way.has_classifier:
+        bound = model.bound(z, _temperature(run, run.get("updates")))
+        values["bound_bits"] = estimate(bits_per_pixel(bound.value, log_det, z.shape[1])).as_dict()
+        arrays["table_q"] = table_of(bound.log_q.argmax(-1), known.labels, way.digits)
     return values, arrays
 
 # %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #fb68074f
@@ -291,7 +380,7 @@ def _draw(model: Any, seed: int) -> np.ndarray:
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     if isinstance(model, GivenDigit):
-        context = torch.eye(DIGITS, device=device)
+        context = torch.eye(model.digits, device=device)
         z = model.flow(context).sample((_SHOWN,), generator).transpose(0, 1)
     else:
         z = torch.stack([part.sample((_SHOWN,), generator) for part in model.mixture.components])

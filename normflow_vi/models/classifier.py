@@ -63,3 +63,27 @@ class Classifier(nn.Module):
         if temperature is None:
             return (self.network(x) / self.temperature).log_softmax(-1)
         return (self.network(x) / check_positive("temperature", temperature)).log_softmax(-1)
+
+# %% ../../nbs/05_vmonf/08_classifier.ipynb #6800fa8b
+class ConvolutionalClassifier(Classifier):
+    """`log q(z|x)` `(..., classes)` of square images in rows, `(..., side^2)`.
+
+    Convolutions with rectifiers, of `channels` each, then a linear layer. Raises `ValueError`
+    naming what does not fit; an image needs a side of at least 4.
+
+    >>> ConvolutionalClassifier(28, 10)(torch.zeros(7, 784)).shape
+    torch.Size([7, 10])
+    """
+
+    def __init__(self, side: int, classes: int, channels: tuple[int, ...] = (16, 32)):
+        super().__init__(check_int("side", side, 4) ** 2, classes, ())
+        layers: list[nn.Module] = [nn.Unflatten(-1, (1, side, side))]
+        width = 1
+        for wider in check_widths("channels", channels):
+            layers += [nn.Conv2d(width, wider, 5, stride=2, padding=2), nn.ReLU()]
+            width, side = wider, (side + 1) // 2
+        self.network = nn.Sequential(*layers, nn.Flatten(), Dense(width * side**2, classes))
+
+    def forward(self, x: Tensor, temperature: float | None = None) -> Tensor:
+        log_q = super().forward(x.reshape(-1, x.shape[-1]), temperature)
+        return log_q.reshape(*x.shape[:-1], -1)

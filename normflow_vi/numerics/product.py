@@ -18,10 +18,16 @@ from torch.nn.functional import linear as linear_torch
 from .compiling import is_mapped, is_plain, is_watched
 
 # %% ../../nbs/90_engine/08_product.ipynb #f92fdcad
+def _dense(weight):
+    "The matrix, or a copy of one with gaps between its rows."
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
+
 def _onednn(x, weight, bias=None, relu=False):
     "`x W^T + b`, rectified if wanted, by oneDNN, for `x` `(..., in)`, in single precision."
     bias = None if bias is None else bias.contiguous()
-    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    # a matrix with gaps is right, too, but takes a thousand times as long
+    y = torch.ops.mkldnn._linear_pointwise(x, _dense(weight), bias, "none", [], "")
     return y.relu_() if relu else y  # its own rectifier would turn a nan into a zero
 
 
