@@ -298,6 +298,7 @@ COLUMNS = (
     "row",
     "published",
     "ours",
+    "difference",
     "seeds",
     "updates",
     "device",
@@ -326,6 +327,13 @@ def _format_ours(row):
     return f"{text}*" if row["se"] is not None and len(row["seeds"]) == 1 else text
 
 
+def _format_difference(row):
+    "Ours less the published number."
+    if row["value"] is None or row["published"] is None:
+        return ""
+    return f"{row['value'] - row['published']:+.2f}"
+
+
 def _format_seeds(row):
     count, failed = len(row["seeds"]), row["failed"]
     if failed:
@@ -341,6 +349,7 @@ def _format_cells(row):
         row["row"],
         _format_published(row),
         _format_ours(row),
+        _format_difference(row),
         _format_seeds(row),
         "" if row["updates"] is None else f"{row['updates']:,}",
         row["device"] or "",
