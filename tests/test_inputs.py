@@ -1037,3 +1037,17 @@ def test_units_that_a_number_format_cannot_resolve_are_described():
     )
     assert describe_coarseness(place.double()) is None
     assert describe_coarseness(Place(2)) is None
+
+
+@pytest.mark.parametrize("make", [lambda q: q, lambda q: q()], ids=["flow", "distribution"])
+def test_a_context_in_the_wrong_place_is_refused(make):
+    q = make(Flow(Affine(dim=2)))
+    context = torch.zeros(3, 2)
+    with pytest.raises(TypeError, match=r"generator: expected a torch.Generator, got Tensor; .*q\(context\)"):
+        q.log_prob(context, context)
+    for draw in (q.sample, q.rsample, q.rsample_and_log_prob):
+        with pytest.raises(TypeError, match=r"sample_shape: expected an int or ints, got Tensor"):
+            draw(context)
+        assert draw(torch.Size([4]), torch.Generator().manual_seed(0)) is not None
+    with pytest.raises(TypeError, match="sample_shape"):
+        q.sample((2.0,))
