@@ -257,9 +257,9 @@ def test_small_errors_and_single_seeds_are_told(with_experiments, results, capsy
     results(10, 1, device="cpu (x86_64)")
     assert cli.main(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [re.split(r"  +", line)[4:8] for line in lines if "NF K" in line] == [
-        ["88.50 ± 0.50", "2", "10", "cpu"],
-        ["88.00000 ± 0.00050*", "1", "10", "cpu"],
+    assert [re.split(r"  +", line)[4:9] for line in lines if "NF K" in line] == [
+        ["88.50 ± 0.50", "+0.96", "2", "10", "cpu"],
+        ["88.00000 ± 0.00050*", "+1.45", "1", "10", "cpu"],
     ]
     assert "device" in lines[0]
     assert lines[-3] == "* standard error over images or draws, one seed"

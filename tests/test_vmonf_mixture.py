@@ -303,8 +303,43 @@ def test_plans_have_what_they_say():
     sizes = {run.model: run.get("updates") for run in vmonf_plane.plan("quick")}
     assert sizes == {"pinwheel": 2000, "circles": 4000, "circles, 16 labels": 4800}
     digits = vmonf_mnist.plan("paper", "digits")
-    assert sum(run.flow == "classifier" for run in digits) >= 2
-    assert {run.get("updates") for run in digits} == {25500}
+    long = [run for run in digits if run.get("updates") == 25_500]
+    assert sum(run.flow == "classifier" for run in long) >= 2
+    assert len({run.key for run in digits}) == len(digits)
+    assert {run.get("updates") for run in digits} == {25_500, 2_550}
+
+
+def test_ways_of_learning_digits_are_what_they_say():
+    plan = vmonf_mnist.plan("smoke", "digits")
+    runs = {run.flow: run for run in plan}
+    assert set(runs) == set(vmonf_mnist.WAYS)
+    data = vmonf_mnist.dataset(plan[0])
+    rows = vmonf_mnist._Rows(vmonf_mnist.first_digits(data.train), 30, 0).next()
+    z, labels = rows[:, :-1], rows[:, -1].long()
+    model = vmonf_mnist.build(runs["classifier"], data).eval()
+
+    def bound(way, step):
+        generator = torch.Generator().manual_seed(0)
+        return vmonf_mnist._bound_of(runs[way], model, z, labels, step, generator)
+
+    log_p = bound("likelihood", 0)
+    torch.testing.assert_close(
+        bound("hardened", 0), log_p
+    )  # at temperature one the responsibilities are exact
+    assert (bound("hardened", 10**6) <= log_p + 1e-2).all() and (bound("classifier", 0) <= log_p).all()
+    assert torch.equal(bound("untempered", 10**6), bound("classifier", 0))
+    assert not torch.equal(bound("classifier", 10**6), bound("classifier", 0))
+    assert (bound("consistent", 0) <= bound("classifier", 0)).all()
+    assert torch.equal(bound("k-means-start", 100), bound("classifier", 100))
+    assert not torch.equal(bound("k-means-start", 0), bound("classifier", 0))
+
+
+def test_all_ten_digits_have_no_strangers():
+    run = next(run for run in vmonf_mnist.plan("smoke", "digits") if run.flow == "ten-k-means")
+    (record,) = vmonf_mnist.train([run], None, "cpu")
+    assert record.arrays["table"].shape == record.arrays["table_q"].shape == (10, 10)
+    assert record.arrays["draws"].shape == (10, 10, 784)
+    assert "strange_bits" not in record.values
 
 
 def test_labelled_points_are_not_among_the_others():

@@ -81,7 +81,7 @@ WAYS = {
     "ten-k-means": Way(digits=10, components=10, starts_by_clusters=True),
 }
 
-# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #1c5945a9
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #9c6cf155
 _RULES = {
     "ways": [set(WAYS)],
     "more_ways": [set(WAYS)],
@@ -102,7 +102,7 @@ _RULES = {
     "weight_decay": (float, 0, 1),
 }
 
-
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #611c89eb
 def plan(profile: str, data: str = "auto") -> list[Run]:
     """One run a way and seed: `ways` with all `seeds`, `more_ways` with `more_seeds`, then shorter ones.
 
@@ -227,14 +227,14 @@ def build(run: Run, data: Data) -> nn.Module:
         )
         return VariationalMixture(MixtureOfFlows(flows), classifier)
 
-# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #3e367a63
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #fcee6ce9
 def _move(z: Tensor, generator: torch.Generator | None) -> Tensor:
     "Square images `(n, D)` moved by at most one pixel; what leaves on one side enters on the other."
     side = math.isqrt(z.shape[1])
     rows, columns = torch.randint(-1, 2, (2,), generator=generator, device=z.device).tolist()
     return z.view(-1, side, side).roll((rows, columns), (1, 2)).reshape(z.shape)
 
-# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #c30a8aef
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #c1fa9be9
 def _temperature(run: Run, step: int) -> float:
     rate = run.get("temperature_rate") if WAYS[run.flow].temperature_falls else 0.0
     return falling_temperature(step, rate)
@@ -264,7 +264,7 @@ def _bound_of(
     said = model.classifier(_move(z, generator), temperature)
     return found.value - way.consistency * inconsistency(found.log_q, said)
 
-# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #91af14ba
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #309b9c58
 def _make_loss(run: Run) -> Callable:
     "Minus the mean of `_bound_of` over a batch, in nats."
 

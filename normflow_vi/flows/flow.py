@@ -36,21 +36,22 @@ def draw_base(
     z0 = base.rsample(shape, generator)
     return z0, base.log_prob(z0)
 
-# %% ../../nbs/01_flows/30_flow.ipynb #f1cb6b36
+# %% ../../nbs/01_flows/30_flow.ipynb #1c65e007
 _HINT = "a context goes first: q(context).sample(), q(context).log_prob(value)"
-
-
-def _check_sample_shape(shape):
-    "`shape` as a tuple of ints; raises `TypeError` for anything else."
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not all(isinstance(size, int | torch.SymInt) for size in sizes):
-        raise TypeError(f"sample_shape: expected an int or ints, got {type(shape).__name__}; {_HINT}")
-    return sizes
 
 
 def _check_generator(generator):
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}; {_HINT}")
+
+
+def _check_draws(shape, generator):
+    "`shape` as a tuple of ints; raises `TypeError` for another one, or another `generator`."
+    _check_generator(generator)
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not all(isinstance(size, int | torch.SymInt) for size in sizes):
+        raise TypeError(f"sample_shape: expected an int or ints, got {type(shape).__name__}; {_HINT}")
+    return sizes
 
 # %% ../../nbs/01_flows/30_flow.ipynb #be492f80
 def _is_exchanged(new, old):
@@ -133,8 +134,7 @@ class FlowDistribution(Distribution):
         self, sample_shape: int | Sequence[int] = (), generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         "Reparameterised draws `(*sample, *batch, D)` and their log-density `(*sample, *batch)`, in one pass."
-        sample_shape = _check_sample_shape(sample_shape)
-        _check_generator(generator)
+        sample_shape = _check_draws(sample_shape, generator)
         z0, log_q0 = draw_base(self.base, sample_shape + self.batch_shape, generator)
         x, log_det = self.transform.forward(z0, self.context, generator)
         z, log_det_place = (x, 0.0) if self.place is None else self.place(x)

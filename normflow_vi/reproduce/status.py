@@ -333,7 +333,7 @@ def _format_difference(row):
         return ""
     return f"{row['value'] - row['published']:+.2f}"
 
-
+# %% ../../nbs/90_engine/60_status.ipynb #735f6e53
 def _format_seeds(row):
     count, failed = len(row["seeds"]), row["failed"]
     if failed:
