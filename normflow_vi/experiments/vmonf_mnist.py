@@ -367,6 +367,19 @@ def _judge(run: Run, model: Any, data: Data) -> tuple[dict, dict]:
         arrays["table_q"] = table_of(bound.log_q.argmax(-1), known.labels, way.digits)
     return values, arrays
 
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #df9164de
+def counts_of(record: Record) -> np.ndarray:
+    "The table at the best point, of the classifier's clusters; without one, of the responsibilities'."
+    return record.arrays.get("table_q", record.arrays["table"])
+
+
+def matched(record: Record) -> float:
+    "The share of test images whose cluster is paired with their digit."
+    from scipy.optimize import linear_sum_assignment
+
+    table = counts_of(record)
+    return float(table[linear_sum_assignment(-table)].sum() / table.sum())
+
 # %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #fb68074f
 _SHOWN = 10  # draws of each component
 
