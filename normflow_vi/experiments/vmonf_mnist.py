@@ -442,6 +442,7 @@ experiment = Experiment(
     (
         "fig5_4_samples.png",
         "vmonf_mnist.csv",
+        "vmonf_mnist_ways.csv",
         "vmonf_contingency.csv",
         "vmonf_curves.png",
         "vmonf_strangers.png",
