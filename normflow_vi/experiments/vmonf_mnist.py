@@ -434,7 +434,7 @@ def train(
     training.load_best()
     return [_add_best(run, last[i], training.models[i], data, history, i) for i, run in enumerate(runs)]
 
-
+# %% ../../nbs/80_plans/62_vmonf_mnist.ipynb #7dd48a49
 experiment = Experiment(
     "vmonf_mnist",
     "05_vmonf",
