@@ -88,6 +88,7 @@ class Trainer:
     folder: Path | str | None = None  # where checkpoints go; None: nowhere
     save_every: int | None = None  # None: twenty times in all
     keep_best: str | None = None  # the value of validate() whose lowest point is remembered
+    patience: int | None = None  # steps without a new best point in any run that end a training early
     threads: int = 1
     device: Any = "cpu"  # cpu, cuda or auto; a torch.device afterwards
     recipe: str = ""  # what is trained, in words of one's own; a checkpoint of another recipe is refused
@@ -115,8 +116,9 @@ class Trainer:
 # %% ../../nbs/90_engine/30_training.ipynb #24a9e842
 def _check_arguments(trainer: Trainer) -> None:
     "One clear error for an argument of a trainer that does not fit."
-    for name in ("steps", "log_every", "validate_every", "save_every", "threads"):
-        value, is_optional = getattr(trainer, name), name in ("validate_every", "save_every")
+    optional = ("validate_every", "save_every", "patience")
+    for name in ("steps", "log_every", "threads", *optional):
+        value, is_optional = getattr(trainer, name), name in optional
         is_good = (is_optional and value is None) or (type(value) is int and value > 0)
         require(is_good, name, value, "an int >= 1")
     runs, seeds, batches = len(trainer.models), trainer.seeds, trainer.batches
@@ -125,6 +127,8 @@ def _check_arguments(trainer: Trainer) -> None:
     require(is_good, "batches", batches, f"None, or one a model, {runs}")
     can_keep = bool(not trainer.keep_best or trainer.validate)
     require(can_keep, "keep_best", trainer.keep_best, "a value of validate(), which was not given")
+    can_stop = bool(not trainer.patience or trainer.keep_best)
+    require(can_stop, "patience", trainer.patience, "None without keep_best, which says what is waited for")
 
 # %% ../../nbs/90_engine/30_training.ipynb #0cd0e27f
 @patch
@@ -148,7 +152,7 @@ def run(self: Trainer) -> History:
 def _loop(self: Trainer) -> None:
     "Train until the end or a signal."
     stop, self.clock = None, time.perf_counter()
-    while self.step < self.steps and not stop:
+    while self.step < self.steps and not stop and not self._has_settled():
         self.advance()
         stop = self.signals.number
         if stop or self._is_stopping_point():
@@ -212,7 +216,7 @@ def _settings_of(optimizer: Optimizer) -> dict[str, Any]:
 @patch
 def config(self: Trainer) -> dict[str, Any]:
     "What has to be the same when a training goes on."
-    return {
+    fixed = {
         "seeds": self.seeds,
         "steps": self.steps,
         "optimizer": _settings_of(self.optimizer),
@@ -222,6 +226,7 @@ def config(self: Trainer) -> dict[str, Any]:
         "device": self.device.type,
         "recipe": self.recipe,
     }
+    return fixed | ({"patience": self.patience} if self.patience else {})
 
 
 @patch
@@ -373,6 +378,14 @@ def _is_due(trainer: Trainer, every: int | None) -> bool:
     "Whether something done every so many steps (None: at the end) is done now."
     is_periodic = bool(every) and trainer.step % every == 0
     return trainer.step == trainer.steps or is_periodic
+
+
+@patch
+def _has_settled(self: Trainer) -> bool:
+    "Whether no run has found a better point for as long as one is waited for."
+    if not self.patience:
+        return False
+    return all(best and self.step - best["step"] >= self.patience for best in self.best.entries)
 
 
 @patch
