@@ -693,6 +693,8 @@ def test_other_errors_pass_and_roll_back():
         {"device": "cuda:17"},
         {"device": "tpu"},
         {"keep_best": "x", "validate": None},
+        {"patience": 0},
+        {"patience": 5, "keep_best": None},
     ],
 )
 def test_wrong_arguments_are_named(wrong):
@@ -1051,6 +1053,28 @@ def test_the_best_parameters_come_back(tmp_path):
     later.run()
     later.load_best()
     assert torch.equal(later.models[0].weight, seen[0, 80])  # also from the checkpoint
+
+
+def test_a_training_ends_when_nothing_better_has_been_found_for_long(tmp_path):
+    """The best point is at step 80; what is kept, and a training that goes on later, are those of the end."""
+    whole = finished(patience=40, folder=tmp_path)
+    assert whole.step == 120 and whole.history().best_step.tolist() == [80]
+    assert finished(patience=120).step == 200 and finished().step == 200
+    again = make(patience=40, folder=tmp_path)  # the last checkpoint is that of step 100
+    again.run()
+    assert fingerprint(again) == fingerprint(whole)
+    longer = finished()
+    whole.load_best()
+    longer.load_best()
+    assert torch.equal(whole.models[0].weight, longer.models[0].weight)
+
+
+def test_runs_of_one_program_wait_for_the_last_of_them():
+    def validate(model, step):
+        return {"distance": (step - 40 - 80 * int(model.seed)) ** 2}
+
+    assert finished(runs=1, patience=40, validate=validate).step == 80
+    assert finished(runs=2, patience=40, validate=validate).step == 160
 
 
 def test_the_choice_of_engine_leaves_no_trace(tmp_path):
