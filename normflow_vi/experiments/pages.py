@@ -54,6 +54,7 @@ experiments = (
         "answers_samples.png",
         "answers_sbc.png",
     ),
+    _page("rezende_claims", "02_vae_nf/90_claims", "rezende_claims.csv"),
     _page("iaf_idea", "03_iaf/00_idea", "iaf_fig1.png"),
     _page("iaf_claims", "03_iaf/90_claims", "iaf_claims.csv"),
     _page("cif_idea", "04_cif/00_idea", "cif_idea.png"),
@@ -79,4 +80,5 @@ experiments = (
     ),
     _page("vmonf_claims", "05_vmonf/90_claims", "vmonf_claims.csv"),
     _page("tables", "06_mnist_results/10_tables", "status.csv"),
+    _page("claims", "06_mnist_results/30_claims", "claims.csv"),
 )
