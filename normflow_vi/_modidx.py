@@ -3007,6 +3007,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'normflow_vi/reproduce/headlines.py'),
                                                  'normflow_vi.reproduce.headlines._mean': ( '90_engine/headlines.html#_mean',
                                                                                             'normflow_vi/reproduce/headlines.py'),
+                                                 'normflow_vi.reproduce.headlines._say_seeds': ( '90_engine/headlines.html#_say_seeds',
+                                                                                                 'normflow_vi/reproduce/headlines.py'),
                                                  'normflow_vi.reproduce.headlines._share': ( '90_engine/headlines.html#_share',
                                                                                              'normflow_vi/reproduce/headlines.py'),
                                                  'normflow_vi.reproduce.headlines.find_inverse_autoregressive': ( '90_engine/headlines.html#find_inverse_autoregressive',

@@ -45,7 +45,7 @@ IMAGES = {
 def test_gains_are_means_over_seeds():
     text = headlines(Records(IMAGES))
     assert "80 planar layers gain 4.0 nats" in text and "after 7,000 updates" in text
-    assert "full covariance, which is no flow, gains 2.5" in text
+    assert "full covariance, which is no flow, gains 2.5, one seed each" in text
     assert "adds 1.0 nats" in text and "Of the 3.0 nats" in text and "has 2.0" in text
 
 

@@ -27,6 +27,12 @@ def _gains(name: str, plain: list[Record], *others: list[Record]) -> list[float]
     return [_mean(plain, name) - _mean(records, name) for records in others]
 
 
+def _say_seeds(*groups: Sequence[Record]) -> str:
+    "How many seeds each group of records has, at the least."
+    least = min(len(group) for group in groups)
+    return "one seed each" if least == 1 else f"{least} seeds each"
+
+
 def find_planar(store: Store) -> Finding | None:
     "Chapter 2: planar layers and a full covariance in place of a diagonal Gaussian."
     full = store.best("vae_mnist", flow="full", recipe=vae_mnist.RECIPE)
@@ -40,9 +46,10 @@ def find_planar(store: Store) -> Finding | None:
     text = (
         "**Most of what a flow gains is correlation.** As the posterior of a variational autoencoder "
         "on MNIST 80 planar layers gain {flow:.1f} nats of the bound over a diagonal Gaussian, after "
-        "{updates:,} updates. A Gaussian with a full covariance, which is no flow, gains {full:.1f}."
+        "{updates:,} updates. A Gaussian with a full covariance, which is no flow, gains {full:.1f}, {seeds}."
     )
-    return Finding(text, {"flow": gains[0], "full": gains[1], "updates": alike["updates"]})
+    values = {"flow": gains[0], "full": gains[1], "seeds": _say_seeds(plain, layers, full)}
+    return Finding(text, values | {"updates": alike["updates"]})
 
 # %% ../../nbs/90_engine/73_headlines.ipynb #d94af16e
 _NETWORKS = {"mlp": "dense", "resnet": "residual"}
@@ -64,9 +71,10 @@ def find_inverse_autoregressive(store: Store) -> Finding | None:
     text = (
         "**An inverse autoregressive flow adds {more:.1f} nats to that.** Of the {flow:.1f} nats that eight "
         "of its steps gain behind {networks} networks, one linear step, a full covariance again, has "
-        "{linear:.1f}."
+        "{linear:.1f} ({seeds})."
     )
     values = {"flow": gains[0], "linear": gains[1], "more": gains[0] - gains[1]}
+    values["seeds"] = _say_seeds(plain, flow, linear)
     return Finding(text, values | {"networks": _NETWORKS[alike["networks"]]})
 
 # %% ../../nbs/90_engine/73_headlines.ipynb #f4797d13
