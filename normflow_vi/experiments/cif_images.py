@@ -31,7 +31,7 @@ from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
 from normflow_vi.results.store import Store
 from normflow_vi.results.verdicts import Measured, measured
-from normflow_vi.transforms import Affine, Chain, Inverse, Transform, Triangular
+from normflow_vi.transforms import Affine, Chain, Inverse, Triangular
 from normflow_vi.utils.checks import check_choice
 from normflow_vi.utils.modules import evaluating
 from normflow_vi.utils.settings import settings
@@ -105,21 +105,21 @@ def _masked(width: int) -> dict[str, Any]:
     return {"mix": "plu", "hidden": (width,) * 5, "residual": True, "bins": 8, "bound": 3.0}
 
 
-def _make_nsf(sizes: Networks, context_dim: int | None = None) -> Transform:
-    kind = {"kind": "autoregressive", "context_dim": context_dim}
+def _make_nsf(sizes: Networks, context_dim: int | None = None) -> Chain:
+    kind: dict[str, Any] = {"kind": "autoregressive", "context_dim": context_dim}
     return NSF(sizes.latents, sizes.length, **kind, **_masked(sizes.width))
 
 
-def _make_cif(sizes: Networks, context_dim: int | None) -> Transform:
-    index = {"index_dim": 2, "index_hidden": (10, 10), "form": "before", "conditional": False}
-    network = _masked(sizes.indexed_width)
-    return CIF(sizes.latents, sizes.length, context_dim=context_dim, **index, **network)
+def _make_cif(sizes: Networks, context_dim: int | None) -> Chain:
+    options = _masked(sizes.indexed_width) | {"form": "before", "conditional": False}
+    index: dict[str, Any] = {"index_dim": 2, "index_hidden": (10, 10)}
+    return CIF(sizes.latents, sizes.length, context_dim=context_dim, **index, **options)
 
 # %% ../../nbs/80_plans/52_cif_images.ipynb #52c1f022
-def _make_layers(flow: str, sizes: Networks) -> list[Transform]:
+def _make_layers(flow: str, sizes: Networks) -> list[Any]:
     "What comes after the diagonal Gaussian in a posterior."
     seen = 2 * sizes.latents
-    makers: dict[str, Callable[[], Transform]] = {
+    makers: dict[str, Callable[[], Any]] = {
         "full": lambda: Triangular(sizes.latents, 1, seen),
         "nsf": lambda: _make_nsf(sizes),
         "nsf-seeing": lambda: _make_nsf(sizes, seen),

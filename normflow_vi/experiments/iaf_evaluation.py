@@ -6,88 +6,32 @@
 __all__ = []
 
 # %% ../../nbs/80_plans/47_iaf_evaluation.ipynb #35dd73a2
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
-from normflow_vi.data import Data
-from normflow_vi.experiments import Experiment, images, vae_iaf
-from normflow_vi.experiments.vae_evaluation import RULES, judge_model, source_of
+from normflow_vi.experiments import Experiment, vae_iaf
+from normflow_vi.experiments.judging import Judging, judge_models
 from normflow_vi.experiments.vae_iaf import POSTERIORS, call_posterior
-from normflow_vi.models.vae import VAE
 from normflow_vi.results.record import Record
-from normflow_vi.results.run import Run
-from normflow_vi.results.store import Store
-from normflow_vi.utils.settings import settings
-
-RECIPE = 1
 
 # %% ../../nbs/80_plans/47_iaf_evaluation.ipynb #dca5d707
-def find_models(data: str, store: Store | None = None) -> list[Record]:
-    "The records of Table 1 that keep weights, dense networks first, posteriors in the order of the table."
-    kept = [record for record in (store or Store()).all("vae_iaf") if record.has_weights]
-    some = [record for record in kept if (record.run.recipe, record.run.data) == (vae_iaf.RECIPE, data)]
-    order = list(POSTERIORS)
-    return sorted(some, key=lambda record: (record.run.model, order.index(call_posterior(record.run))))
+def _place(record: Record) -> tuple[str, int]:
+    "Dense networks first, posteriors in the order of the table."
+    return record.run.model, list(POSTERIORS).index(call_posterior(record.run))
 
 
-def plan(profile: str, data: str = "auto") -> list[Run]:
-    "One run a model that is judged."
-    budget = settings("iaf_evaluation", profile, RULES)
-    runs = vae_iaf.plan("smoke", data)
-    if profile == "smoke":
-        models = [(run, "") for run in runs]
-    else:
-        kept = find_models(runs[0].data)
-        shown = [record for record in kept if profile == "paper" or record.run.get("networks") == "mlp"]
-        models = [(record.run, source_of(record)) for record in shown]
-    return [_judge_one(run, profile, budget | {"source": source}) for run, source in models]
+def _is_dense(record: Record) -> bool:
+    return record.run.get("networks") == "mlp"
 
 
-def _judge_one(judged: Run, profile: str, budget: dict) -> Run:
-    "The run that judges the model of another run."
-    where = judged.model, judged.data, judged.data_sha256, judged.flow, judged.length, judged.seed
-    return Run("iaf_evaluation", RECIPE, *where, profile, budget)
-
-# %% ../../nbs/80_plans/47_iaf_evaluation.ipynb #66555f65
-def _find_source(run: Run) -> Record:
-    "The record whose model a run judges."
-    for record in find_models(run.data):
-        if source_of(record) == run.get("source"):
-            return record
-    raise LookupError(f"{run.slug} judges the weights {run.get('source')}, which no record keeps; plan again")
-
-
-def _make_model(run: Run, data: Data, device: str) -> tuple[Run, VAE]:
-    "The run that trained what a run judges, and its model, from the record that keeps it or trained here."
-    if run.get("source"):
-        source = _find_source(run)
-        model = vae_iaf.build(source.run, data).to(device)
-        model.load_state_dict(source.load_weights())
-        return source.run, model
-    small_runs = vae_iaf.plan("smoke", run.data.removesuffix("-dynamic"))
-    small = next(small for small in small_runs if (small.flow, small.length) == (run.flow, run.length))
-    models, _ = images.run_to_best(vae_iaf.trainer([small], device, data=data))
-    return small, models[0]
+JUDGING = Judging("iaf_evaluation", "vae_iaf", vae_iaf, _place, _is_dense)
 
 # %% ../../nbs/80_plans/47_iaf_evaluation.ipynb #c97396f8
-def train(
-    runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
-) -> list[Record]:
-    "Judge each run's model; nothing is kept in `folder`, an interrupted run starts again."
-    data = images.dataset(runs[0], device)
-    records = []
-    for run in runs:
-        trained, model = _make_model(run, data, device)
-        records.append(judge_model(run, model, vae_iaf.draw_once(trained, data).test))
-    return records
-
-
 experiment = Experiment(
     "iaf_evaluation",
     "03_iaf",
     "nbs/03_iaf/32_gaps.ipynb",
     ("iaf_gaps.csv", "iaf_gaps.png"),
-    plan,
-    train,
+    JUDGING.plan,
+    partial(judge_models, JUDGING),
     engine="processes",
 )

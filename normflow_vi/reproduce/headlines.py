@@ -73,7 +73,7 @@ def find_inverse_autoregressive(store: Store) -> Finding | None:
         "of its steps gain behind {networks} networks, one linear step, a full covariance again, has "
         "{linear:.1f} ({seeds})."
     )
-    values = {"flow": gains[0], "linear": gains[1], "more": gains[0] - gains[1]}
+    values: dict[str, object] = {"flow": gains[0], "linear": gains[1], "more": gains[0] - gains[1]}
     values["seeds"] = _say_seeds(plain, flow, linear)
     return Finding(text, values | {"networks": _NETWORKS[alike["networks"]]})
 
