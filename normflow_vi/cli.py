@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../nbs/90_engine/80_cli.ipynb #3169ea76
 import argparse
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .experiments import Experiment
 from .reproduce import drawing, report, status
 from .reproduce.certify import certify, environment_of, open_worktree
 from normflow_vi.reproduce.jobs import (
@@ -119,16 +121,53 @@ def _write_plan_file(unit):
     return write_unit(unit, "auto", path=path)
 
 
+def _choose(only: str | None, given: dict[str, str]) -> list[Experiment]:
+    "The experiments that `only` names and that have all the notebook parameters `given`."
+    chosen = [e for e in select(only)[0] if given.keys() <= e.parameters.keys()]
+    if not chosen:
+        known = sorted({f"{name} of {e.name}" for e in select(only)[0] for name in e.parameters})
+        raise ParameterError(f"--set {', '.join(given)}: no experiment has it; there are {', '.join(known)}")
+    return chosen
+
+
 def plan_commands(
-    profile: str, only: str | None = None, device: str = "auto", data: str = "auto"
+    profile: str,
+    only: str | None = None,
+    device: str = "auto",
+    data: str = "auto",
+    given: dict[str, str] | None = None,
 ) -> list[str]:
-    "One command for each unit of runs without a record; its file of runs is written to `runs/plan/`."
-    store, device = Store([records_root(profile)]), resolve_device(device)
+    """One command for each unit of runs without a record; its file of runs is written to `runs/plan/`.
+
+    `given`: further notebook parameters, `{"setting": "published"}`; then only of experiments that have them.
+    """
+    store, device, given = Store([records_root(profile)]), resolve_device(device), given or {}
     pending = []
-    for experiment in select(only)[0]:
-        pending += make_plan(experiment, profile, data).pending(store)
+    for experiment in _choose(only, given):
+        runs = tuple(experiment.plan(profile, data, **given))
+        pending += Plan(experiment, profile, data, runs).pending(store)
     paths = [_write_plan_file(unit) for unit in split_into_units(pending, device)]
     return [f"normflow-vi run {path.relative_to(project_root())}" for path in paths]
+
+# %% ../nbs/90_engine/80_cli.ipynb #80c1f0a1
+_SLURM = """#!/bin/bash
+#SBATCH --job-name=normflow-vi
+#SBATCH --array=0-{last}
+#SBATCH --cpus-per-task=1
+#SBATCH --output=runs/plan/slurm-%a.log
+# Submit this file from the folder of the project, with its environment active: sbatch FILE
+export OMP_NUM_THREADS=1
+commands=(
+{lines}
+)
+exec ${{commands[$SLURM_ARRAY_TASK_ID]}}
+"""
+
+
+def write_slurm(commands: list[str], path: Path) -> None:
+    "Write an array script for the Slurm scheduler, a task for each of the commands."
+    lines = "\n".join(f"  {shlex.quote(command)}" for command in commands)
+    path.write_text(_SLURM.format(last=len(commands) - 1, lines=lines))
 
 # %% ../nbs/90_engine/80_cli.ipynb #676caa4a
 def _content(record):
@@ -190,6 +229,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--base": dict(metavar="COMMIT", help="compare with this commit; by default each record's own"),
     "--json": dict(action="store_true", help="for programs"),
     "--all": dict(action="store_true", help="also rows without a measurement"),
+    "--set": dict(metavar="NAME=VALUE", action="append", default=[], help="a notebook parameter"),
+    "--slurm": dict(metavar="FILE", type=Path, help="write the commands as an array job for Slurm"),
     "folder": dict(metavar="DIR", type=Path),
     "files": dict(metavar="RUNS.json", type=Path, nargs="+"),
     "notebook": dict(type=Path),
@@ -210,7 +251,10 @@ _GRAMMAR = {  # command: what it does, and the options it takes
         "--only --base",
     ),
     "status": ("ours beside the published numbers", "--json --all"),
-    "plan": ("one command for each run without a record", "--profile --only --device --data"),
+    "plan": (
+        "one command for each run without a record",
+        "--profile --only --device --data --set --slurm",
+    ),
     "merge": ("take over records from another results folder", "folder"),
     "report": ("build the report from the records there are, without training", ""),
     "run": ("train the runs in files of a plan", "files"),
@@ -270,7 +314,17 @@ def _status(a):
 
 
 def _plan(a):
-    print(*plan_commands(a.profile, a.only, a.device, a.data), sep="\n")
+    if wrong := [word for word in a.set if "=" not in word]:
+        raise ParameterError(f"--set {wrong[0]}: expected NAME=VALUE, such as setting=published")
+    given = dict(word.split("=", 1) for word in a.set)
+    commands = plan_commands(a.profile, a.only, a.device, a.data, given)
+    if not commands:
+        print("nothing left to train", file=sys.stderr)
+    elif a.slurm:
+        write_slurm(commands, a.slurm)
+        print(f"{a.slurm}: {len(commands)} tasks; sbatch {a.slurm}")
+    else:
+        print(*commands, sep="\n")
     return []
 
 # %% ../nbs/90_engine/80_cli.ipynb #31927d11

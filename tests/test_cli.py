@@ -1,6 +1,7 @@
 """The command line, end to end in a small project, and its exit codes."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -55,6 +56,8 @@ def test_wrong_usage(arguments, capsys):
     [
         (["reproduce", "--only", "77_none"], 2, "--only 77_none.*99_trial"),
         (["plan", "--only", "none"], 2, "99_trial"),
+        (["plan", "--set", "setting"], 2, "NAME=VALUE"),
+        (["plan", "--set", "setting=x"], 2, "no experiment has it"),
         (["merge", "nowhere"], 2, "nowhere"),
         (["run", "nowhere.json"], 1, "nowhere.json"),
         (["notebook", "nbs/nowhere.ipynb"], 2, "nowhere"),
@@ -96,8 +99,27 @@ def test_plan_prints_commands_that_make_the_records(project, capsys):
     for line in lines:
         assert cli.main(line.split()[1:]) == 0
     assert len(Store([project / "runs/smoke/results"]).best("trial")) == 2
+    capsys.readouterr()
     assert cli.main(["plan", "--profile", "smoke"]) == 0
-    assert not capsys.readouterr().out.strip()
+    said = capsys.readouterr()
+    assert not said.out.strip() and said.err.strip() == "nothing left to train"
+
+
+def test_a_plan_as_an_array_job_has_a_task_for_each_command(project, tmp_path, capsys):
+    """Each task of the script runs its own command; the program is stood in for by one that says its words."""
+    assert cli.main(["plan", "--profile", "smoke"]) == 0
+    commands = capsys.readouterr().out.strip().splitlines()
+    script = tmp_path / "array.sh"
+    assert cli.main(["plan", "--profile", "smoke", "--slurm", str(script)]) == 0
+    assert "2 tasks" in capsys.readouterr().out and "--array=0-1" in script.read_text()
+    stand_in = tmp_path / "normflow-vi"
+    stand_in.write_text('#!/bin/sh\necho normflow-vi "$@"\n')
+    stand_in.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for task, command in enumerate(commands):
+        environment = os.environ | {"SLURM_ARRAY_TASK_ID": str(task), "PATH": path}
+        done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == command
 
 
 def test_merge(project, tmp_path_factory, capsys):
