@@ -33,6 +33,7 @@ from normflow_vi.reproduce.jobs import (
 from .reproduce.notebooks import draw, execute, takes_parameters
 from .reproduce.parameters import DATA, DEVICES, ParameterError, resolve_device
 from .reproduce.planning import Plan, make_plan, select
+from .reproduce.verify import verify
 from .results import provenance
 from .results.record import Record
 from .results.store import Store, records_root
@@ -230,6 +231,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--json": dict(action="store_true", help="for programs"),
     "--all": dict(action="store_true", help="also rows without a measurement"),
     "--set": dict(metavar="NAME=VALUE", action="append", default=[], help="a notebook parameter"),
+    "--share": dict(metavar="PERCENT", default="5%", help="of the records, such as 5%%"),
+    "--minutes": dict(type=float, default=10.0, help="at most so long"),
+    "--seed": dict(type=int, default=0, help="another one draws other records"),
     "--slurm": dict(metavar="FILE", type=Path, help="write the commands as an array job for Slurm"),
     "folder": dict(metavar="DIR", type=Path),
     "files": dict(metavar="RUNS.json", type=Path, nargs="+"),
@@ -250,6 +254,7 @@ _GRAMMAR = {  # command: what it does, and the options it takes
         "run the present code and the code that made the records in small, and compare",
         "--only --base",
     ),
+    "verify": ("make a random share of the report's numbers again", "--share --minutes --seed"),
     "status": ("ours beside the published numbers", "--json --all"),
     "plan": (
         "one command for each run without a record",
@@ -302,6 +307,21 @@ def _certify(a):
         print(line, flush=True)
         problems += found
     return problems
+
+
+def _verify(a):
+    try:
+        share = float(a.share.removesuffix("%")) / 100
+    except ValueError:
+        raise ParameterError(f"--share {a.share}: expected a percentage, such as 5%") from None
+    checks = []
+    for check in verify(share, a.minutes, a.seed):
+        print(check, flush=True)
+        checks.append(check)
+    same = sum(check.apart == 0 for check in checks)
+    agree = sum(check.good for check in checks)
+    print(f"{len(checks)} numbers made again: {agree} agree, {same} of these bit by bit")
+    return [str(check) for check in checks if not check.good]
 
 
 def _status(a):
@@ -382,6 +402,7 @@ _COMMANDS = {
     "reproduce": _reproduce,
     "train": _train,
     "certify": _certify,
+    "verify": _verify,
     "status": _status,
     "plan": _plan,
     "merge": _merge,

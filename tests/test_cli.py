@@ -57,6 +57,8 @@ def test_wrong_usage(arguments, capsys):
         (["reproduce", "--only", "77_none"], 2, "--only 77_none.*99_trial"),
         (["plan", "--only", "none"], 2, "99_trial"),
         (["plan", "--set", "setting"], 2, "NAME=VALUE"),
+        (["verify", "--share", "much"], 2, "--share much.*percentage"),
+        (["verify", "--share", "0%"], 1, "share=0.*above 0"),
         (["plan", "--set", "setting=x"], 2, "no experiment has it"),
         (["merge", "nowhere"], 2, "nowhere"),
         (["run", "nowhere.json"], 1, "nowhere.json"),
@@ -106,7 +108,7 @@ def test_plan_prints_commands_that_make_the_records(project, capsys):
 
 
 def test_a_plan_as_an_array_job_has_a_task_for_each_command(project, tmp_path, capsys):
-    """Each task of the script runs its own command; the program is stood in for by one that says its words."""
+    """Each task of the script runs its own command; a program that says its words stands in for ours."""
     assert cli.main(["plan", "--profile", "smoke"]) == 0
     commands = capsys.readouterr().out.strip().splitlines()
     script = tmp_path / "array.sh"
