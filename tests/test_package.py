@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 import normflow_vi
 from helpers import MODULES
+from normflow_vi import experiments
 
 ROOT = Path(__file__).parent.parent
 
@@ -167,3 +169,12 @@ def test_an_import_that_runs_upward_is_noticed(tmp_path):
 
 def test_files_are_annotated():
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_what_a_checker_is_told_to_make_is_made():
+    """Each file of codecheck.yml is the product of the experiment that its comment names."""
+    text = (ROOT / "codecheck.yml").read_text()
+    files = re.findall(r"file: figures/(\S+)\n\s+comment: .*--only (\w+)\)", text)
+    assert len(files) == text.count("- file:") >= 10
+    for file, name in files:
+        assert file in experiments.get(name).products, (file, name)
