@@ -819,3 +819,22 @@ def test_shared_masks_of_an_autoregressive_stack():
     for _, step in list_layers(transform):
         value, _ = step(value)
     assert torch.allclose(value, transform.forward(z)[0], atol=1e-9)
+
+
+def test_a_fit_computes_with_its_own_number_of_threads():
+    """One unless asked for more, from the first look at the target to the verdict; others are left alone."""
+    before, seen = torch.get_num_threads(), set()
+    torch.set_num_threads(3)
+    try:
+        for threads in (None, 2):
+            asked = {} if threads is None else {"threads": threads}
+
+            def log_density(z):
+                seen.add(torch.get_num_threads())
+                return -z.square().sum(-1)
+
+            fit(Flow(Affine(2)), log_density, steps=20, evaluation_draws=200, **asked)
+            assert seen == {threads or 1} and torch.get_num_threads() == 3
+            seen.clear()
+    finally:
+        torch.set_num_threads(before)

@@ -624,16 +624,18 @@ def fit_each(
     steps: int = 500,
     samples: int = 32,
     learning_rate: float = 0.05,
+    threads: int = 1,
 ) -> Callable[[Tensor], FlowsOfData]:
     """A `posterior` for `sbc` that fits a flow of its own to each data set, all as one batched program.
 
     `log_likelihood(theta, x)`: from theta `(S, D)` and one data set to `(S,)`, in operations that
     `torch.func.vmap` knows. `make_flow()`: a new `Flow` without context on the prior's support. The
     reverse divergence is minimised by Adam with a cosine schedule, `samples` draws a step. Time
-    grows with N, `steps` and `samples`. Raises `ValueError` or `TypeError` naming the argument, and
+    grows with N, `steps` and `samples`; of `threads`, one is fastest for small flows. Raises
+    `ValueError` or `TypeError` naming the argument, and
     the trainer's `NonFinite`, whose seed is the number of the data set.
     """
-    for name, value in (("steps", steps), ("samples", samples)):
+    for name, value in (("steps", steps), ("samples", samples), ("threads", threads)):
         check_int(name, value)
     optimizer = Optimizer("adam", check_positive("learning_rate", learning_rate), clip=10.0)
 
@@ -643,7 +645,7 @@ def fit_each(
 
     def posterior(x):
         models = _make_models(make_flow, prior, x)
-        options = {"device": str(x.device), "threads": torch.get_num_threads()}
+        options = {"device": str(x.device), "threads": threads}
         with unvalidated():
             trainer = Trainer(
                 models, loss, steps=steps, seeds=range(len(models)), optimizer=optimizer, **options

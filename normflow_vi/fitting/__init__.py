@@ -48,6 +48,7 @@ from .mixed import as_flow, check_mixtures, is_mixture, share_out
 from .modes import MIXTURES, call_witness, check_base, find_modes, set_shares
 
 # %% ../../nbs/01_flows/50_fit.ipynb #9ff50d7e
+from .terminal import ProgressLine
 from .verdict import advise, rank_of
 from ..flows import Flow, FlowDistribution, draw_base
 from ..flows.bases import units_of
@@ -66,6 +67,7 @@ from normflow_vi.utils.modules import (
     forked_stream,
     named_tensors,
     unvalidated,
+    using_threads,
 )
 from ..utils.patching import patch
 
@@ -87,7 +89,8 @@ class FitOptions:
     `validation`: the share of the samples that is held out and by which the flow is chosen.
     `evaluation_draws`: fresh draws by which the result is judged.
     `log_z`: the exact log Z in nats, if known: then the divergence itself is reported.
-    `progress(step, steps, seconds, values)` is called now and then.
+    `threads` of the processor; for all but very large flows one is fastest, often by far.
+    `progress(step, steps, seconds, values)` is called now and then; unless given, a terminal gets a line.
     """
 
     steps: int | None = None
@@ -104,10 +107,12 @@ class FitOptions:
     validation: float = 0.1
     evaluation_draws: int = 10_000
     log_z: float | None = None
+    threads: int = 1
     progress: Callable | None = None
 
     def __post_init__(self):
-        for name, least in (("draws", 1), ("restarts", 1), ("seed", 0), ("evaluation_draws", 2)):
+        least_of = {"draws": 1, "restarts": 1, "seed": 0, "evaluation_draws": 2, "threads": 1}
+        for name, least in least_of.items():
             check_int(name, getattr(self, name), least)
         if self.seed >= 2**62:
             raise ValueError(f"seed={self.seed!r}: expected less than 2**62")
@@ -678,8 +683,7 @@ def _make_trainer(models, goal: Goal, options: FitOptions) -> _Settling:
         validate_every=50 if validating else None,
         keep_best="nll" if validating else None,
         device=str(models[0].place.loc.device),
-        threads=torch.get_num_threads(),
-        progress=options.progress,
+        threads=options.threads,
     )
     trainer.since = goal.anneal
     return trainer
@@ -694,7 +698,9 @@ def _train(models, goal: Goal, options: FitOptions) -> _Settling:
     start, failed_at = trainer.state(), None
     while True:
         try:
-            trainer.run()
+            with ProgressLine() as line:
+                trainer.progress = options.progress or line
+                trainer.run()
             break
         except (NonFinite, RuntimeError, ValueError) as error:
             if not trainer.retreat(error, failures):
@@ -836,7 +842,7 @@ def _fit_undisturbed(q, log_density, samples, support, options):
         with as_flow(q, samples, support) as flow:
             return _fit_undisturbed(flow, log_density, samples, support, options)
     _check_kind(log_density, samples, options)
-    with restore_on_error(q), forked_stream(seed=options.seed):
+    with restore_on_error(q), forked_stream(seed=options.seed), using_threads(options.threads):
         check_flow(q, support)
         check_use(q, samples)
         return _fit_to(q, log_density, samples, options)
@@ -889,6 +895,7 @@ def fit(
     place: bool = True,
     validation: float = 0.1,
     evaluation_draws: int = 10_000,
+    threads: int = 1,
     progress: Callable | None = None,
 ) -> Fit:
     """Train the flow `q` in place on `log_density` `(N, D) -> (N,)` in nats, or on `samples` `(N, D)`.

@@ -173,6 +173,11 @@ def lent_stream(generator: torch.Generator | None) -> Iterator[None]:
             stream.set_state(before)
 
 
+def using_threads(count: int) -> AbstractContextManager[None]:
+    "Within a `with` block torch computes with so many threads of the processor."
+    return _threads.set_to(count)
+
+
 @contextmanager
 def undisturbed(threads: int, device: torch.device) -> Iterator[None]:
     "Use `threads` threads; afterwards restore their number and torch's global random streams."
