@@ -99,7 +99,7 @@ def test_what_sees_the_image(digits, x):
         assert torch.equal(one_weight, two_weight) != weighs
 
 
-def test_a_flow_that_does_not_see_the_image_is_a_prior_in_disguise(digits, x):
+def test_a_flow_that_does_not_see_the_image_is_a_learned_prior_too(digits, x):
     """The same bound to rounding, draw by draw, with the flow in the posterior, or in prior and decoder."""
     posterior_flow = move(cif_images.build(SMOKE["nsf"], digits), 0.1).double()
     gaussian, flow = posterior_flow.posterior.transform.transforms

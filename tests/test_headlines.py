@@ -65,3 +65,19 @@ def test_those_of_the_report_are_borne_out():
     assert len(values) == len(HEADLINES)
     numbers = [value for each in values for value in each.values() if not isinstance(value, str)]
     assert np.isfinite(numbers).all()
+
+
+LIKELIHOODS = {
+    ("cif_images", flow, None): [{"log_p": value}]
+    for flow, value in (("diagonal", -99.0), ("nsf", -96.0), ("cif", -95.5), ("nsf-prior", -92.0))
+}
+
+
+@pytest.mark.parametrize("missing", [None, *LIKELIHOODS])
+def test_the_flow_behind_the_encoder_stands_beside_the_learned_prior(missing):
+    text = headlines(Records({key: values for key, values in LIKELIHOODS.items() if key != missing}))
+    if missing is None:
+        assert "gains 3.0 nats" in text and "3.5 with continuous indices" in text
+        assert "it gains 7.0, one seed each" in text
+    else:
+        assert text == ""
