@@ -300,7 +300,7 @@ def _train(a):
         return train_at(a.at, [word for pair in given.items() for word in pair])
     return train(a.profile, a.only, a.device, a.data, a.engine, a.retrain)
 
-
+# %% ../nbs/90_engine/80_cli.ipynb #80c1f0b1
 def _certify(a):
     names, problems = [experiment.name for experiment in select(a.only)[0]], []
     for line, found in certify(names, a.base):
@@ -323,7 +323,7 @@ def _verify(a):
     print(f"{len(checks)} numbers made again: {agree} agree, {same} of these bit by bit")
     return [str(check) for check in checks if not check.good]
 
-
+# %% ../nbs/90_engine/80_cli.ipynb #80c1f0b2
 def _status(a):
     table, problems = status.rows()
     if a.json:

@@ -175,7 +175,7 @@ def _plan_section(section: str, profile: str, name: str) -> list[Run]:
         for seed in seeds
     ]
 
-
+# %% ../../nbs/80_plans/52_cif_images.ipynb #52c1f034
 def plan(profile: str, data: str = "auto", setting: str = "fast") -> list[Run]:
     """One run a set of networks, posterior and seed.
 

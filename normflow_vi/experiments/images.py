@@ -123,7 +123,7 @@ def image_loss(steps: int, objective: str = "kl") -> Callable:
     return loss
 
 # %% ../../nbs/80_plans/15_images.ipynb #844e6444
-def make_curve_point(parts):
+def make_curve_point(parts: Mapping[str, torch.Tensor]) -> Callable[[VAE, int], dict[str, float]]:
     "A function of the model: F on each of `parts`, a dict of images, one draw each."
 
     def validate(model, step):

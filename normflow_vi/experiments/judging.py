@@ -117,7 +117,7 @@ def columns_of(record: Record, draws: int) -> dict[str, float | str]:
         "encoder": _with_error(record, "amortisation"),
     }
 
-
+# %% ../../nbs/80_plans/35_judging.ipynb #35c1a041
 def draw_gaps(named: dict[str, Record], draws: int, family: str) -> Any:
     "A figure: the gap of each model in its two parts, and its bound beside three estimates of log p."
     import matplotlib.pyplot as plt

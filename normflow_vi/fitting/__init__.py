@@ -900,10 +900,9 @@ def fit(
 ) -> Fit:
     """Train the flow `q` in place on `log_density` `(N, D) -> (N,)` in nats, or on `samples` `(N, D)`.
 
-    These may have a `context` `(N, context_dim)`. Or by `batch` rows on `prior`, `likelihood` and `data`.
-    For a log-density `q` may be a `MixtureOfFlows`: the result's flow has it as its base.
-    Returns a `Fit`, which prints as a diagnosis; options: `FitOptions`. Goes on where an earlier one ended.
-    Raises `ValueError` or `TypeError` naming the argument, `NonFinite`. Source: Rezende & Mohamed 2015.
+    These may have a `context` `(N, context_dim)`; or by `batch` rows on `prior`, `likelihood` and `data`. `q`
+    may be a `MixtureOfFlows`, the base of the result. Returns a `Fit`; options: `FitOptions`. Goes on where a
+    fit ended. Raises `ValueError` or `TypeError` naming the argument, `NonFinite`. Rezende & Mohamed 2015.
     >>> from normflow_vi.transforms import Affine
     >>> round(fit(Flow(Affine(2)), lambda z: -z.square().sum(-1), steps=500).elbo.value.item(), 2)  # log pi
     1.14
