@@ -131,7 +131,10 @@ def _make_layers(flow: str, sizes: Networks) -> list[Any]:
 
 
 def make_posterior(flow: str, sizes: Networks) -> Flow:
-    "The posterior called `flow`, given the two numbers a latent that an encoder puts out."
+    """The posterior called `flow`, a name in `NAMES`, given the two numbers a latent of an encoder.
+
+    A diagonal Gaussian, amortised, and what comes after it.
+    """
     gaussian = Affine(sizes.latents, context_dim=2 * sizes.latents)
     return Flow(Chain(gaussian, *_make_layers(flow, sizes)))
 
@@ -211,7 +214,10 @@ def build(run: Run, data: Data) -> VAE:
 
 
 def _images_for_curves(run: Run, judged: Data) -> dict[str, torch.Tensor]:
-    "All validation images, by whose bound a model is chosen, and a fifth as many of the others."
+    """The images on which learning curves are measured, each part drawn once.
+
+    All validation images, by whose bound a model is chosen, and a fifth as many of the others.
+    """
     count = run.get("evaluation_images")
     valid = {"valid": judged.valid.pixels(indices=slice(count))}
     return valid | {
@@ -260,7 +266,11 @@ def train(
 
 
 def record(run: Run, model: VAE, judged: Data, history: History, index: int) -> Record:
-    "The record of one trained model, by the images `judged`; with `ended`, the update at which it ended."
+    """The record of one trained model, by the images `judged`.
+
+    Beside what every model of images has: `log_p`, the likelihood as the source has it, in nats; that of the
+    first images by as many and by more draws; and `ended`, the update at which the training ended.
+    """
     keep = run.profile == "paper" and run.seed == 0 and run.data == "mnist-dynamic"
     found = images.record(run, model, judged, history, index, keep_weights=keep)
     x = judged.test.pixels(indices=slice(run.get("long_images")))
@@ -287,7 +297,10 @@ def find_records(store: Store, networks: str, data: str) -> dict[str, list[Recor
 
 
 def rows(store: Store) -> list[Measured]:
-    "The table of images from the best records with the adopted networks."
+    """The table of images from the best records with the adopted networks.
+
+    A row counts as shortened if one of its trainings was ended by its number of updates.
+    """
     found = []
     for data, called in _DATA_SETS.items():
         by_flow = find_records(store, ADOPTED, data)

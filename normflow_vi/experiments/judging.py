@@ -29,22 +29,33 @@ RECIPE = 1
 # %% ../../nbs/80_plans/35_judging.ipynb #35c1a011
 @dataclass(frozen=True)
 class Judging:
-    "How the experiment `name` judges models that the experiment `trained` keeps; of images drawn anew."
+    """How the experiment `name` judges models of dynamically binarised images that `trained` keeps.
+
+    `module`: that of the experiment `trained`, with its `RECIPE`, `plan`, `build` and `trainer`. `order`: a
+    key by which the models are shown in order. `is_short`: whether the short profile judges a model, too.
+    """
 
     name: str
     trained: str
-    module: Any  # that of `trained`: `RECIPE`, `plan`, `build`, `trainer`
-    order: Callable[[Record], Any]  # in which the models are shown
-    is_short: Callable[[Record], bool] = lambda record: True  # whether the short profile judges it too
+    module: Any
+    order: Callable[[Record], Any]
+    is_short: Callable[[Record], bool] = lambda record: True
 
     def find_models(self, data: str, store: Store | None = None) -> list[Record]:
-        "The records that keep weights, in order."
-        kept = [record for record in (store or Store()).all(self.trained) if record.has_weights]
-        wanted = (self.module.RECIPE, data)
-        return sorted((r for r in kept if (r.run.recipe, r.run.data) == wanted), key=self.order)
+        """The records of the present recipe that keep weights, in order.
+
+        `data`: such as "mnist-dynamic". Without a `store`, those of the report.
+        """
+        records = (store or Store()).all(self.trained)
+        kept = [r for r in records if r.has_weights and r.run.recipe == self.module.RECIPE]
+        return sorted((r for r in kept if r.run.data == data), key=self.order)
 
     def plan(self, profile: str, data: str = "auto") -> list[Run]:
-        "One run a model that is judged."
+        """One run a model that is judged.
+
+        Under "smoke" the models are those of the smallest plan, which are trained when they are needed;
+        otherwise those that records keep, in the long form all of them.
+        """
         budget = settings(self.name, profile, RULES)
         small = self.module.plan("smoke", data)
         if profile == "smoke":
@@ -84,7 +95,11 @@ def _make_model(judging: Judging, run: Run, data: Data, device: str) -> tuple[Ru
 def judge_models(
     judging: Judging, runs: list[Run], folder: Path | None, device: str, progress: Callable | None = None
 ) -> list[Record]:
-    "Judge each run's model; nothing is kept in `folder`, an interrupted run starts again."
+    """Judge each run's model, on images that are drawn once for all models; returns the records.
+
+    Nothing is kept in `folder`: an interrupted run starts again. Raises `LookupError` where the weights
+    that a run names are no longer kept.
+    """
     data = images.dataset(runs[0], device)
     records = []
     for run in runs:
@@ -104,7 +119,11 @@ def _with_error(record: Record, name: str) -> str:
 
 
 def columns_of(record: Record, draws: int) -> dict[str, float | str]:
-    "What a table says of a judged model, in nats; `draws`: as many as the table of trained models has."
+    """What a table says of a judged model, in nats, by column.
+
+    `draws`: as many as the table of trained models has. "AIS": the annealed bound; "width": the distance of
+    the annealed bounds of simulated images, from below and from above; "gap" is "family" and "encoder".
+    """
     return {
         "bound": record.value("real_elbo"),
         f"log p, {draws}": bound_of(record, draws),
@@ -119,7 +138,10 @@ def columns_of(record: Record, draws: int) -> dict[str, float | str]:
 
 # %% ../../nbs/80_plans/35_judging.ipynb #35c1a041
 def draw_gaps(named: dict[str, Record], draws: int, family: str) -> Any:
-    "A figure: the gap of each model in its two parts, and its bound beside three estimates of log p."
+    """A figure of judged models, a row each: the gap in its two parts; the bound and three estimates of log p.
+
+    `named`: the records, by what the figure calls them. `family`: whose colour the approximation gap has.
+    """
     import matplotlib.pyplot as plt
 
     height = 1.3 + 0.45 * len(named)

@@ -30,7 +30,11 @@ WITHIN, ERRORS, IMAGES = 1e-3, 4.0, 100
 # %% ../../nbs/90_engine/59_verify.ipynb #59c1a003
 @dataclass(frozen=True)
 class Check:
-    "A number that was made again: whose, how, how far apart the two are, and how far they may be."
+    """A number that was made again.
+
+    `name`: whose it is. `how`: from what it was made. `apart`: how far the two are from one another, in
+    `unit`; 0 for the same bits. `allowed`: how far they may be.
+    """
 
     name: str
     how: str
@@ -49,7 +53,11 @@ class Check:
 
 # %% ../../nbs/90_engine/59_verify.ipynb #59c1a011
 def _train_again(name: str, task: Task) -> list[Check]:
-    "The short training of a task, and each of its records beside what it noted."
+    """The short training of a task, and each of its records beside what it noted.
+
+    The values are compared relative to their size, or to 1 where they are smaller. Learning curves and
+    arrays are looked at only to tell whether bits are the same.
+    """
     found = probe([run.to_dict() for run in task.runs])
     checks = []
     for index, noted in task.noted:
@@ -75,7 +83,11 @@ def _find_trainings() -> list[Callable[[], list[Check]]]:
 
 # %% ../../nbs/90_engine/59_verify.ipynb #59c1a021
 def _judge_again(record: Record) -> list[Check]:
-    "The bound and the likelihood of a model from its kept weights, beside those of its record."
+    """The bound and the likelihood of a model from its kept weights, beside those of its record.
+
+    Both are estimated with other noise than the record's. How far their means over the same images are
+    apart is counted in standard errors of the difference, image by image.
+    """
     run = record.run
     model = experiments.get(run.experiment).trainer([run]).models[0]
     model.load_state_dict(record.load_weights())
@@ -104,6 +116,8 @@ def _find_weights() -> list[Callable[[], list[Check]]]:
 def verify(share: float = 0.05, minutes: float = 10.0, seed: int = 0) -> Iterator[Check]:
     """Make a random `share` of the report's numbers again, a `Check` each, for so many minutes at most.
 
+    The share is that of the short trainings, and of the models with weights; at least one of each. Another
+    `seed` draws others. Computes with one thread, as the records were made; nothing is written anywhere.
     Raises `ValueError` for a share outside (0, 1].
     """
     if not 0 < share <= 1:
