@@ -138,7 +138,7 @@ def columns_of(record: Record, draws: int) -> dict[str, float | str]:
 
 # %% ../../nbs/80_plans/35_judging.ipynb #35c1a041
 def draw_gaps(named: dict[str, Record], draws: int, family: str) -> Any:
-    """A figure of judged models, a row each: the gap in its two parts; the bound and three estimates of log p.
+    """A figure of judged models, a row each: the gap in two parts; the bound, and three estimates of log p.
 
     `named`: the records, by what the figure calls them. `family`: whose colour the approximation gap has.
     """
