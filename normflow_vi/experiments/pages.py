@@ -43,8 +43,8 @@ _theory = (
 )
 
 # %% ../../nbs/80_plans/00_pages.ipynb #7c1e52ad
-experiments = (
-    *_theory,
+_flows = (
+    _page("volume", "01_flows/63_volume", "volume_heights.png", "volume_floor.png"),
     _page(
         "answers",
         "01_flows/70_answers",
@@ -55,6 +55,12 @@ experiments = (
         "answers_sbc.png",
     ),
     _page("rezende_claims", "02_vae_nf/90_claims", "rezende_claims.csv"),
+)
+
+# %% ../../nbs/80_plans/00_pages.ipynb #63f10070
+experiments = (
+    *_theory,
+    *_flows,
     _page("iaf_idea", "03_iaf/00_idea", "iaf_fig1.png"),
     _page("iaf_claims", "03_iaf/90_claims", "iaf_claims.csv"),
     _page("cif_idea", "04_cif/00_idea", "cif_idea.png"),
@@ -81,4 +87,5 @@ experiments = (
     _page("vmonf_claims", "05_vmonf/90_claims", "vmonf_claims.csv"),
     _page("tables", "06_mnist_results/10_tables", "status.csv"),
     _page("claims", "06_mnist_results/30_claims", "claims.csv"),
+    _page("errata", "06_mnist_results/40_errata", "errata.csv"),
 )
