@@ -3419,6 +3419,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'normflow_vi/reproduce/status.py'),
                                               'normflow_vi.reproduce.status.select_shown': ( '90_engine/status.html#select_shown',
                                                                                              'normflow_vi/reproduce/status.py'),
+                                              'normflow_vi.reproduce.status.standard_error': ( '90_engine/status.html#standard_error',
+                                                                                               'normflow_vi/reproduce/status.py'),
                                               'normflow_vi.reproduce.status.summary': ( '90_engine/status.html#summary',
                                                                                         'normflow_vi/reproduce/status.py'),
                                               'normflow_vi.reproduce.status.text': ( '90_engine/status.html#text',

@@ -242,7 +242,7 @@ def test_rows_beside_the_paper(tmp_path):
         planar["verdict"],
         planar["updates"],
         planar["seeds"],
-    ) == (-0.22, 0.121, "shortened", 6000, [0, 1, 2])
+    ) == (-0.22, 0.101, "shortened", 6000, [0, 1, 2])
     for energy in ("U2", "U3"):
         line = found["Fig 3d", f"PF K=8 (2-D energy {energy})"]
         assert (
@@ -264,8 +264,8 @@ def test_published_settings_are_judged_and_ours_shown_beside(tmp_path):
         found["Fig 3d", "PF (Adam) K=8 (2-D energy U1)"],
     )
     assert (
-        line["updates"] == 500_000 and line["verdict"] == "reproduced"
-    )  # 0.12 against -0.22, within half a nat
+        line["updates"] == 500_000 and line["verdict"] == "worse"
+    )  # 0.10 against -0.22: in the plane a twentieth of a nat is allowed
     assert besides["updates"] == 6000 and besides["verdict"] == "no published number"
     assert (
         found["Fig 3d", "PF K=2 (2-D energy U1)"]["updates"] == 6000

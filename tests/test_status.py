@@ -333,3 +333,25 @@ def test_figures_go_out_of_date(tmp_path, monkeypatch):
     monkeypatch.setattr(status, "notebook_code", lambda path: "another")
     status._present.cache_clear()
     assert state() == "out of date"
+
+
+@pytest.mark.parametrize(
+    "error, kind, expected",
+    [
+        (0.08, "s.d. of 4 runs", 0.04),
+        (0.08, "s.e. of 3 runs, presumably", 0.08),
+        (0.5, "2 s.e. over test images", 0.25),
+        (0.3, "unknown", 0.3),
+        (None, "", None),
+    ],
+)
+def test_printed_errors_become_standard_errors(error, kind, expected):
+    assert status.standard_error(error, kind) == expected
+
+
+def test_every_printed_error_says_of_what_kind_it_is():
+    for line in status.read_csv("published.csv"):
+        assert bool(line["error"]) == bool(line["error_kind"]), line
+    assert all(number["se"] is None or number["se"] > 0 for number in status.published())
+    with pytest.raises(ValueError, match="error_kind='variance'"):
+        status.standard_error(0.1, "variance")

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/80_plans/10_energies.ipynb #e3f6eecc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ from normflow_vi.utils.settings import settings
 RECIPE = 2
 # U2 to U4 behind a soft wall at 4: on the plane they have no normalising constant
 TARGETS = ("U1", "U2", "U3", "U4")
-AXIS = 1.62  # nats; the paper's plotted value minus F, for U1 (see below)
+AXIS = 1.60  # nats; the paper's plotted value minus F, for U1 (see below)
+_AXIS_OF_RECORDS = 1.62  # an earlier reading of it, which records contain
 
 # %% ../../nbs/80_plans/10_energies.ipynb #adb40852
 _NICE = {"hidden": (8,), "activation": "tanh"}
@@ -227,7 +228,7 @@ def record(run: Run, q: Flow, history: History, index: int, device: str) -> Reco
     F, error = -bound.value.item(), bound.std_error.item()
     levels = {"F": F, "kl": F + target.log_z}
     if run.model == "U1":
-        levels["as_plotted"] = F + AXIS
+        levels["as_plotted"] = F + _AXIS_OF_RECORDS
     values = {name: {"value": value, "std_error": error} for name, value in levels.items()}
     values["missed"] = _missed_share(target, grid, density)
     density = density.numpy()
@@ -307,7 +308,7 @@ def _rows_of(store, fits, figure, suffix=""):
             shortened=records[0].run.get("updates") < figure.updates,
             comparable=energy == "U1",
         )
-        rows.append(row)
+        rows.append(replace(row, value=row.value + AXIS - _AXIS_OF_RECORDS) if is_plotted else row)
     return rows
 
 # %% ../../nbs/80_plans/10_energies.ipynb #0f834780

@@ -335,8 +335,8 @@ _GAIN = (
     "The published gain is {published:.1f} nats, unconfirmed"
 )
 _NO_MORE = (
-    "; with K = {K} our posterior is estimated to miss {missed:.1f}, "
-    "and for a fixed decoder a better one can save no more"
+    "; with K = {K} our posterior is estimated to miss at least {missed:.1f}, "
+    "and for a fixed decoder a better one can raise the bound by what it misses, the likelihood by nothing"
 )
 _SATURATED = (
     "Of the {minus_F:.0f} nats of $-F$ with K = {K}, the {saturated:.1f} saturated pixels of a mean patch "

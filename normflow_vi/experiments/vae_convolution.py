@@ -287,7 +287,7 @@ _NO_DIFFERENCE = (
 _SCALES_AND_GATES = (
     "**Scales, then gates.** Scales between convolutions, still linear, change $F$ by {scales[0]:+.2f} ± "
     "{scales[1]:.2f} against one circulant layer, with {correlation:.2f} nats of correlation. "
-    "Gates on top, at equal size, change it by {gates[0]:+.2f} ± {gates[1]:.2f}, "
+    "Gates on top, at equal size and so with fewer rounds, change it by {gates[0]:+.2f} ± {gates[1]:.2f}, "
     "and bring {negentropy:.2f} nats of negentropy. "
 )
 _CREDITED = "Without the control in the middle, the {effect} of the scales would be credited to the gates."

@@ -150,7 +150,7 @@ class LogitNormal(Likelihood):
     A density in `x`. The decoder's output is `m`, then, for `log_variance="emitted"`, `v`; for
     "learned" `v` are `dim` parameters of this module; otherwise it is the number given. Raises
     `ValueError` for any other `log_variance` and for `eps` outside `(0, 0.5)`. Source: Rezende &
-    Mohamed 2015, section 6.3.
+    Mohamed 2015, Table 3.
 
     >>> LogitNormal().log_prob(torch.tensor([0.5]), torch.zeros(2))  # in nats
     tensor(0.5173)

@@ -72,10 +72,28 @@ def _item_of(line):
     return line["paper"], line["table_or_figure"]
 
 
+def standard_error(error: float | None, kind: str) -> float | None:
+    """The standard error behind a printed `error` of some kind, as the list of published numbers calls it.
+
+    Standard deviations of runs are divided by the root of their number, two standard errors by two. One of
+    unknown kind is taken as it is. Raises `ValueError` for a kind that is none of these.
+
+    >>> standard_error(0.10, "s.d. of 4 runs")
+    0.05
+    """
+    if error is None or kind in ("unknown", ""):
+        return error
+    if found := re.match(r"s\.(d|e)\. of (\d+) runs", kind):
+        return error / int(found[2]) ** 0.5 if found[1] == "d" else error
+    if kind.startswith("2 s.e."):
+        return error / 2
+    raise ValueError(f"error_kind={kind!r}: expected s.d. or s.e. of so many runs, 2 s.e., or unknown")
+
+
 def published() -> list[Row]:
     """The published numbers, each a dict of its line in the list.
 
-    Besides, `row` is its label, and `value` and `error` are numbers or `None`.
+    Besides, `row` is its label; `value`, `error` as printed, and `se` are numbers or `None`.
     """
     items: dict[Any, list[Row]]
     lines, items = read_csv("published.csv"), {}
@@ -84,7 +102,8 @@ def published() -> list[Row]:
     numbers = []
     for line in lines:
         value, error = _as_number(line["value"]), _as_number(line["error"])
-        numbers.append(line | {"row": _label(line, items[_item_of(line)]), "value": value, "error": error})
+        more = {"row": _label(line, items[_item_of(line)]), "value": value, "error": error}
+        numbers.append(line | more | {"se": standard_error(error, line["error_kind"])})
     return numbers
 
 # %% ../../nbs/90_engine/60_status.ipynb #6388bcbb
@@ -146,7 +165,7 @@ def _judge(number, m):
     outcome = verdict(
         number["metric"],
         number["value"],
-        number["error"],
+        number["se"],
         m.value if m else None,
         m.se if m else None,
         shortened=m.shortened if m else False,

@@ -131,6 +131,7 @@ _LOWER = (
     "seconds",
     "free energy",
 )
+_IN_THE_PLANE = ("variational bound as plotted", "F on literal energy")  # where half a nat is everything
 _HIGHER = ("log p", "vlb", "elbo", "marginal log", "accuracy")
 
 # %% ../../nbs/90_engine/44_verdicts.ipynb #78ab26fe
@@ -154,7 +155,9 @@ def _tolerance(metric, published_se, se):
     "How far apart two equal numbers may be, in the metric's unit."
     if published_se is not None:
         return 2 * math.hypot(se or 0, published_se)
-    return max(0.005, 2 * (se or 0)) if "bits/dim" in metric else 0.5
+    if "bits/dim" in metric:
+        return max(0.005, 2 * (se or 0))
+    return max(0.05, 2 * (se or 0)) if metric.startswith(_IN_THE_PLANE) else 0.5
 
 
 def verdict(
