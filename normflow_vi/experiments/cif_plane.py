@@ -22,13 +22,13 @@ from normflow_vi.engine.optimizer import Optimizer
 from normflow_vi.engine.trainer import Trainer
 from normflow_vi.experiments import Experiment
 from normflow_vi.experiments.common import COUNT, RATE, SEEDS, pack_density
-from normflow_vi.flows import CIF, NSF, Flow, RealNVP
+from normflow_vi.flows import CIF, IAF, NSF, Flow, RealNVP
 from normflow_vi.flows.many_indices import draw_index_weights, log_mean_exp
 from normflow_vi.objectives import annealing, elbo, estimate, free_energy
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
 from normflow_vi.targets import lattice, rings
-from normflow_vi.transforms import ContinuouslyIndexed, Planar
+from normflow_vi.transforms import Affine, Chain, ContinuouslyIndexed, Planar
 from normflow_vi.transforms.continuously_indexed import log_normal_at
 from normflow_vi.utils.modules import evaluating
 from normflow_vi.utils.settings import settings
@@ -100,7 +100,13 @@ def situation(run: Run) -> _Situation:
 
 NARROW, SIGMAS = 0.1, (0.1, 1.0, 10.0)
 PAIR, QUIET = ("nsf", "cif"), "cif-quiet"  # the two flows of the source; a CIF that begins near the identity
-OPPONENTS = ("nsf-trained", "nsf-mixture", "planar", "realnvp")
+OPPONENTS = ("nsf-trained", "nsf-mixture", "nsf-shifted", "planar", "planar-shifted", "iaf", "realnvp")
+OTHERS_INDEXED = (
+    "planar-indexed",
+    "planar-linear",
+    "iaf-indexed",
+)  # an index around other layers than splines
+INDEXED = (PAIR[1], QUIET, *OTHERS_INDEXED)
 
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #8c9c22a9
 class _Normal(nn.Module):
@@ -156,6 +162,11 @@ class _Mixture(nn.Module):
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #09d5be45
 _MIXED, _WIDE = 9, 1.0  # parts of the mixture base; where the trained base of planar and RealNVP begins
 _COUPLINGS = 8
+_INSIDE, _PAIR, _SHIFTED = (
+    4,
+    2,
+    7,
+)  # layers of a block: planar with an index, IAF with one, planar with a shift
 
 
 def _network(run, width):
@@ -184,6 +195,37 @@ def _indexed(run):
                 _start_as_linear(layer)
     return made
 
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #5c0e7a11
+def _iaf(width, length):
+    return IAF(2, length, hidden=(width, width), form="plain", max_log_scale=3.0)
+
+
+def _index_blocks(length, inside, linear=False):
+    """So many blocks, each what `inside()` makes with an index around it, begun as the CIF is.
+
+    `linear`: with networks that have no hidden layer. Nothing bounds what those say, so their
+    log-scales are bounded, and they begin near the identity.
+    """
+    index: dict[str, Any] = {"hidden": () if linear else (10, 10), "max_log_scale": 3.0 if linear else None}
+    layers = [ContinuouslyIndexed(inside(), form="before", **index) for _ in range(length)]
+    for layer in [] if linear else layers:
+        _start_as_linear(layer)
+    return Chain(*layers)
+
+
+def _shift_blocks(length, inside):
+    "So many blocks, each a trained shift and scale and then the layers that `inside()` makes."
+    return Chain(*(layer for _ in range(length) for layer in (Affine(2), *inside())))
+
+
+def _planar_like(flow, length):
+    "The planar flows by name."
+    if flow == "planar":
+        return Planar(2, length)
+    if flow == "planar-shifted":
+        return _shift_blocks(length, lambda: [Planar(2, _SHIFTED)])
+    return _index_blocks(length, lambda: Planar(2, _INSIDE), linear=flow == "planar-linear")
+
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #2347515a
 def _count(module):
     return sum(p.numel() for p in module.parameters())
@@ -195,16 +237,27 @@ def _match(make, wanted):
     return min((make(w) for w in (max(1, width), width + 1)), key=lambda made: abs(_count(made) - wanted))
 
 
+def _at_width(run, width):
+    "The layers of a run whose networks have this width."
+    if run.flow == "realnvp":
+        return RealNVP(2, run.length, hidden=(width, width), max_log_scale=3.0)
+    if run.flow == "iaf":
+        return _iaf(width, run.length)
+    if run.flow == "iaf-indexed":
+        return _index_blocks(run.length, lambda: _iaf(width, _PAIR))
+    spline = _network(run, width)
+    if run.flow == "nsf-shifted":
+        return _shift_blocks(run.length, lambda: NSF(2, 1, "autoregressive", **spline).transforms)
+    return NSF(2, run.length, "autoregressive", **spline)
+
+
 def _transform(run):
     "The layers of a run."
-    if run.flow in ("cif", QUIET):
+    if run.flow in (PAIR[1], QUIET):
         return _indexed(run)
-    if run.flow == "planar":
-        return Planar(2, run.length)
-    wanted = run.get("parameters")
-    if run.flow == "realnvp":
-        return _match(lambda width: RealNVP(2, run.length, hidden=(width, width), max_log_scale=3.0), wanted)
-    return _match(lambda width: NSF(2, run.length, "autoregressive", **_network(run, width)), wanted)
+    if run.flow.startswith("planar"):
+        return _planar_like(run.flow, run.length)
+    return _match(lambda width: _at_width(run, width), run.get("parameters"))
 
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #dedb9d49
 class _Fitted(Flow):
@@ -220,6 +273,9 @@ class _Fitted(Flow):
         self.register_buffer("annealed", torch.tensor(annealed))
 
 
+_FIXED_BASE = (*PAIR, QUIET, "nsf-shifted")
+
+
 def build(run: Run) -> Flow:
     """The flow of a run, freshly initialised from its seed.
 
@@ -229,7 +285,7 @@ def build(run: Run) -> Flow:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         transform = _transform(run)
-        is_mixture, is_trained = run.flow == "nsf-mixture", run.flow not in (*PAIR, QUIET)
+        is_mixture, is_trained = run.flow == "nsf-mixture", run.flow not in _FIXED_BASE
         base = _Mixture(where.sigma, _MIXED) if is_mixture else _Normal(where.sigma, is_trained)
     return _Fitted(transform, base, where.target, where.annealed)
 
@@ -242,6 +298,8 @@ _RULES = {
     "width": (int, 1, 1000),
     "depth": (int, 1, 99),
     "planar_length": (int, 1, 1000),
+    "blocks": (int, 1, 100),
+    "iaf_lengths": [(int, 1, 100)],
     "updates": COUNT,
     "samples": (int, 2, 10**6),
     "learning_rate": RATE,
@@ -253,7 +311,7 @@ _RULES = {
     "index_draws": (int, 2, 10**6),
     "grid": (int, 2, 400),
 }
-_NOT_BUDGET = ("modes", "seeds", "more_seeds", "length", "planar_length")
+_NOT_BUDGET = ("modes", "seeds", "more_seeds", "length", "planar_length", "blocks", "iaf_lengths")
 
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #854e0e81
 def _tasks(modes, length, planar_length):
@@ -275,6 +333,20 @@ def _tasks(modes, length, planar_length):
         yield from ((flow, K, _Situation(target, _WIDE, True), True) for target in targets)
 
 
+def _further_tasks(s):
+    "The same of what is annealed and ours: an index around planar and IAF layers, and what they are up to."
+    targets, blocks = [f"{n} modes" for n in s["modes"]], s["blocks"]
+    annealed = {sigma: [_Situation(target, sigma, True) for target in targets] for sigma in (_WIDE, NARROW)}
+    long_planar = _count(_planar_like("planar-indexed", blocks)) // _count(Planar(2, 1))
+    lengths = [("planar", long_planar), *(("iaf", K) for K in s["iaf_lengths"])]
+    lengths += [(flow, blocks) for flow in ("planar-shifted", *OTHERS_INDEXED)]
+    for flow, K in lengths:
+        yield from ((flow, K, where, True) for sigma in annealed for where in annealed[sigma])
+    yield from (("planar", s["planar_length"], where, True) for where in annealed[NARROW])
+    for flow in ("nsf-trained", "nsf-shifted"):
+        yield from ((flow, s["length"], where, True) for where in annealed[NARROW])
+
+
 def plan(profile: str, data: str = "auto") -> list[Run]:
     """One run a flow, situation and seed.
 
@@ -291,9 +363,10 @@ def plan(profile: str, data: str = "auto") -> list[Run]:
 
     first = run("cif", s["length"], _Situation("9 modes", NARROW), 0, 0)
     parameters = _count(_indexed(first))
+    tasks = [*_tasks(s["modes"], s["length"], s["planar_length"]), *_further_tasks(s)]
     return [
         run(flow, K, where, seed, parameters)
-        for flow, K, where, all_seeds in _tasks(s["modes"], s["length"], s["planar_length"])
+        for flow, K, where, all_seeds in tasks
         for seed in s["seeds" if all_seeds else "more_seeds"]
     ]
 
@@ -538,7 +611,7 @@ def _curves(history, index):
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #a861dd6e
 def _measure_indices(run, q, target, generator):
     "`(values, arrays)` that only a flow with indices has."
-    if run.flow not in ("cif", QUIET):
+    if run.flow not in INDEXED:
         return {}, {}
     values, gaps = _index_bounds(run, q, target, generator)
     information = index_information(q, 2000, generator)
