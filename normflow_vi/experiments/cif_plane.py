@@ -206,7 +206,7 @@ def _index_blocks(length, inside, linear=False):
     `linear`: with networks that have no hidden layer. Nothing bounds what those say, so their
     log-scales are bounded, and they begin near the identity.
     """
-    index: dict[str, Any] = {"hidden": () if linear else (10, 10), "max_log_scale": 3.0 if linear else None}
+    index = {"hidden": () if linear else (10, 10), "max_log_scale": 3.0 if linear else None}
     layers = [ContinuouslyIndexed(inside(), form="before", **index) for _ in range(length)]
     for layer in [] if linear else layers:
         _start_as_linear(layer)
@@ -332,21 +332,29 @@ def _tasks(modes, length, planar_length):
     for flow, K in (("planar", planar_length), ("realnvp", _COUPLINGS)):
         yield from ((flow, K, _Situation(target, _WIDE, True), True) for target in targets)
 
-
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #5c0e7a61
 def _further_tasks(s):
-    "The same of what is annealed and ours: an index around planar and IAF layers, and what they are up to."
-    targets, blocks = [f"{n} modes" for n in s["modes"]], s["blocks"]
-    annealed = {sigma: [_Situation(target, sigma, True) for target in targets] for sigma in (_WIDE, NARROW)}
-    long_planar = _count(_planar_like("planar-indexed", blocks)) // _count(Planar(2, 1))
-    lengths = [("planar", long_planar), *(("iaf", K) for K in s["iaf_lengths"])]
-    lengths += [(flow, blocks) for flow in ("planar-shifted", *OTHERS_INDEXED)]
+    """The same of what is annealed and ours: an index around planar and IAF layers, and their opponents.
+
+    `s`: the settings. The longer planar flow has as many parameters as the planar blocks with an
+    index.
+    """
+    targets = [f"{n} modes" for n in s["modes"]]
+    from_one, narrow = ([_Situation(target, sigma, True) for target in targets] for sigma in (_WIDE, NARROW))
+    blocks = s["blocks"]
+    size = _count(_planar_like("planar-indexed", blocks))
+    lengths = [
+        ("planar", size // _count(Planar(2, 1))),
+        *(("iaf", K) for K in s["iaf_lengths"]),
+        *((flow, blocks) for flow in ("planar-shifted", *OTHERS_INDEXED)),
+    ]
     for flow, K in lengths:
-        yield from ((flow, K, where, True) for sigma in annealed for where in annealed[sigma])
-    yield from (("planar", s["planar_length"], where, True) for where in annealed[NARROW])
+        yield from ((flow, K, where, True) for where in from_one + narrow)
+    yield from (("planar", s["planar_length"], where, True) for where in narrow)
     for flow in ("nsf-trained", "nsf-shifted"):
-        yield from ((flow, s["length"], where, True) for where in annealed[NARROW])
+        yield from ((flow, s["length"], where, True) for where in narrow)
 
-
+# %% ../../nbs/80_plans/50_cif_plane.ipynb #5c0e7a71
 def plan(profile: str, data: str = "auto") -> list[Run]:
     """One run a flow, situation and seed.
 
@@ -663,7 +671,14 @@ experiment = Experiment(
     "cif_mixture",
     "04_cif",
     "nbs/04_cif/30_mixture.ipynb",
-    ("cif_mixture.png", "cif_mixture.csv", "cif_mixture_opponents.png", "cif_steepness.png", "cif_gap.png"),
+    (
+        "cif_mixture.png",
+        "cif_mixture.csv",
+        "cif_mixture_opponents.png",
+        "cif_mixture_layers.png",
+        "cif_steepness.png",
+        "cif_gap.png",
+    ),
     plan,
     train,
     engine="batched",
