@@ -156,6 +156,7 @@ def draw_gaps(named: dict[str, Record], draws: int, family: str) -> Any:
         values = [column[name] for column in columns]
         panels[1].plot(values, heights, mark, markersize=5, label=name, alpha=0.8)
     panels[1].set(xlabel="mean over test images (nats)")
+    panels[1].locator_params(axis="x", nbins=5)
     for panel in panels:
         panel.grid(axis="x", alpha=0.3)
         panel.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
