@@ -907,6 +907,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'normflow_vi/experiments/energies.py'),
                                                   'normflow_vi.experiments.energies.all_records': ( '80_plans/energies.html#all_records',
                                                                                                     'normflow_vi/experiments/energies.py'),
+                                                  'normflow_vi.experiments.energies.are_of_two_kinds': ( '80_plans/energies.html#are_of_two_kinds',
+                                                                                                         'normflow_vi/experiments/energies.py'),
                                                   'normflow_vi.experiments.energies.best_fits': ( '80_plans/energies.html#best_fits',
                                                                                                   'normflow_vi/experiments/energies.py'),
                                                   'normflow_vi.experiments.energies.best_on': ( '80_plans/energies.html#best_on',

@@ -305,3 +305,16 @@ def test_best_profile_of_each_family_and_length(tmp_path):
     assert {
         name: [r.run.profile for r in some] for name, some in energies.best_fits(store)["planar", 8].items()
     } == {"U1": ["paper"]}
+
+
+def test_seeds_in_two_places_show_their_median(tmp_path):
+    "A mean of 0.2 and 3.2 nats with an error would describe neither kind of fit."
+    levels = {"U1": (0.2, 3.2, 0.3), "U2": (0.2, 0.25, 0.3)}
+    for energy, divergences in levels.items():
+        for seed, kl in enumerate(divergences):
+            values = {"F": kl, "kl": kl, "as_plotted": kl + 1.62, "missed": 0.0}
+            Record(run("nice-ortho", energy, seed, 2, "quick", updates=6000), values).save(tmp_path)
+    found = said(Store([tmp_path]))
+    apart, alike = (found["Fig 3d", f"NICE-orth K=2 (2-D energy {energy})"] for energy in levels)
+    assert round(apart["value"], 6) == round(0.3 + energies.AXIS, 6) and apart["se"] is None
+    assert round(alike["value"], 6) == 0.25 and alike["se"] > 0
