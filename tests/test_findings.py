@@ -33,13 +33,11 @@ def test_a_finding_needs_its_values():
 # MNIST
 
 
-def image_record(F, length, best_step=10_000, apart=(1.0, 1.2), **more):
-    "A record of images with free energy `F` of test images and curves whose parts are `apart` at both ends."
+def image_record(F, length, **more):
+    "A record of images with free energy `F` of test images."
     values = {"F": F, "nll": F - 2.0, "kl": 2.0, "F_train": F - 1.0, "nll_train": F - 3.5, "F_valid": F + 0.5}
-    values["best_step"] = best_step
-    curves = {"F_train": np.zeros(2), "F_test": np.array(apart)}
     per_image = {"test_elbo": np.array([-F - 1, -F + 1]), "test_log_p": np.array([-F + 1, -F + 3])}
-    return made_up(values, curves | per_image, length=length, **more)
+    return made_up(values, per_image, length=length, **more)
 
 
 def image_rows(**more):
@@ -51,7 +49,7 @@ def test_what_a_flow_gains_on_mnist():
     assert text.startswith(
         "On MNIST, after 10,000 updates, 10 planar layers lower the free energy by 2.00 ± "
     )
-    assert "the first 200 training images" in text and "it was +1.00." in text
+    assert "is estimated to miss at least 2.00 nats without them and 2.00 with them." in text
     assert text.endswith("every verdict is *shortened*, whatever the difference.")
     published = write_findings(vae_mnist.conclude_gain(image_rows(updates=500_000), "MNIST"))
     assert "after 500,000 updates" in published and "shortened" not in published
@@ -72,27 +70,13 @@ def test_near_the_paper_and_far_from_it():
         vae_mnist.conclude_against_paper(image_rows(), differences((0.4, -1.0), (0.3, -0.2)))
     )
     assert "over the 2 rows: $F$ +0.1 to +0.1 nats, the divergence of the posterior -0.2 to +0.3" in near
-    assert "Of 2 rows of Table 2, 2 are within half a nat of the printed value or below it. In" in near
-    assert "decoder" not in near
+    assert near.endswith("Of 2 rows of Table 2, 2 are within half a nat of the printed value or below it. ")
     far = write_findings(vae_mnist.conclude_against_paper(image_rows(), differences((0.4, 0.6), (0.3, -0.2))))
     assert (
         "2, 1 are within half a nat of the printed value or below it: all but planar K = 10 (+0.6). " in far
     )
-    assert "divergence of the posterior of planar K = 10 is -0.2 nats against the published one" in far
-    assert far.endswith("divergences belong to their decoders, and those of two models cannot be compared.")
-    wide = write_findings(vae_mnist.conclude_against_paper(image_rows(), differences((0.4, 0.6), (0.3, 0.2))))
-    assert "all but planar K = 10" in wide and "decoder" not in wide
     assert vae_mnist.conclude_against_paper(image_rows(), {}) == []
     assert vae_mnist.conclude_against_paper(image_rows(profile="smoke"), differences((0, 0), (0, 0))) == []
-
-
-def test_models_that_overfit_and_models_that_do_not():
-    some = differences((0.0, 0.0), (0.0, 0.0))
-    text = write_findings(vae_mnist.conclude_against_paper(image_rows(), some))
-    assert "In 2 of 2 runs" in text and "from 1.0 to 1.2 nats: the models do not overfit, and" in text
-    assert "is 1.5 ($K = 0$) and 1.5 nats ($K = 10$) above" in text
-    text = write_findings(vae_mnist.conclude_against_paper(image_rows(best_step=500, apart=(1.0, 1.6)), some))
-    assert "In 0 of 2 runs" in text and "from 1.0 to 1.6 nats: the models overfit, and" in text
 
 
 def test_pairs_of_which_the_second_should_be_better():
