@@ -1,7 +1,6 @@
 """Conclusions of the pages: each sentence holds its values, and both sides of every condition are said."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,33 +86,6 @@ def test_pairs_of_which_the_second_should_be_better():
         (keys[2], keys[1]),
     ]
     assert vae_mnist.pairs_to_compare({}) == []
-
-
-def test_families_are_ranked_by_their_free_energy():
-    lines = [
-        {"posterior": name, "F": F, "F gain": 100 - F, "F gain s.e.": 0.1}
-        for name, F in (("diagonal", 100.0), ("planar", 98.5), ("iaf", 97.0), ("nsf", 99.0), ("radial", 99.5))
-    ]
-    run = image_record(0.0, 0).run
-    text = write_findings(vae_mnist.conclude_families(lines, run, "MNIST"))
-    assert "that of iaf (97.00 nats, 3.00 ± 0.10 below the diagonal Gaussian)" in text
-    assert text.endswith("followed by planar (98.50), nsf (99.00), radial (99.50).")
-    assert vae_mnist.conclude_families(lines, replace(run, profile="smoke"), "MNIST") == [SMOKE]
-
-
-@pytest.mark.parametrize(
-    "rate, said", [(97.0, "at this budget: rate 2e-3. The order"), (97.9, "No single change")]
-)
-def test_choices_that_are_better_than_the_fast_setting(rate, said):
-    by_choice = {choice: [image_record(98.5, 10)] for choice in vae_mnist.CHOICES}
-    by_choice[vae_mnist.FAST] = [image_record(98.0, 10)]
-    by_choice["rate 2e-3"] = [image_record(rate, 10)]
-    diagonal = [image_record(100.0, 0)]
-    text = write_findings(vae_mnist.conclude_settings(by_choice, diagonal, pixels=206.2))
-    assert text.startswith(
-        "After 10,000 updates, 10 layers are worth 2.00 nats of validation F. It changes by +0.50"
-    )
-    assert "has 206.2. " in text and said in text
 
 
 # Evaluation
