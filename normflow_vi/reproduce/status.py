@@ -89,7 +89,7 @@ def standard_error(error: float | None, kind: str) -> float | None:
         return error / 2
     raise ValueError(f"error_kind={kind!r}: expected s.d. or s.e. of so many runs, 2 s.e., or unknown")
 
-
+# %% ../../nbs/90_engine/60_status.ipynb #60c1a002
 def published() -> list[Row]:
     """The published numbers, each a dict of its line in the list.
 
