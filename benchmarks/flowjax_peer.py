@@ -1,5 +1,5 @@
 """The side of flowjax 19.1.2 (jax 0.10.2), in an environment without torch: `planar.py`,
-`spline.py`, `vae_step.py` and `iaf_step.py` start it, `harness.Neighbour` talks to it.
+`spline.py`, `vae_step.py`, `iaf_step.py` and `nsf_step.py` start it, `harness.Neighbour` talks to it.
 
 One JSON object a line. `build` compiles a case from tensors and answers what it computes from them;
 `run` calls it `times` times and answers the seconds that took. Everything is compiled (jit) and
@@ -231,21 +231,24 @@ def image_model(path, name, flow, dynamic):
     return {name: steps}, ()
 
 
-def inverse_autoregressive(dim, context, width, layers, length, batch):
-    """Forward and backward of `log q` of an inverse autoregressive flow given contexts, as the
-    library builds one; the answer: its parameters, and the share of the masked weights that live.
+def inverse_autoregressive(dim, context, width, layers, length, batch, bins=0, bound=0.0):
+    """Forward and backward of `log q` of an inverse autoregressive flow given contexts (none where
+    `context` is 0), as the library builds one: affine, or with splines of that many `bins` on
+    `[-bound, bound]`; the answer: its parameters, and the share of the masked weights that live.
     """
+    law = RationalQuadraticSpline(knots=bins - 1, interval=bound) if bins else None
     flow = masked_autoregressive_flow(
         jr.key(0),
         base_dist=StandardNormal((dim,)),
-        cond_dim=context,
+        transformer=law,
+        cond_dim=context or None,
         flow_layers=length,
         nn_width=width,
         nn_depth=layers,
         invert=False,
     )
     parameters, static = eqx.partition(flow.bijection, eqx.is_inexact_array)
-    contexts = jr.normal(jr.key(1), (batch, context))
+    contexts = jr.normal(jr.key(1), (batch, context)) if context else None
 
     def energy(parameters, contexts, key):
         z = jr.normal(key, (batch, dim))

@@ -151,6 +151,13 @@ def onednn_everywhere(function):
     return call
 
 
+def rounds_to_bfloat16():
+    """Whether torch's switch to oneDNN costs precision on this processor."""
+    a = torch.randn(64, 64)
+    found = onednn_everywhere(torch.mm)(a, a)
+    return gap([found], [a.double() @ a.double()]) > 1e-4
+
+
 class Neighbour:
     """`flowjax_peer.py` in its own environment, on the same core: it sleeps until it is asked, and
     times itself.

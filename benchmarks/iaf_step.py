@@ -34,6 +34,7 @@ from harness import (
     onednn_everywhere,
     parts_of,
     report,
+    rounds_to_bfloat16,
     with_peers,
 )
 from torch import nn
@@ -218,13 +219,6 @@ def check_work(name, found, expected):
     print(f"  {name:<12} {found[0]:>9,} parameters ({parts[0]:.3f}), {100 * found[1]:.1f} % of weights live")
     if given.layers == 1 and max(abs(part - 1) for part in parts) > 0.03:
         raise AssertionError(f"{name}: its work is not that of ours: {parts}")
-
-
-def rounds_to_bfloat16():
-    """Whether torch's switch to oneDNN costs precision on this processor."""
-    a = torch.randn(64, 64)
-    found = onednn_everywhere(torch.mm)(a, a)
-    return gap([found], [a.double() @ a.double()]) > 1e-4
 
 
 def products_of(library):
