@@ -124,9 +124,10 @@ def _write_plan_file(unit):
 
 def _choose(only: str | None, given: dict[str, str]) -> list[Experiment]:
     "The experiments that `only` names and that have all the notebook parameters `given`."
-    chosen = [e for e in select(only)[0] if given.keys() <= e.parameters.keys()]
-    if not chosen:
-        known = sorted({f"{name} of {e.name}" for e in select(only)[0] for name in e.parameters})
+    named = select(only)[0]
+    chosen = [e for e in named if given.keys() <= e.parameters.keys()]
+    if given and not chosen:
+        known = sorted({f"{name} of {e.name}" for e in named for name in e.parameters})
         raise ParameterError(f"--set {', '.join(given)}: no experiment has it; there are {', '.join(known)}")
     return chosen
 
@@ -145,8 +146,7 @@ def plan_commands(
     store, device, given = Store([records_root(profile)]), resolve_device(device), given or {}
     pending = []
     for experiment in _choose(only, given):
-        runs = tuple(experiment.plan(profile, data, **given))
-        pending += Plan(experiment, profile, data, runs).pending(store)
+        pending += make_plan(experiment, profile, data, **given).pending(store)
     paths = [_write_plan_file(unit) for unit in split_into_units(pending, device)]
     return [f"normflow-vi run {path.relative_to(project_root())}" for path in paths]
 

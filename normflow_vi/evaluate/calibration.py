@@ -632,8 +632,8 @@ def fit_each(
     `torch.func.vmap` knows. `make_flow()`: a new `Flow` without context on the prior's support. The
     reverse divergence is minimised by Adam with a cosine schedule, `samples` draws a step. Time
     grows with N, `steps` and `samples`; of `threads`, one is fastest for small flows. Raises
-    `ValueError` or `TypeError` naming the argument, and
-    the trainer's `NonFinite`, whose seed is the number of the data set.
+    `ValueError` or `TypeError` naming the argument, and the trainer's `NonFinite`, whose seed is the
+    number of the data set.
     """
     for name, value in (("steps", steps), ("samples", samples), ("threads", threads)):
         check_int(name, value)

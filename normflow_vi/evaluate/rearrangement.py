@@ -37,14 +37,7 @@ def in_order(log_density: Callable[[Tensor], Tensor], half_width: float, points:
             f"within +-{half_width}: allowed is a finite one that is not zero"
         )
     square = values.reshape(points, points)
-    edge = torch.cat(
-        [
-            square[0],
-            square[-1],
-            square[:, 0],
-            square[:, -1],
-        ]
-    )
+    edge = torch.cat([square[0], square[-1], square[:, 0], square[:, -1]])
     inside = values[values > edge.max()]
     heights = inside.sort(descending=True).values
     return heights - log_mass, step**2

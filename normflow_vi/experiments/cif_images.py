@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/80_plans/52_cif_images.ipynb #52c1f002
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from normflow_vi.data import Batches, Data, content_sha256, resolve
+from normflow_vi.data import Data, content_sha256, resolve
 from normflow_vi.engine.history import History
 from normflow_vi.engine.optimizer import Optimizer
 from normflow_vi.engine.trainer import Trainer
-from normflow_vi.evaluate import log_marginal
 from normflow_vi.experiments import Experiment, images
 from normflow_vi.experiments.common import COUNT, RATE, SEEDS
-from normflow_vi.experiments.vae_iaf import draw_once, train_and_record
+from normflow_vi.experiments.vae_iaf import add_likelihoods, draw_once, make_trainer, train_and_record
 from normflow_vi.flows import CIF, NSF, Flow
 from normflow_vi.models.networks import ImageNetwork, ResNetDecoder, ResNetEncoder
 from normflow_vi.models.vae import VAE
-from normflow_vi.objectives import estimate
 from normflow_vi.results.record import Record
 from normflow_vi.results.run import Run
 from normflow_vi.results.store import Store
 from normflow_vi.results.verdicts import Measured, measured
 from normflow_vi.transforms import Affine, Chain, Inverse, Triangular
 from normflow_vi.utils.checks import check_choice
-from normflow_vi.utils.modules import evaluating
 from normflow_vi.utils.settings import settings
 
 RECIPE = 1
@@ -233,29 +230,12 @@ def trainer(
     data: Data | None = None,
 ) -> Trainer:
     "The `Trainer` of runs that differ in their seeds."
-    run, updates = runs[0], runs[0].get("updates")
-    data = data or images.dataset(run, device)
-    judged = draw_once(run, data)
-    models = [build(r, data).to(device) for r in runs]
-    models[0].check(judged.train.pixels(indices=slice(20)))
+    run = runs[0]
     adam = Optimizer("adam", run.get("learning_rate"), clip=sizes_of(run).clip, schedule="constant")
-    return Trainer(
-        models,
-        images.image_loss(0),
-        steps=updates,
-        optimizer=adam,
-        seeds=[r.seed for r in runs],
-        batches=[Batches(data.train, run.get("batch_size"), r.seed) for r in runs],
-        validate=images.make_curve_point(_images_for_curves(run, judged)),
-        validate_every=max(1, updates // run.get("looks")),
-        keep_best="F_valid",
-        patience=run.get("patience"),
-        log_every=max(1, updates // 100),
-        recipe=str(run.shape),
-        folder=folder,
-        device=device,
-        progress=progress,
-    )
+    every = max(1, run.get("updates") // run.get("looks"))
+    own: dict[str, Any] = {"optimizer": adam, "validate_every": every, "patience": run.get("patience")}
+    own |= {"make_model": build, "choose_parts": _images_for_curves}
+    return make_trainer(runs, images.image_loss(0), device, folder, progress, data, **own)
 
 # %% ../../nbs/80_plans/52_cif_images.ipynb #52c1f043
 def train(
@@ -268,25 +248,16 @@ def train(
 def record(run: Run, model: VAE, judged: Data, history: History, index: int) -> Record:
     """The record of one trained model, by the images `judged`.
 
-    Beside what every model of images has: `log_p`, the likelihood as the source has it, in nats; that of the
-    first images by as many and by more draws; and `ended`, the update at which the training ended.
+    With the likelihoods of `add_likelihoods`, and `ended`, the update at which the training ended.
     """
     keep = run.profile == "paper" and run.seed == 0 and run.data == "mnist-dynamic"
     found = images.record(run, model, judged, history, index, keep_weights=keep)
-    x = judged.test.pixels(indices=slice(run.get("long_images")))
-    with evaluating(model):
-        many = log_marginal(model.log_joint, model.q, x, run.get("long_samples"), seed=run.seed)
-    short = torch.tensor(found.arrays["test_log_p"][: len(x)])
-    values = {"log_p": found.values["nll"] | {"value": -found.value("nll")}}
-    values |= {"log_p_short": estimate(short).as_dict(), "log_p_long": estimate(many.log_p).as_dict()}
-    values["ended"] = int(history.steps_valid[-1])
-    arrays = {"long_log_p": many.log_p.float().cpu().numpy()}
-    return replace(found, values=found.values | values, arrays=found.arrays | arrays)
+    found = add_likelihoods(found, model, judged)
+    return replace(found, values=found.values | {"ended": int(history.steps_valid[-1])})
 
 # %% ../../nbs/80_plans/52_cif_images.ipynb #52c1f051
 ADOPTED = "mixed"  # the networks of the published rows
 _DATA_SETS = {"mnist-dynamic": "MNIST dynamic", "fashion-mnist-dynamic": "Fashion-MNIST dynamic"}
-Found = Mapping[str, list[Record]]  # {posterior: records}
 
 
 def find_records(store: Store, networks: str, data: str) -> dict[str, list[Record]]:

@@ -101,11 +101,8 @@ def situation(run: Run) -> _Situation:
 NARROW, SIGMAS = 0.1, (0.1, 1.0, 10.0)
 PAIR, QUIET = ("nsf", "cif"), "cif-quiet"  # the two flows of the source; a CIF that begins near the identity
 OPPONENTS = ("nsf-trained", "nsf-mixture", "nsf-shifted", "planar", "planar-shifted", "iaf", "realnvp")
-OTHERS_INDEXED = (
-    "planar-indexed",
-    "planar-linear",
-    "iaf-indexed",
-)  # an index around other layers than splines
+# an index around other layers than splines
+OTHERS_INDEXED = ("planar-indexed", "planar-linear", "iaf-indexed")
 INDEXED = (PAIR[1], QUIET, *OTHERS_INDEXED)
 
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #8c9c22a9
@@ -162,11 +159,7 @@ class _Mixture(nn.Module):
 # %% ../../nbs/80_plans/50_cif_plane.ipynb #09d5be45
 _MIXED, _WIDE = 9, 1.0  # parts of the mixture base; where the trained base of planar and RealNVP begins
 _COUPLINGS = 8
-_INSIDE, _PAIR, _SHIFTED = (
-    4,
-    2,
-    7,
-)  # layers of a block: planar with an index, IAF with one, planar with a shift
+_INSIDE, _PAIR, _SHIFTED = 4, 2, 7  # layers of a block: planar and IAF with an index, planar with a shift
 
 
 def _network(run, width):

@@ -24,11 +24,11 @@ def decide(gains: Sequence[float], unit: str = "nats", digits: int = 2) -> tuple
     """
     if len(gains) == 0:
         return UNDECIDED, "no training yet"
-    mean = float(np.mean(gains))
+    mean, unit = float(np.mean(gains)), f" {unit}" if unit else ""
     if len(gains) == 1:
-        return UNDECIDED, f"{f'{mean:+.{digits}f} {unit}'.rstrip()}, one seed"
+        return UNDECIDED, f"{mean:+.{digits}f}{unit}, one seed"
     error = float(np.std(gains, ddof=1)) / len(gains) ** 0.5
-    number = f"{f'{mean:+.{digits}f} ± {error:.{digits}f} {unit}'.rstrip()}, {len(gains)} seeds"
+    number = f"{mean:+.{digits}f} ± {error:.{digits}f}{unit}, {len(gains)} seeds"
     if abs(mean) <= 2 * error:
         return UNDECIDED, number
     return (CONFIRMED if mean > 0 else REFUTED), number
@@ -41,7 +41,7 @@ def holds(values: Sequence[float], low: float = -np.inf, high: float = np.inf) -
     'not decided'
     """
     inside = [low <= value <= high for value in values]
-    if len(inside) < 2 or (any(inside) and not all(inside)):
+    if len(inside) < 2 or any(inside) != all(inside):
         return UNDECIDED
     return CONFIRMED if all(inside) else REFUTED
 

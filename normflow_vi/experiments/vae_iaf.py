@@ -216,17 +216,24 @@ def make_trainer(
     folder: Path | None = None,
     progress: Callable | None = None,
     data: Data | None = None,
+    make_model: Callable = build,
+    choose_parts: Callable = images.images_for_curves,
+    **options: Any,
 ) -> Trainer:
-    "The `Trainer`, by `loss`, of runs that differ in their seeds."
+    """The `Trainer`, by `loss`, of runs that differ in their seeds, on images drawn anew in every batch.
+
+    `make_model(run, data)`: a fresh model. `choose_parts(run, judged)`: the images on which its curves are
+    measured, by name. `options`: further ones of `images.make_trainer`.
+    """
     run = runs[0]
     data = data or images.dataset(run, device)
-    models = [build(r, data).to(device) for r in runs]
+    models = [make_model(r, data).to(device) for r in runs]
     judged = draw_once(run, data)
     models[0].check(judged.train.pixels(indices=slice(20)))
-    parts = images.images_for_curves(run, judged)
+    parts = choose_parts(run, judged)
     batches = [Batches(data.train, run.get("batch_size"), r.seed) for r in runs]
-    where: dict[str, Any] = {"folder": folder, "device": device, "progress": progress}
-    return images.make_trainer(runs, models, loss, batches, parts, **where)
+    options |= {"folder": folder, "device": device, "progress": progress}
+    return images.make_trainer(runs, models, loss, batches, parts, **options)
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #36d9cc7f
 def trainer(
@@ -269,19 +276,30 @@ def _minus(estimated: dict) -> dict:
     return estimated | {"value": -estimated["value"]}
 
 
+def add_likelihoods(found: Record, model: VAE, judged: Data) -> Record:
+    """The record `found` of a model of images, with its likelihood as the papers have it, in nats.
+
+    `log_p` is minus the NLL; `log_p_short` and `log_p_long` are of the first images, by as many draws and by
+    more.
+    """
+    run = found.run
+    x = judged.test.pixels(indices=slice(run.get("long_images")))
+    with evaluating(model):
+        many = log_marginal(model.log_joint, model.q, x, run.get("long_samples"), seed=run.seed)
+    short = torch.tensor(found.arrays["test_log_p"][: len(x)])
+    values = {"log_p": _minus(found.values["nll"])}
+    values |= {"log_p_short": estimate(short).as_dict(), "log_p_long": estimate(many.log_p).as_dict()}
+    arrays = {"long_log_p": many.log_p.float().cpu().numpy()}
+    return replace(found, values=found.values | values, arrays=found.arrays | arrays)
+
+
 def record(run: Run, model: VAE, judged: Data, history: History, index: int) -> Record:
     "The record of one trained model, by the images `judged`."
     long = run.profile == "paper" and run.data.endswith("dynamic")
     headline = long and run.seed == 0 and call_posterior(run) in HEADLINE
     found = images.record(run, model, judged, history, index, keep_weights=headline)
-    x = judged.test.pixels(indices=slice(run.get("long_images")))
-    with evaluating(model):
-        many = log_marginal(model.log_joint, model.q, x, run.get("long_samples"), seed=run.seed)
-    short = torch.tensor(found.arrays["test_log_p"][: len(x)])
-    values = {"vlb": _minus(found.values["F"]), "log_p": _minus(found.values["nll"])}
-    values |= {"log_p_short": estimate(short).as_dict(), "log_p_long": estimate(many.log_p).as_dict()}
-    arrays = {"long_log_p": many.log_p.float().cpu().numpy()}
-    return replace(found, values=found.values | values, arrays=found.arrays | arrays)
+    found = add_likelihoods(found, model, judged)
+    return replace(found, values=found.values | {"vlb": _minus(found.values["F"])})
 
 # %% ../../nbs/80_plans/44_iaf.ipynb #2eb47e35
 _PAPER_UPDATES = 200_000  # 400 epochs

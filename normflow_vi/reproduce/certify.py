@@ -219,6 +219,27 @@ def _task(experiment, headers, old, new, base):
     ]
     return Task(experiment, runs, old, new, base, weights, noted)
 
+# %% ../../nbs/90_engine/57_certify.ipynb #57c1a001
+def noted_tasks(experiment: str) -> list[Task]:
+    "What has to be probed of those records of an experiment that noted their own probe; a task a program."
+    grouped = defaultdict(list)
+    for header in _headers(experiment):
+        if "trainings" in header["info"].get("probe", {}):
+            grouped[_program(header["run"], header["info"])].append(header)
+    return [_task(experiment, some, "", "", None) for some in grouped.values()]
+
+
+def difference_from_noted(noted: dict, now: dict) -> float:
+    """How far the digest of a probe is from the one that a record noted.
+
+    0 for the same bits, platform aside; else the largest difference of a value, relative to its size
+    or to 1, and 1e-16 at least. Infinity where a value is missing.
+    """
+    if all(now[part] == noted[part] for part in ("trainings", "values", "arrays")):
+        return 0.0
+    gaps = _compared(noted["values"], now["values"], lambda a, b: _difference(a, b, 1.0))
+    return max([1e-16, *gaps.values()])
+
 # %% ../../nbs/90_engine/57_certify.ipynb #aab85909
 def worktrees() -> Path:
     """The folder of checked-out commits, `runs/worktrees` below the project's root; it need not

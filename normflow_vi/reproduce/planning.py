@@ -41,9 +41,9 @@ class Plan:
         return [run for run in self.runs if store.find(run) is None]
 
 
-def make_plan(experiment: Experiment, profile: str, data: str = "auto") -> Plan:
-    "An experiment's plan under a profile, as the records are now."
-    return Plan(experiment, profile, data, tuple(experiment.plan(profile, data)))
+def make_plan(experiment: Experiment, profile: str, data: str = "auto", **parameters: str) -> Plan:
+    "An experiment's plan under a profile, as the records are now; `parameters`: further ones that it takes."
+    return Plan(experiment, profile, data, tuple(experiment.plan(profile, data, **parameters)))
 
 # %% ../../nbs/90_engine/56_planning.ipynb #396e41ac
 def find_complete_plan(experiment: Experiment) -> Plan | None:

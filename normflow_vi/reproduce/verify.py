@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/90_engine/59_verify.ipynb #59c1a002
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +18,11 @@ from normflow_vi import experiments
 from normflow_vi.evaluate import log_marginal
 from normflow_vi.experiments import images
 from normflow_vi.experiments.vae_iaf import draw_once
-from normflow_vi.reproduce.certify import Task, _compared, _difference, _headers, _program, _task
+from normflow_vi.reproduce.certify import Task, difference_from_noted, noted_tasks
 from normflow_vi.reproduce.probe import digest, probe
 from normflow_vi.results.record import Record
 from normflow_vi.results.store import Store
-from normflow_vi.utils.modules import evaluating
+from normflow_vi.utils.modules import evaluating, using_threads
 
 WITHIN, ERRORS, IMAGES = 1e-3, 4.0, 100
 
@@ -58,28 +57,17 @@ def _train_again(name: str, task: Task) -> list[Check]:
     The values are compared relative to their size, or to 1 where they are smaller. Learning curves and
     arrays are looked at only to tell whether bits are the same.
     """
-    found = probe([run.to_dict() for run in task.runs])
-    checks = []
+    found, checks = probe([run.to_dict() for run in task.runs]), []
     for index, noted in task.noted:
-        now = digest(found, index)
-        same = all(now[part] == noted[part] for part in ("trainings", "values", "arrays"))
-        gaps = _compared(noted["values"], now["values"], lambda a, b: _difference(a, b, 1.0))
-        apart = 0.0 if same else max([1e-16, *gaps.values()])
+        apart = difference_from_noted(noted, digest(found, index))
         checks.append(Check(f"{name} {task.runs[index].slug}", "a short training", apart, WITHIN))
     return checks
 
 
 def _find_trainings() -> list[Callable[[], list[Check]]]:
     "A check for each program that noted its short training."
-    found: list[Callable[[], list[Check]]] = []
-    for experiment in experiments.all():
-        programs = defaultdict(list)
-        for header in _headers(experiment.name):
-            if "trainings" in header["info"].get("probe", {}):
-                programs[_program(header["run"], header["info"])].append(header)
-        tasks = [_task(experiment.name, some, "", "", None) for some in programs.values()]
-        found += [partial(_train_again, experiment.name, task) for task in tasks]
-    return found
+    names = [experiment.name for experiment in experiments.all()]
+    return [partial(_train_again, name, task) for name in names for task in noted_tasks(name)]
 
 # %% ../../nbs/90_engine/59_verify.ipynb #59c1a021
 def _judge_again(record: Record) -> list[Check]:
@@ -89,9 +77,9 @@ def _judge_again(record: Record) -> list[Check]:
     apart is counted in standard errors of the difference, image by image.
     """
     run = record.run
-    model = experiments.get(run.experiment).trainer([run]).models[0]
-    model.load_state_dict(record.load_weights())
     data = images.dataset(run)
+    model = experiments.get(run.experiment).trainer([run], data=data).models[0]
+    model.load_state_dict(record.load_weights())
     test = draw_once(run, data).test if run.data.endswith("-dynamic") else data.test
     x = test.pixels(indices=slice(IMAGES))
     with evaluating(model):
@@ -124,9 +112,13 @@ def verify(share: float = 0.05, minutes: float = 10.0, seed: int = 0) -> Iterato
         raise ValueError(f"share={share}: allowed are numbers above 0, at most 1")
     end, draw = time.monotonic() + 60 * minutes, random.Random(seed)
     kinds = [_find_trainings(), _find_weights()]
-    chosen = [draw.sample(some, max(1, round(share * len(some)))) for some in kinds if some]
-    torch.set_num_threads(1)
-    for check in draw.sample(sum(chosen, []), sum(map(len, chosen))):
+    chosen = [
+        check for some in kinds if some for check in draw.sample(some, max(1, round(share * len(some))))
+    ]
+    draw.shuffle(chosen)
+    for check in chosen:
         if time.monotonic() > end:
             return
-        yield from check()
+        with using_threads(1):
+            checks = check()
+        yield from checks

@@ -155,10 +155,13 @@ def _tolerance(metric, published_se, se):
     "How far apart two equal numbers may be, in the metric's unit."
     if published_se is not None:
         return 2 * math.hypot(se or 0, published_se)
-    least = 0.005 if "bits/dim" in metric else 0.05 if metric.startswith(_IN_THE_PLANE) else 0.5
-    return least if least == 0.5 else max(least, 2 * (se or 0))
+    if "bits/dim" in metric:
+        return max(0.005, 2 * (se or 0))
+    if metric.startswith(_IN_THE_PLANE):
+        return max(0.05, 2 * (se or 0))
+    return 0.5
 
-
+# %% ../../nbs/90_engine/44_verdicts.ipynb #44c1a001
 def verdict(
     metric: str,
     published: float | None,
