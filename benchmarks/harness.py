@@ -13,6 +13,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch import nn
+from torch.nn.functional import linear
 
 from normflow_vi.numerics import compiling as kernels
 from normflow_vi.numerics import product
@@ -193,3 +195,46 @@ class Neighbour:
     def timed(self, case, times):
         """A candidate for `interleaved`."""
         return lambda: Took(**self.ask(run=case, times=times))
+
+
+class Candidate:
+    """A flow `apply(z, context) -> (y, log_det)`, its parameters, and the masks of its weights."""
+
+    def __init__(self, apply, parameters, masks=()):
+        self.apply, self.parameters, self.masks = apply, list(parameters), list(masks)
+
+    def work(self):
+        """Parameters, and the share of the masked weights that live."""
+        live = sum(mask.sum().item() for mask in self.masks)
+        return sum(p.numel() for p in self.parameters), live / sum(mask.numel() for mask in self.masks)
+
+    def slopes(self, z, context=None):
+        """Value, and gradients with respect to all parameters and to the context, if there is one."""
+        contexts = [] if context is None else [context.clone().requires_grad_()]
+        y, log_det = self.apply(z, *contexts)
+        value = (y.square().sum(-1) / 2 - log_det - z.square().sum(-1) / 2).mean()
+        return value, torch.autograd.grad(value, [*self.parameters, *contexts])
+
+    def turn(self, steps, shape, context=None):
+        """A function that takes so many steps, each with fresh draws of a `shape`."""
+
+        def call():
+            for _ in range(steps):
+                self.slopes(torch.randn(shape), context)
+
+        return call
+
+
+class Masked(nn.Linear):
+    """A linear layer with a mask, and what a context adds to it."""
+
+    def __init__(self, weight, bias, mask, context=None):
+        super().__init__(*weight.shape)
+        self.weight, self.bias = nn.Parameter(weight.T.clone()), nn.Parameter(bias.clone())
+        self.register_buffer("mask", mask.T.to(weight.dtype))
+        if context is not None:
+            self.context = nn.Parameter(context.T.clone())
+
+    def forward(self, h, context):
+        y = linear(h, self.weight * self.mask, self.bias)
+        return y + linear(context, self.context) if hasattr(self, "context") else y

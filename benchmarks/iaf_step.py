@@ -27,6 +27,8 @@ from unittest import mock
 
 import torch
 from harness import (
+    Candidate,
+    Masked,
     Neighbour,
     arguments,
     gap,
@@ -38,7 +40,6 @@ from harness import (
     with_peers,
 )
 from torch import nn
-from torch.nn.functional import linear
 
 from normflow_vi.numerics import product
 from normflow_vi.transforms import InverseAutoregressive
@@ -61,30 +62,6 @@ torch.manual_seed(0)
 CONTEXT = torch.randn(given.batch, C)
 
 
-class Candidate:
-    """A flow `apply(z, context) -> (y, log_det)`, its parameters, and the masks of its weights."""
-
-    def __init__(self, apply, parameters, masks):
-        self.apply, self.parameters, self.masks = apply, list(parameters), list(masks)
-
-    def work(self):
-        """Parameters, and the share of the masked weights that live."""
-        live = sum(mask.sum().item() for mask in self.masks)
-        return sum(p.numel() for p in self.parameters), live / sum(mask.numel() for mask in self.masks)
-
-    def slopes(self, z, context):
-        """Value, and gradients with respect to all parameters and the context."""
-        context = context.clone().requires_grad_()
-        y, log_det = self.apply(z, context)
-        value = (y.square().sum(-1) / 2 - log_det - z.square().sum(-1) / 2).mean()
-        return value, torch.autograd.grad(value, [*self.parameters, context])
-
-    def turn(self):
-        """A turn of steps, each with fresh draws."""
-        for _ in range(given.turn):
-            self.slopes(torch.randn(given.batch, D), CONTEXT)
-
-
 # ---- the candidates ----
 
 
@@ -93,20 +70,6 @@ def ours():
     iaf = InverseAutoregressive(D, K, C, HIDDEN)
     masks = [mask.expand(K, *mask.shape[-2:]) for mask in iaf.masks()]
     return iaf, Candidate(iaf.forward, iaf.parameters(), masks)
-
-
-class Masked(nn.Linear):
-    """A linear layer with a mask, and what a context adds to it."""
-
-    def __init__(self, weight, bias, mask, context=None):
-        super().__init__(*weight.shape)
-        self.weight, self.bias = nn.Parameter(weight.T.clone()), nn.Parameter(bias.clone())
-        self.register_buffer("mask", mask.T.to(weight.dtype))
-        self.context = None if context is None else nn.Parameter(context.T.clone())
-
-    def forward(self, h, context):
-        y = linear(h, self.weight * self.mask, self.bias)
-        return y if self.context is None else y + linear(context, self.context)
 
 
 def naive(iaf):
@@ -243,6 +206,11 @@ def context_products():
             y @ weight.t()
 
 
+def turn_of(candidate):
+    """A turn of steps."""
+    return candidate.turn(given.turn, (given.batch, D), CONTEXT)
+
+
 check_agreement()
 iaf, mine = ours()
 peers = {"naive loop": naive(iaf)} | with_peers({"zuko": zuko, "nflows": nflows, "pyro": pyro})
@@ -250,18 +218,18 @@ print("work, and as a part of that of ours:")
 for name, candidate in {"ours": mine, **peers}.items():
     check_work(name, candidate.work(), mine.work())
 candidates = {
-    "ours, torch's products": products_of("torch")(mine.turn),
-    "ours, oneDNN's": products_of("onednn")(mine.turn),
+    "ours, torch's products": products_of("torch")(turn_of(mine)),
+    "ours, oneDNN's": products_of("onednn")(turn_of(mine)),
 }
 switch = not rounds_to_bfloat16()
 if not switch:
     print("torch's switch to oneDNN would round to bfloat16 on this processor: left out")
 for name, peer in peers.items():
-    candidates[name] = peer.turn
+    candidates[name] = turn_of(peer)
     if switch:
-        candidates[f"{name} + switch"] = onednn_everywhere(peer.turn)
+        candidates[f"{name} + switch"] = onednn_everywhere(turn_of(peer))
 if switch:
-    candidates["ours + switch"] = onednn_everywhere(mine.turn)
+    candidates["ours + switch"] = onednn_everywhere(turn_of(mine))
 candidates["(products of the contexts alone)"] = context_products
 if jax:
     sizes = {"dim": D, "context": C, "width": given.width, "layers": given.layers}

@@ -32,6 +32,8 @@ from functools import partial
 
 import torch
 from harness import (
+    Candidate,
+    Masked,
     Neighbour,
     arguments,
     gap,
@@ -43,7 +45,7 @@ from harness import (
     with_peers,
 )
 from torch import nn
-from torch.nn.functional import linear, pad, softplus
+from torch.nn.functional import pad, softplus
 
 from normflow_vi.flows import CIF, NSF
 from normflow_vi.transforms.spline import FLOOR, OFFSET
@@ -69,30 +71,6 @@ torch.manual_seed(0)
 CONTEXT = torch.randn(given.batch, C) if C else None
 
 
-class Candidate:
-    """A flow `apply(z, context) -> (y, log_det)`, its parameters, and the masks of its weights."""
-
-    def __init__(self, apply, parameters, masks=()):
-        self.apply, self.parameters, self.masks = apply, list(parameters), list(masks)
-
-    def work(self):
-        """Parameters, and the share of the masked weights that live."""
-        live = sum(mask.sum().item() for mask in self.masks)
-        return sum(p.numel() for p in self.parameters), live / sum(mask.numel() for mask in self.masks)
-
-    def slopes(self, z, context):
-        """Value, and gradients with respect to all parameters and to the context, if there is one."""
-        contexts = [] if context is None else [context.clone().requires_grad_()]
-        y, log_det = self.apply(z, *contexts)
-        value = (y.square().sum(-1) / 2 - log_det - z.square().sum(-1) / 2).mean()
-        return value, torch.autograd.grad(value, [*self.parameters, *contexts])
-
-    def turn(self):
-        """A turn of steps, each with fresh draws."""
-        for _ in range(given.turn):
-            self.slopes(torch.randn(given.batch, D), CONTEXT)
-
-
 # ---- the candidates ----
 
 
@@ -115,21 +93,6 @@ def candidate_of(flow):
     layers = flow.transforms[::2]
     masks = [mask for layer in layers for mask in layer.masks()]
     return Candidate(flow.forward, [p for layer in layers for p in kept_by(layer)], masks)
-
-
-class Masked(nn.Linear):
-    """A linear layer with a mask, and what a context adds to it."""
-
-    def __init__(self, weight, bias, mask, context=None):
-        super().__init__(*weight.shape)
-        self.weight, self.bias = nn.Parameter(weight.T.clone()), nn.Parameter(bias.clone())
-        self.register_buffer("mask", mask.T.to(weight.dtype))
-        if context is not None:
-            self.context = nn.Parameter(context.T.clone())
-
-    def forward(self, h, context):
-        y = linear(h, self.weight * self.mask, self.bias)
-        return y + linear(context, self.context) if hasattr(self, "context") else y
 
 
 def unstack(layer):
@@ -308,8 +271,8 @@ peers |= with_peers({"nflows": nflows, "normflows": normflows, "zuko": zuko})
 print("work, and as a part of that of ours:")
 for name, candidate in {"ours": mine, **peers}.items():
     check_work(name, candidate.work(), mine.work())
-turns = {"ours": mine.turn, "ours, indexed": Candidate(indexed.forward, indexed.parameters()).turn}
-turns |= {name: peer.turn for name, peer in peers.items()}
+timed = {"ours": mine, "ours, indexed": Candidate(indexed.forward, indexed.parameters())} | peers
+turns = {name: one.turn(given.turn, (given.batch, D), CONTEXT) for name, one in timed.items()}
 turns["(masked products alone)"] = products_of(mine)
 candidates = dict(turns)
 if rounds_to_bfloat16():
