@@ -235,6 +235,6 @@ class Masked(nn.Linear):
         if context is not None:
             self.context = nn.Parameter(context.T.clone())
 
-    def forward(self, h, context):
+    def forward(self, h, context=None):
         y = linear(h, self.weight * self.mask, self.bias)
         return y + linear(context, self.context) if hasattr(self, "context") else y

@@ -20,9 +20,8 @@ have torch's, and "+ switch" sends every product of the process to oneDNN by tor
 """
 
 import torch
-from harness import arguments, gap, interleaved, onednn_everywhere, parts_of, report, with_peers
+from harness import Masked, arguments, gap, interleaved, onednn_everywhere, parts_of, report, with_peers
 from torch import nn
-from torch.nn.functional import linear
 
 from normflow_vi.flows import MAF, Flow
 from normflow_vi.models.classifier import Classifier
@@ -70,18 +69,6 @@ def ours():
     with torch.no_grad():
         mixture.logits.zero_()
     return mixture, Candidate(mixture.component_log_probs, mixture.parameters())
-
-
-class Masked(nn.Linear):
-    """A linear layer with a mask."""
-
-    def __init__(self, weight, bias, mask):
-        super().__init__(*weight.shape)
-        self.weight, self.bias = nn.Parameter(weight.T.clone()), nn.Parameter(bias.clone())
-        self.register_buffer("mask", mask.T.to(weight.dtype))
-
-    def forward(self, h):
-        return linear(h, self.weight * self.mask, self.bias)
 
 
 def unstack(maf):

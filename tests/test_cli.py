@@ -107,6 +107,12 @@ def test_plan_prints_commands_that_make_the_records(project, capsys):
     assert not said.out.strip() and said.err.strip() == "nothing left to train"
 
 
+def test_a_chapter_without_experiments_leaves_nothing_to_train(project, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "select", lambda only: ([], ["98_library"]))
+    assert cli.main(["plan", "--only", "98_library"]) == 0
+    assert capsys.readouterr().err.strip() == "nothing left to train"
+
+
 def test_a_plan_as_an_array_job_has_a_task_for_each_command(project, tmp_path, capsys):
     """Each task of the script runs its own command; a program that says its words stands in for ours."""
     assert cli.main(["plan", "--profile", "smoke"]) == 0

@@ -43,18 +43,12 @@ def in_order(log_density: Callable[[Tensor], Tensor], half_width: float, points:
     return heights - log_mass, step**2
 
 # %% ../../nbs/01_flows/62_rearrangement.ipynb #62f10021
-def search_minimum(f: Callable[[float], float], low: float, high: float, steps: int = 45) -> float:
-    "Where `f` is least in `(low, high)`, by golden-section search; right if `f` falls, then rises."
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(steps):
-        part = golden * (high - low)
-        left = high - part
-        right = low + part
-        if f(left) < f(right):
-            high = right
-        else:
-            low = left
-    return (low + high) / 2
+def search_minimum(f: Callable[[float], float], low: float, high: float) -> float:
+    "Where `f` is least in `(low, high)`; right if `f` falls, then rises."
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(f, bounds=(low, high), method="bounded", options={"xatol": 1e-10})
+    return float(found.x)
 
 # %% ../../nbs/01_flows/62_rearrangement.ipynb #62f10023
 def volume_floor(
